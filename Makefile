@@ -1,0 +1,25 @@
+# Each target sets up .venv first, from the pinned requirements.txt; nothing else needs to be installed by hand.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test lint bench
+train: .venv/run.stamp
+	$(BIN)/python train.py config/small.py resume=auto
+
+test: .venv/dev.stamp lint
+	$(BIN)/python -m pytest
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+
+bench: .venv/run.stamp
+	$(BIN)/python bench.py train config/small.py
+
+.venv/run.stamp: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+.venv/dev.stamp: .venv/run.stamp pyproject.toml
+	$(BIN)/python -m pip install -r requirements.txt -e '.[dev]'
+	touch $@

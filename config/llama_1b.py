@@ -1,0 +1,27 @@
+"""The shape of Llama 3.2 1B (without its 128k vocabulary): eight 80 GB GPUs, or much patience on one.
+
+First: python data/prepare.py fineweb-edu. Weights and optimizer alone take 17 GB.
+"""
+
+out_dir = "out/llama_1b"
+dataset = "fineweb-edu"
+
+n_layer = 16
+n_head = 32
+n_kv_head = 8          # four query heads share one key/value head
+n_embd = 2048
+n_hidden = 8192
+block_size = 2048
+rope_theta = 500_000.0
+vocab_size = 50_304    # GPT-2's 50,257 padded to a multiple of 64
+tie_embeddings = True
+
+batch_size = 512       # 1,048,576 tokens per step
+max_iters = 20_000     # about 20 billion tokens: twenty per parameter
+learning_rate = 3e-4
+min_lr = 3e-5
+warmup_iters = 1000
+activation_checkpointing = True
+eval_interval = 500
+eval_iters = 1024
+save_interval = 500

@@ -1,0 +1,23 @@
+"""350 million parameters, context 2048: one 80 GB GPU for most of a week.
+
+First: python data/prepare.py fineweb-edu.
+"""
+
+out_dir = "out/llama_350m"
+dataset = "fineweb-edu"
+
+n_layer = 24
+n_head = 16
+n_embd = 1024          # LLaMA's rule gives a feed-forward of 2816
+block_size = 2048
+vocab_size = 50_304    # GPT-2's 50,257 padded to a multiple of 64
+tie_embeddings = True
+
+batch_size = 256       # 524,288 tokens per step
+max_iters = 19_000     # about 10 billion tokens
+learning_rate = 3e-4
+min_lr = 3e-5
+warmup_iters = 700
+eval_interval = 500
+eval_iters = 1024
+save_interval = 1000

@@ -1,0 +1,268 @@
+"""Every knob, and the parser of presets and command lines.
+
+A preset is a file of `name = literal` lines, read with ast and never executed. Preset and command line go through the
+same types and the same checks; all of it is gathered first and checked once, so the order of overrides never matters.
+"""
+
+import ast
+import dataclasses
+import math
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from model import ModelConfig, knob
+
+DEFAULT_PRESET = Path(__file__).with_name("small.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run: the model, and every knob of how it is trained."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    out_dir: str = knob("out/run", "folder of the run: checkpoints, config.json, metrics.jsonl, tokenizer")
+    resume: Literal["no", "yes", "auto"] = knob("no", "continue the run in out_dir; auto = if there is one")
+    seed: int = knob(1337, "of the weights, the data order and dropout")
+
+    dataset: str = knob("python", "folder under data/, made by data/prepare.py")
+    batch_size: int = knob(32, "sequences per optimizer step, over all devices")
+    micro_batch_size: int = knob(0, "sequences one device works on at once; 0 = the largest that fits")
+    max_iters: int = knob(2000, "optimizer steps")
+
+    optimizer: Literal["adamw", "muon"] = knob("adamw", "muon = Muon for the Blocks' matrices, AdamW for the rest")
+    learning_rate: float = knob(1e-3, "peak; the same scale for both optimizers (Muon's update is matched to AdamW's)")
+    embed_lr: float = knob(1.0, "learning rate of embedding and head, in units of learning_rate")
+    min_lr: float = knob(0.0, "where the schedule ends")
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = knob(
+        "cosine", "from learning_rate to min_lr after warm-up; wsd = stay, then fall linearly over decay_fraction")
+    warmup_iters: int = knob(100, "steps of linear warm-up")
+    decay_fraction: float = knob(0.2, "wsd: share of max_iters spent falling")
+    weight_decay: float = knob(0.1, "of matrices; never of gains, biases and the embedding")
+    beta1: float = knob(0.9, "AdamW's first moment")
+    beta2: float = knob(0.95, "AdamW's second moment")
+    muon_momentum: float = knob(0.95, "Muon's momentum")
+    grad_clip: float = knob(1.0, "largest norm of the whole gradient; 0 = no clipping")
+
+    eval_interval: int = knob(250, "steps between evaluations; 0 = only at the end")
+    eval_iters: int = knob(0, "validation windows per evaluation, evenly spread, always the same; 0 = the whole split")
+    log_interval: int = knob(10, "steps between log lines")
+    save_interval: int = knob(250, "steps between checkpoints; 0 = only at the end")
+    keep: int = knob(2, "newest checkpoints to keep, beside the best one")
+    sample_tokens: int = knob(200, "tokens of the sample printed at the end; 0 = none")
+    tracker: Literal["none", "tensorboard", "wandb"] = knob("none", "where else to send the metrics")
+
+    device: str = knob("auto", "auto (CUDA, then MPS, then CPU), cpu, mps, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
+        "auto", "of the matrix products; weights stay float32. auto = bfloat16 where the hardware has it, else float32")
+    compile: Literal["auto", True, False] = knob("auto", "torch.compile; auto = where it works and pays for itself")
+    activation_checkpointing: bool = knob(False, "compute each Block twice to keep less: slower, less memory")
+
+    def __post_init__(self):
+        positive = ("batch_size", "max_iters", "log_interval", "keep")
+        not_negative = ("micro_batch_size", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "eval_interval",
+                        "eval_iters", "save_interval", "sample_tokens", "seed")
+        problems = [f"{name} must be 1 or more, got {getattr(self, name)}" for name in positive
+                    if getattr(self, name) < 1]
+        problems += [f"{name} must be 0 or more, got {getattr(self, name)}" for name in not_negative
+                     if getattr(self, name) < 0]
+        problems += [f"{name} must be in [0, 1), got {getattr(self, name)}" for name in ("beta1", "beta2",
+                     "muon_momentum") if not 0 <= getattr(self, name) < 1]
+        problems += [f"{name} must be above 0, got {getattr(self, name)}" for name in ("learning_rate", "embed_lr")
+                     if getattr(self, name) <= 0]
+        if self.min_lr > self.learning_rate > 0:
+            problems.append(f"min_lr={self.min_lr} must not be above learning_rate={self.learning_rate}")
+        if self.warmup_iters > self.max_iters > 0:
+            problems.append(f"warmup_iters={self.warmup_iters} must not be above max_iters={self.max_iters}")
+        if not 0 < self.decay_fraction <= 1:
+            problems.append(f"decay_fraction must be in (0, 1], got {self.decay_fraction}")
+        if self.batch_size > 1_000_000:
+            problems.append(f"batch_size must be at most 1,000,000 sequences, got {self.batch_size:,}")
+        elif self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size:
+            near = max(m for m in range(1, self.micro_batch_size) if self.batch_size % m == 0)
+            problems.append(f"batch_size={self.batch_size} must be a multiple of micro_batch_size="
+                            f"{self.micro_batch_size}: the nearest is {near}")
+        if Path(self.dataset).name != self.dataset or self.dataset in ("", ".", ".."):
+            problems.append(f"dataset must be the bare name of a folder under data/, got {self.dataset!r}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def flat(self) -> dict[str, Any]:
+        """All knobs in one dict, the model's too: what config.json and checkpoints hold."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
+        return own | dataclasses.asdict(self.model)
+
+
+OTHERS_NAMES = {  # what the field calls it elsewhere -> what it is called here
+    "lr": "learning_rate", "dim": "n_embd", "d_model": "n_embd", "hidden_size": "n_embd", "n_layers": "n_layer",
+    "n_heads": "n_head", "n_kv_heads": "n_kv_head", "max_seq_len": "block_size", "context": "block_size",
+    "gradient_accumulation_steps": "micro_batch_size", "max_steps": "max_iters", "lr_decay_iters": "max_iters",
+    "decay_lr": "lr_schedule", "init_from": "resume", "wandb_log": "tracker", "eps": "norm_eps",
+    "always_save_checkpoint": "save_interval", "weight_tying": "tie_embeddings", "intermediate_size": "n_hidden"}
+
+
+def knobs_of(*classes: type) -> dict[str, tuple[Any, dataclasses.Field]]:
+    """name -> (type, field) of every knob of the dataclasses."""
+    return {f.name: (get_type_hints(cls)[f.name], f) for cls in classes
+            for f in dataclasses.fields(cls) if "help" in f.metadata}
+
+
+def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """['config/x.py', 'a=1', '--b=2'] -> (['config/x.py'], {'a': '1', 'b': '2'}); a value may contain '='."""
+    places, pairs = [], {}
+    for argument in argv:
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not equals:
+            if argument.startswith("-"):
+                raise ValueError(f"{argument} has no value: write {key.lstrip('-')}=VALUE")
+            places.append(argument)
+        elif key in pairs:
+            raise ValueError(f"{key} is given twice on the command line, as {pairs[key]!r} and {text!r}: keep one")
+        else:
+            pairs[key] = text
+    return places, pairs
+
+
+def convert(key: str, value: Any, kind: Any) -> Any:
+    """`value`, a literal of a preset or text of the command line, as the knob's type; ValueError if it is not one."""
+    if get_origin(kind) is Literal:
+        return choose(key, value, get_args(kind))
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError(f"{key} must be text in quotes, got {value!r}")
+        return value
+    if kind is bool:
+        return choose(key, value, (True, False))
+    parsed = value
+    if isinstance(value, str):
+        try:
+            parsed = kind(value)
+        except ValueError:
+            parsed = None
+    wanted = {int: "a whole number", float: "a number"}[kind]
+    if isinstance(parsed, bool) or not isinstance(parsed, (int, kind)):
+        raise ValueError(f"{key} must be {wanted}, got {value!r}")
+    if isinstance(parsed, float) and not math.isfinite(parsed):
+        raise ValueError(f"{key} must be finite, got {value!r}")
+    return kind(parsed)
+
+
+def choose(key: str, value: Any, choices: tuple) -> Any:
+    """The one of `choices` that value names; booleans may be true/false, yes/no or 1/0 in any case."""
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    for choice in choices:
+        if isinstance(choice, bool):
+            if words.get(str(value).lower()) is choice:
+                return choice
+        elif value == choice:
+            return choice
+    raise ValueError(f"{key} must be {' or '.join(str(c).lower() for c in choices)}, got {value!r}")
+
+
+def typed(values: dict[str, Any], knobs: dict, where: str) -> dict[str, Any]:
+    """Every value as its knob's type; an unknown key is refused with the nearest known one."""
+    result = {}
+    for key, value in values.items():
+        if key not in knobs:
+            near = [OTHERS_NAMES[key]] if OTHERS_NAMES.get(key) in knobs else get_close_matches(key, knobs, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else "--help lists all"
+            raise ValueError(f"{where}: unknown knob {key!r}; {hint}")
+        result[key] = convert(key, value, knobs[key][0])
+    return result
+
+
+def read_preset(path: str | Path) -> dict[str, Any]:
+    """The `name = literal` lines of a preset, in order. Numbers, strings, booleans and arithmetic of numbers."""
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(p.stem for p in DEFAULT_PRESET.parent.glob("*.py") if p.stem not in ("schema", "__init__"))
+        raise ValueError(f"{path} is not a file; presets are {', '.join(f'config/{name}.py' for name in known)}")
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    except SyntaxError as error:
+        raise ValueError(f"{path}:{error.lineno}:{error.offset}: {error.msg}") from error
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
+    values = {}
+    for line in tree.body:
+        where = f"{path}:{line.lineno}:{line.col_offset + 1}"
+        if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str):
+            continue  # a docstring
+        if not (isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name)):
+            raise ValueError(f"{where}: a preset holds only lines of the form name = literal; nothing of it was run")
+        key = line.targets[0].id
+        if key in values:
+            raise ValueError(f"{where}: {key} is given twice")
+        values[key] = literal(line.value, path)
+    return values
+
+
+ARITHMETIC: dict[type, Callable] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+                                    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}
+
+
+def literal(node: ast.expr, path: Path) -> int | float | str | bool:
+    """The value of a literal, or of + - * / // ** on numbers."""
+    where = f"{path}:{node.lineno}:{node.col_offset + 1}"
+    match node:
+        case ast.Constant(value=int() | float() | str() as value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=inner):
+            value = literal(inner, path)
+            if isinstance(value, (int, float)):
+                return -value
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
+            a, b = literal(left, path), literal(right, path)
+            small = not isinstance(op, ast.Pow) or (isinstance(b, (int, float)) and abs(b) <= 64)
+            if isinstance(a, (int, float)) and isinstance(b, (int, float)) and small and max(abs(a), abs(b)) < 1e18:
+                try:
+                    return ARITHMETIC[type(op)](a, b)
+                except ArithmeticError as error:
+                    raise ValueError(f"{where}: {error}") from error
+    raise ValueError(f"{where}: only numbers, strings, booleans and arithmetic of numbers are allowed; nothing was run")
+
+
+def load_config(argv: list[str]) -> Config:
+    """A preset (config/small.py when none is named), then key=value overrides, into one checked Config."""
+    places, pairs = split_arguments(argv)
+    if len(places) > 1:
+        raise ValueError(f"one preset at most, got {' '.join(places)}; knobs are written key=value")
+    path = places[0] if places else DEFAULT_PRESET
+    own, model = knobs_of(Config), knobs_of(ModelConfig)
+    values = typed(read_preset(path), own | model, str(path)) | typed(pairs, own | model, "command line")
+    return Config(model=ModelConfig(**{k: v for k, v in values.items() if k in model}),
+                  **{k: v for k, v in values.items() if k in own})
+
+
+def help_text(usage: str, *classes: type) -> str:
+    """Every knob with its choices or type, default and meaning."""
+    lines = [usage, ""]
+    for name, (kind, knob_field) in knobs_of(*classes).items():
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        shape = "|".join(str(c).lower() for c in choices) or kind.__name__
+        default = knob_field.default if knob_field.default != "" else "''"
+        lines.append(f"  {name}={default}".ljust(32) + f"{knob_field.metadata['help']} ({shape})")
+    return "\n".join(lines)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Around all that a user can get wrong: a ValueError or OSError becomes one line on stderr and exit code 2.
+
+    `python -X dev` shows where it rose instead.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:  # nothing has begun, so nothing is lost
+        raise SystemExit(130) from None
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,1 @@
+"""Text in, tokens out: tokenizers, the loader, and the command that prepares a data set."""

@@ -1,0 +1,185 @@
+"""The batch of step s is a pure function of (seed, s): no state, no worker, nothing to resume.
+
+Tokens are read from disk as they are needed (memory maps). Global random generators are never touched.
+"""
+
+import json
+import os
+import stat
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.tokenizer import tokenizer_sha256
+
+SPLITS = ("train", "val")
+FULL_SCAN = 200_000_000  # tokens; larger files have their ids checked in evenly spread parts that add up to this
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set that passed open_dataset's checks: train and val are read-only maps of ids, 1-dimensional."""
+
+    folder: Path
+    meta: dict
+    train: np.ndarray
+    val: np.ndarray
+
+    @property
+    def fingerprint(self) -> dict:
+        """What must not change between a run and its resumption."""
+        keys = ("dtype", "vocab_size", "tokens", "content_sha256", "tokenizer_sha256")
+        return {"name": self.folder.resolve().name} | {key: self.meta[key] for key in keys}
+
+    def bytes_per_token(self, split: str) -> float:
+        """UTF-8 bytes of text per token: bits per byte = loss in nats / ln 2 / this."""
+        return self.meta["bytes"][split] / self.meta["tokens"][split]
+
+
+def open_dataset(folder: str | Path) -> Dataset:
+    """Opens data/<name>. Raises OSError (a file is missing or unreadable) or ValueError, in one line."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such data set; make it with: python data/prepare.py {folder.name} "
+                                f"(or YOUR-TEXT name={folder.name})")
+    meta = read_meta(folder / "meta.json")
+    tokens = {split: map_tokens(folder / f"{split}.bin", meta, split) for split in SPLITS}
+    if tokenizer_sha256(folder) != meta["tokenizer_sha256"]:
+        raise ValueError(f"{folder}: its tokenizer file is not the one the tokens were made with; prepare it again")
+    return Dataset(folder, meta, **tokens)
+
+
+def check_regular(path: Path) -> int:
+    """The size in bytes of a regular, readable file; opens nothing else, since opening a FIFO would wait for ever."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path}: not a regular file; prepare the data set again")
+        open(path, "rb").close()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; prepare the data set again") from None
+    except PermissionError:
+        raise PermissionError(f"{path}: permission denied; make it readable") from None
+    return status.st_size
+
+
+def is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def is_counts(value: object) -> bool:
+    return isinstance(value, dict) and all(is_count(value.get(split)) for split in SPLITS)
+
+
+FIELDS = {  # of meta.json: the test that a value must pass, and its meaning
+    "format_version": (lambda value: type(value) is int and value == 1, "1 (another version of this program made it?)"),
+    "dtype": (lambda value: value in ("uint16", "uint32"), "'uint16' or 'uint32'"),
+    "vocab_size": (lambda value: is_count(value) and value <= 2**32, "a whole number above 0"),
+    "tokens": (is_counts, "a number of tokens above 0 for train and for val"),
+    "bytes": (is_counts, "a number of bytes above 0 for train and for val"),
+} | dict.fromkeys(("tokenizer", "tokenizer_sha256", "content_sha256"), (lambda value: isinstance(value, str), "a text"))
+
+
+def read_meta(path: Path) -> dict:
+    """The checked content of meta.json."""
+    check_regular(path)
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); prepare the data set again") from None
+    if not isinstance(meta, dict):
+        raise ValueError(f"{path}: not a JSON object; prepare the data set again")
+    for field, (good, meaning) in FIELDS.items():
+        if not good(meta.get(field)):
+            raise ValueError(f"{path}: {field} is {meta.get(field)!r:.80}, must be {meaning}; prepare the data again")
+    bos_id = meta.get("bos_id")
+    if not (bos_id is None or type(bos_id) is int and 0 <= bos_id < meta["vocab_size"]):
+        raise ValueError(f"{path}: bos_id is {bos_id!r:.80}, must be null or an id below vocab_size; "
+                         "prepare the data again")
+    return meta
+
+
+def map_tokens(path: Path, meta: dict, split: str) -> np.ndarray:
+    """The checked tokens of one split."""
+    size, dtype = check_regular(path), np.dtype(meta["dtype"]).newbyteorder("<")
+    if size == 0:
+        raise ValueError(f"{path}: empty; prepare the data set again")
+    wanted = meta["tokens"][split] * dtype.itemsize
+    if size != wanted:
+        raise ValueError(f"{path}: has {size} bytes, not the {wanted} of meta.json's {meta['tokens'][split]} tokens; "
+                         "truncated? prepare the data set again")
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    check_ids(path, tokens, meta["vocab_size"])
+    return tokens
+
+
+def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    """Raises ValueError if an id is not below vocab_size: on a GPU it would be a device-side assert, far from here."""
+    part = 2**20
+    parts = -(-len(tokens) // part)
+    for i in np.linspace(0, parts - 1, min(parts, FULL_SCAN // part)).astype(int).tolist():
+        block = tokens[i * part:(i + 1) * part]
+        if block.max() >= vocab_size:
+            at = i * part + int(np.argmax(block >= vocab_size))
+            raise ValueError(f"{path}: id {tokens[at]} at byte {at * tokens.itemsize} is not below vocab_size="
+                             f"{vocab_size}; prepare the data set again")
+
+
+def check_length(n_tokens: int, block_size: int) -> None:
+    if n_tokens < block_size + 1:
+        raise ValueError(f"a split has {n_tokens} tokens, needs at least block_size + 1 = {block_size + 1}; "
+                         "lower block_size or prepare more text")
+
+
+@lru_cache(maxsize=2)  # a batch may straddle two epochs
+def epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Starts of one epoch's windows, shuffled; block_size apart from an offset that differs in each epoch.
+
+    One window fewer than would fit leaves the offset a whole block to move in, so borders fall everywhere in time.
+    Raw PCG64 output, because numpy keeps that the same in every version, but not permutation().
+    """
+    windows = max(1, n_tokens // block_size - 1)
+    random = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+    offset = int(random.random_raw()) % (n_tokens - windows * block_size)
+    starts = np.argsort(random.random_raw(windows), kind="stable") * block_size + offset
+    starts.setflags(write=False)
+    return starts
+
+
+def train_starts(n_tokens: int, block_size: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Where the windows of step's global batch start: int64 [batch_size], each + block_size + 1 <= n_tokens.
+
+    Within an epoch no window comes twice. Raises ValueError if the split is shorter than one window.
+    """
+    check_length(n_tokens, block_size)
+    windows = max(1, n_tokens // block_size - 1)
+    epochs, places = np.divmod(step * batch_size + np.arange(batch_size), windows)
+    return np.array([epoch_starts(n_tokens, block_size, seed, int(epoch))[place]
+                     for epoch, place in zip(epochs, places, strict=True)])
+
+
+def val_starts(n_tokens: int, block_size: int, count: int) -> np.ndarray:
+    """Starts of windows that do not overlap, int64: all of them if count is 0, else count spread over the split."""
+    check_length(n_tokens, block_size)
+    windows = (n_tokens - 1) // block_size
+    chosen = min(count, windows) or windows
+    return np.arange(chosen) * windows // chosen * block_size
+
+
+def read_windows(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x, y), int64 [B, T]: the tokens of each window, and those one place further, which are to be predicted."""
+    windows = torch.from_numpy(tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def batch(dataset: Dataset, step: int, batch_size: int, block_size: int, seed: int, rank: int = 0,
+          world_size: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's part of step's global batch of batch_size sequences: x, y int64 [batch_size / world_size, T]."""
+    if batch_size % world_size:
+        raise ValueError(f"batch_size={batch_size} must be a multiple of the {world_size} devices that share it")
+    starts = train_starts(len(dataset.train), block_size, batch_size, seed, step)
+    share = batch_size // world_size
+    return read_windows(dataset.train, starts[rank * share:(rank + 1) * share], block_size)

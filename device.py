@@ -1,0 +1,112 @@
+"""This machine: which device and dtype `auto` means here, how fast it multiplies, how much memory it has."""
+
+import ctypes
+import os
+import platform
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
+def choose_device(wanted: str) -> str:
+    """The device that `wanted` names, checked; auto = CUDA, then MPS, then CPU."""
+    present = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    present += ["mps"] if torch.backends.mps.is_available() else []
+    present += ["cpu"]
+    if wanted == "auto":
+        return present[0]
+    device = "cuda:0" if wanted == "cuda" else wanted
+    if device not in present:
+        raise ValueError(f"device={wanted} is not on this machine; it has {', '.join(present)} (or auto)")
+    return device
+
+
+def choose_dtype(wanted: str, device: str) -> str:
+    """The dtype of matrix products on `device`; auto = bfloat16 where the hardware multiplies it natively."""
+    if device.startswith("cuda"):  # torch counts emulated bfloat16 as supported, so ask for the hardware
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if wanted == "auto":
+        return "bfloat16" if native else "float32"
+    if wanted == "float16" and not device.startswith("cuda"):
+        raise ValueError(f"dtype=float16 needs a CUDA device, this is {device}; use dtype=bfloat16 or float32")
+    if wanted == "bfloat16" and device.startswith("cuda") and not native:
+        raise ValueError("dtype=bfloat16 needs compute capability 8.0 or newer; use dtype=float16 or float32")
+    return wanted
+
+
+def autocast(device: str, dtype: str) -> AbstractContextManager:
+    """Matrix products in `dtype`, weights stay float32."""
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, getattr(torch, dtype))
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what is freed for the next step instead of giving it back to the system.
+
+    Every large tensor would otherwise be mapped, faulted in page by page and unmapped again in each step; on a CPU
+    that was measured at a seventh to half of the time (LOG.md). Nothing to do with other C libraries.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for parameter, value in ((M_MMAP_THRESHOLD, 2**25), (M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            libc.mallopt(parameter, value)  # an older glibc refuses the larger threshold and keeps the smaller
+
+
+def to_device(tensor: Tensor, device: str) -> Tensor:
+    if device.startswith("cuda"):  # from pinned memory the copy runs beside the computation
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def synchronize(device: str) -> None:
+    """Waits until the device has done all that was asked of it."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+@cache
+def matmul_rate(device: str, dtype: str, seconds: float = 0.3) -> float:
+    """FLOP/s of large square matrix products on this device, measured once: the ceiling that a step is held against."""
+    size = 8192 if device.startswith("cuda") else 1024
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    a @ a  # warm up
+    synchronize(device)
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        for _ in range(4):
+            a @ a
+        synchronize(device)
+        best = max(best, 4 * 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def total_memory(device: str) -> float:
+    """Bytes of memory that a program on the device can have."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    if sys.platform == "win32":
+        return float("inf")  # no portable way to ask; nothing is refused there
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory(device: str) -> float:
+    """Bytes at the highest point so far: of tensors on CUDA, else of the whole process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return float("nan")
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,168 @@
+"""One record, all its readers: the bar or the log lines, metrics.jsonl, a tracker, and loss.png made from the file."""
+
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from checkpoint import write_atomically
+from device import peak_memory
+
+FILE = "metrics.jsonl"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run, in order. A last line that a kill cut short is left out."""
+    path = folder / FILE
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Log:
+    """Takes the records of one run.
+
+    Printing and writing never stop the training: a failing file or tracker is named once; when the reader of our
+    output has gone (`| head`), the run is asked to save and end like after a signal.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int, last_step: int, tokens_per_step: int, flops_per_step: float,
+                 matmul_rate: float, bytes_per_token: float, device: str, interval: int,
+                 tracker: Callable[[dict], None] | None, stop: Callable[[int], None]):
+        self.folder, self.last_step, self.interval, self.device = folder, last_step, interval, device
+        self.tokens_per_step, self.flops_per_step, self.matmul_rate = tokens_per_step, flops_per_step, matmul_rate
+        self.bytes_per_token, self.tracker, self.stop = bytes_per_token, tracker, stop
+        self.steps_timed, self.recent = 0, []  # seconds of the steps since the last record
+        self.records = [r for r in read_metrics(folder) if r["step"] <= first_step] if first_step else []
+        text = "".join(json.dumps(record) + "\n" for record in self.records)
+        write_atomically(folder / FILE, lambda file: file.write(text.encode()))
+        self.file = open(folder / FILE, "a", encoding="utf-8", buffering=1)
+        self.bar = tqdm(total=last_step, initial=first_step, disable=not sys.stderr.isatty(), unit="step",
+                        dynamic_ncols=True, file=sys.stderr)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+        self.file.close()
+
+    def line(self, text: str, file=None) -> None:
+        """Prints above the bar."""
+        try:
+            self.bar.write(text, file=file or sys.stdout)
+            (file or sys.stdout).flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at exit fail
+            self.stop(signal.SIGPIPE)
+
+    def has_evaluation(self, step: int) -> bool:
+        return any(r["step"] == step and "val_loss" in r for r in reversed(self.records))
+
+    def training(self, step: int, loss: float, lr: float, grad_norm: float, seconds: float) -> None:
+        """After each optimizer step; every `interval` steps it becomes a record, with the mean time of those steps."""
+        self.steps_timed += 1
+        self.recent.append(seconds)
+        rate = len(self.recent) / sum(self.recent)
+        share = self.flops_per_step * rate / self.matmul_rate
+        self.bar.update(1)
+        if step % self.interval and step not in (1, self.last_step):
+            return
+        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {self.tokens_per_step * rate:,.0f} tok/s, "
+                                 f"{share:.0%} of matmul rate")
+        if self.bar.disable:
+            self.line(f"step {step}/{self.last_step} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.2f} | "
+                      f"{1000 / rate:.0f} ms | {self.tokens_per_step * rate:,.0f} tok/s | {share:.0%} of matmul rate | "
+                      f"{clock((self.last_step - step) / rate)} left")
+        self.recent = []
+        self.write({"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "step_ms": 1000 / rate,
+                    "tok_per_s": self.tokens_per_step * rate, "peak_memory_mb": peak_memory(self.device) / 2**20})
+
+    def evaluation(self, step: int, val_loss: float) -> None:
+        """val_loss in nats per token; bits per byte compares runs across tokenizers."""
+        bits = val_loss / math.log(2) / self.bytes_per_token
+        self.line(f"step {step}/{self.last_step} | val loss {val_loss:.4f} | {bits:.4f} bits per byte | "
+                  f"perplexity {math.exp(min(val_loss, 700)):.2f}")
+        self.write({"step": step, "val_loss": val_loss, "val_bpb": bits})
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        for name, sink in (("metrics.jsonl", self._to_file), ("tracker", self.tracker)):
+            if sink is None:
+                continue
+            try:
+                sink(record)
+            except Exception as error:  # a full disk or a tracker's server is no reason to lose the training
+                print(f"warning: {name} failed and is left alone from here on: {error}", file=sys.stderr)
+                if name == "tracker":
+                    self.tracker = None
+
+    def _to_file(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+
+
+def clock(seconds: float) -> str:
+    """93 -> '1:33', 7265 -> '2:01:05'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def open_tracker(kind: str, folder: Path, knobs: dict[str, Any]) -> Callable[[dict], None] | None:
+    """A function that takes records, or None. Both are optional packages: ValueError says how to install them."""
+    if kind == "none":
+        return None
+    try:
+        return TRACKERS[kind](folder, knobs)
+    except ImportError as error:
+        raise ValueError(f"tracker={kind} needs a package that is not here: pip install {kind}") from error
+
+
+def tensorboard(folder: Path, knobs: dict[str, Any]) -> Callable[[dict], None]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def send(record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            writer.add_scalar(name, value, record["step"])
+        writer.flush()
+
+    return send
+
+
+def wandb(folder: Path, knobs: dict[str, Any]) -> Callable[[dict], None]:
+    import wandb as package
+
+    run = package.init(project="rootllama", name=folder.name, dir=str(folder), config=knobs)
+    return lambda record: run.log(record, step=record["step"])
+
+
+TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
+
+
+def plot_losses(folder: Path) -> Path | None:
+    """loss.png from metrics.jsonl, by step; None without records, or where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no global state, no display
+    except ImportError:
+        return None
+    records = read_metrics(folder)
+    if not records:
+        return None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
+    for key, style, label in (("loss", "-", "training"), ("val_loss", "o-", "validation")):
+        points = [(r["step"], r[key]) for r in records if key in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, linewidth=1, markersize=4,
+                      label=f"{label}: {points[-1][1]:.3f}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=150)
+    return folder / "loss.png"

@@ -1,0 +1,310 @@
+"""Continue a prompt with a trained model:  python sample.py out/small prompt="def main(" [key=value ...]
+
+Reading order: generate, all that training and benchmarks use of this file; the arithmetic it is made of; the command.
+"""
+
+import codecs
+import dataclasses
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from checkpoint import build_model, load_named
+from config.schema import help_text, knobs_of, split_arguments, typed, user_errors
+from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
+from device import autocast, choose_device, choose_dtype
+from model import Decoder, KVCache, knob
+
+USAGE = "python sample.py RUN_FOLDER [key=value ...]\n\nEvery knob with its default:"
+LARGEST_PROMPT = 1_000_000  # bytes of a file or of standard input; far above any context
+ARGUMENTS = ("max_new_tokens", "num_samples", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+# What a terminal would obey instead of show: C0 but newline and tab, DEL and C1, and the overrides of text direction.
+UNSAFE = dict.fromkeys({*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {9, 10})
+
+
+@torch.inference_mode()  # on a generator it holds only while the generator runs, not in the caller between tokens
+def generate(model: Decoder, ids: list[int], max_new_tokens: int, *, num_samples: int = 1, temperature: float = 1.0,
+             top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0,
+             vocab_size: int | None = None) -> Iterator[list[int]]:
+    """Continues `ids` (at least one) num_samples times at once; yields per new token one id for each sample.
+
+    Ids from vocab_size up (the padding of a model's vocabulary; None = it has none) are never drawn. The same arguments
+    give the same ids; torch's own random state is neither read nor changed. Under the caller's autocast the cache is
+    in its dtype too. Leaves the model in eval mode. FloatingPointError if the logits are not finite.
+    """
+    device, block_size = model.embed.weight.device, model.config.block_size
+    model.eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    window = torch.tensor([ids], device=device)  # [B, T] what the model sees; B is 1 until the prompt is read
+    seen = torch.zeros(num_samples, model.config.vocab_size, dtype=torch.bool, device=device)
+    seen[:, ids] = True
+    cache = KVCache(model.config, 1, min(block_size, len(ids) + max_new_tokens), device, compute_dtype(model))
+    for _ in range(max_new_tokens):
+        start = window_start(window.shape[1], block_size)
+        if start:
+            window, cache.length = window[:, start:], 0
+        logits = model(window[:, cache.length:], cache=cache)[:, -1].float()
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError("the model's logits hold NaN or Inf: its weights are damaged, or too large for "
+                                     "this dtype (then dtype=float32 helps)")
+        widen(cache, num_samples)
+        logits = penalise(logits.expand(num_samples, -1), seen, repetition_penalty)[:, :vocab_size]
+        if temperature == 0:
+            new = logits.argmax(-1, keepdim=True)  # [B, 1]
+        else:
+            new = torch.multinomial(logits_to_probabilities(logits, temperature, top_k, top_p, min_p), 1,
+                                    generator=generator)
+        seen.scatter_(1, new, True)
+        window = torch.cat((window.expand(num_samples, -1), new), dim=1)
+        yield new.flatten().tolist()
+
+
+def window_start(length: int, block_size: int) -> int:
+    """The index of the first of `length` tokens that the model still sees.
+
+    Everything, up to block_size. Then the oldest half of the window is dropped, and what remains is read again from
+    position 0, so the model always sees a context as in training; the next block_size / 2 tokens cost one step each.
+    """
+    half = max(1, block_size // 2)
+    return -(-max(0, length - block_size) // half) * half
+
+
+def compute_dtype(model: Decoder) -> torch.dtype:
+    """The dtype of the model's keys and values: that of the active autocast, else of its weights."""
+    weight = model.embed.weight
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
+
+
+def widen(cache: KVCache, batch: int) -> None:
+    """Repeats the cache of one sequence for `batch` of them; a wide one stays as it is."""
+    if cache.keys.shape[1] != batch:
+        cache.keys, cache.values = (t.repeat(1, batch, 1, 1, 1) for t in (cache.keys, cache.values))
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Makes tokens that were `seen` [B, V] bool less likely if penalty > 1. Keskar et al. 2019, arXiv 1909.05858, 4.1.
+
+    As all implementations but unlike the paper, which divides always, negative logits [B, V] are multiplied.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def logits_to_probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+                            min_p: float = 0.0) -> Tensor:
+    """fp32 logits [B, V] -> what to draw from [B, V]. Each step works on what the one before has left, renormalised.
+
+    1. temperature divides the logits; 0 is its limit, the likeliest token for certain.
+    2. top_k keeps the k likeliest; 0 = all, and so does a k above V.
+    3. top_p keeps the fewest, likeliest first, that reach p together. Holtzman et al. 2019, arXiv 1904.09751.
+    4. min_p keeps those of at least min_p times the likeliest's probability. Nguyen et al. 2024, arXiv 2407.01082.
+    """
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    shifted = logits - logits.amax(-1, keepdim=True)  # at most 0, so that no temperature overflows
+    probabilities = (shifted / max(temperature, 1e-6)).softmax(-1)
+    if 0 < top_k < logits.shape[-1]:
+        kept, where = probabilities.topk(top_k)
+        probabilities = normalised(torch.zeros_like(probabilities).scatter(-1, where, kept))
+    if top_p < 1:
+        ordered, where = probabilities.sort(descending=True)
+        before = ordered.cumsum(-1) - ordered  # of all likelier ones; exactly 0 for the first, which always stays
+        probabilities = normalised(probabilities.scatter(-1, where, ordered.masked_fill(before >= top_p, 0)))
+    least = min_p * probabilities.amax(-1, keepdim=True)
+    return normalised(probabilities.masked_fill(probabilities < least, 0))
+
+
+def normalised(weights: Tensor) -> Tensor:
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids that a text starts with: bos, as a document does in training, then the text's own.
+
+    An empty text without bos begins like a line: with a newline, or with the first token if that is not in the
+    vocabulary. ValueError if the text cannot be encoded.
+    """
+    text.encode()  # a command line that is not UTF-8 arrives as lone surrogates, which tokenizers treat differently
+    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
+    if ids:
+        return ids
+    try:
+        return tokenizer.encode("\n")
+    except ValueError:
+        return [0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """What is sampled, and how."""
+
+    prompt: str = knob("-", "text to continue; FILE:path = a file's, - = standard input's unless that is a terminal; "
+                       "their last newline does not count")
+    checkpoint: str = knob("latest", "latest, best or a step")
+    max_new_tokens: int = knob(200, "tokens to generate")
+    num_samples: int = knob(1, "texts to generate, all at once")
+    temperature: float = knob(0.8, "divides the logits: below 1 safer, above 1 wilder, 0 = always the likeliest token")
+    top_k: int = knob(0, "draw from the k likeliest tokens; 0 = from all")
+    top_p: float = knob(1.0, "draw from the fewest tokens that reach this probability together; 1 = from all")
+    min_p: float = knob(0.0, "draw from tokens of at least this share of the likeliest's probability; 0 = from all")
+    repetition_penalty: float = knob(1.0, "above 1 makes tokens that were there already less likely")
+    seed: int = knob(1337, "of the draws: the same seed gives the same text")
+    device: str = knob("auto", "auto (CUDA, then MPS, then CPU), cpu, mps, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
+        "auto", "of the matrix products. auto = bfloat16 where the hardware has it, else float32")
+    interactive: bool = knob(False, "ask for prompts until the end of the input (Ctrl-D)")
+    raw: bool = knob(False, "let control characters through to the terminal")
+
+    def __post_init__(self):
+        rules = {"max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
+                 "num_samples": (1 <= self.num_samples <= 10_000, "between 1 and 10,000"),
+                 "temperature": (0 <= self.temperature < math.inf, "0 (the likeliest token) or more"),
+                 "top_k": (self.top_k >= 0, "0 (off) or more"),
+                 "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+                 "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
+                 "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "above 0, from 0.01 to 100"),
+                 "seed": (0 <= self.seed < 2**64, "0 or more, and below 2**64")}
+        problems = [f"{name} must be {rule}, got {getattr(self, name)}"
+                    for name, (kept, rule) in rules.items() if not kept]
+        if self.interactive and self.prompt != "-":
+            problems.append("interactive=true asks for the prompts: leave prompt out")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0 done, 2 the user's error, 3 NaN or Inf, 130 after Ctrl-C."""
+    try:
+        run(argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read us has had enough; without this, Python would complain at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    return 0
+
+
+def run(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        print(help_text(USAGE, SampleOptions))
+        return
+    with user_errors():
+        folder, options = parse(argv)
+        text = "" if options.interactive else prompt_text(options.prompt)
+        model, tokenizer = load_run(folder, options.checkpoint, options.device)
+        ids = prompt_ids(tokenizer, text)
+    sys.stdout.reconfigure(errors="replace")  # where the output cannot hold a character, a ? is better than an end
+    if options.interactive:
+        converse(model, tokenizer, options)
+    else:
+        respond(model, tokenizer, ids, options, echo=text)
+
+
+def parse(argv: list[str]) -> tuple[Path, SampleOptions]:
+    """The run's folder and the options, with device and dtype resolved."""
+    places, pairs = split_arguments(argv)
+    if len(places) != 1:
+        raise ValueError(f"name one run folder, got {' '.join(places) or 'none'}: "
+                         f"python sample.py out/small prompt='...'")
+    options = SampleOptions(**typed(pairs, knobs_of(SampleOptions), "command line"))
+    device = choose_device(options.device)
+    return Path(places[0]), dataclasses.replace(options, device=device, dtype=choose_dtype(options.dtype, device))
+
+
+def prompt_text(prompt: str) -> str:
+    """The text that prompt=... stands for."""
+    if prompt == "-":
+        nobody = sys.stdin is None or sys.stdin.isatty()
+        return "" if nobody else read_text(sys.stdin.buffer, "standard input")
+    if prompt.startswith("FILE:"):
+        with open(prompt.removeprefix("FILE:"), "rb") as file:
+            return read_text(file, file.name)
+    return prompt
+
+
+def read_text(file: BinaryIO, name: str) -> str:
+    """A prompt's text without its last newline, which echo and editors put there. ValueError if long or not UTF-8."""
+    content = file.read(LARGEST_PROMPT + 1)
+    if len(content) > LARGEST_PROMPT:
+        raise ValueError(f"{name} is longer than {LARGEST_PROMPT:,} bytes: give its end, a model sees no more of it")
+    try:
+        return content.decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text (at byte {error.start})") from error
+
+
+def load_run(folder: Path, which: str, device: str) -> tuple[Decoder, Tokenizer]:
+    """The model of a run's checkpoint (latest, best or a step) on `device`, and the tokenizer it was trained with."""
+    state, tokenizer, found = load_named(folder, which), load_tokenizer(folder), tokenizer_sha256(folder)
+    wanted = state["data"].get("tokenizer_sha256", found)  # a model that comes from elsewhere may not know its own
+    if wanted != found:
+        raise ValueError(f"the tokenizer in {folder} is not the one this model was trained with (SHA-256 {found[:12]} "
+                         f"instead of {wanted[:12]}): copy that of the data set there")
+    model = build_model(state, device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model knows only "
+                         f"{model.config.vocab_size}: it is not the one of this run")
+    return model, tokenizer
+
+
+def converse(model: Decoder, tokenizer: Tokenizer, options: SampleOptions) -> None:
+    """Asks for prompts and continues them until the input ends."""
+    while True:
+        try:
+            ids = prompt_ids(tokenizer, input("prompt> " if sys.stdin.isatty() else ""))
+        except EOFError:
+            return
+        except ValueError as error:  # characters that the vocabulary lacks, or bytes that are not UTF-8
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        respond(model, tokenizer, ids, options)
+
+
+def respond(model: Decoder, tokenizer: Tokenizer, ids: list[int], options: SampleOptions, echo: str = "") -> None:
+    """Prints `echo` and the continuation of ids as it comes; further samples follow whole, and the speed on stderr."""
+    block_size = model.config.block_size
+    left_out = window_start(len(ids), block_size)
+    if left_out:
+        print(f"warning: the prompt has {len(ids):,} tokens, the model sees at most {block_size:,} at once: the first "
+              f"{left_out:,} are left out", file=sys.stderr)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back the bytes of an unfinished character
+    others: list[list[int]] = [[] for _ in range(options.num_samples - 1)]
+    arguments = {name: getattr(options, name) for name in ARGUMENTS}
+    show(echo, options.raw)
+    start, count = time.perf_counter(), 0
+    with autocast(options.device, options.dtype):
+        for new, *rest in generate(model, ids, vocab_size=tokenizer.vocab_size, **arguments):
+            show(decoder.decode(tokenizer.decode_bytes([new])), options.raw)
+            for other, token in zip(others, rest, strict=True):
+                other.append(token)
+            count += options.num_samples
+    seconds = time.perf_counter() - start
+    show(decoder.decode(b"", final=True) + "\n", options.raw)
+    for other in others:
+        show(f"---\n{echo}{tokenizer.decode_bytes(other).decode(errors='replace')}\n", options.raw)
+    print(f"{count:,} tokens in {seconds:.2f} s: {count / seconds:,.0f} tokens/s ({options.device}, {options.dtype})",
+          file=sys.stderr)
+
+
+def show(text: str, raw: bool) -> None:
+    """Writes at once; a terminal gets no control characters unless they are wanted `raw`."""
+    sys.stdout.write(text.translate(UNSAFE) if sys.stdout.isatty() and not raw else text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

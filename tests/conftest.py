@@ -1,0 +1,45 @@
+"""What the tests share: a small text, a data set made of it, and a way to train on it."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from data.prepare import prepare
+
+torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["n_layer=2", "n_head=2", "n_embd=32", "n_hidden=64", "block_size=32", "batch_size=8", "max_iters=12",
+         "warmup_iters=2", "eval_interval=5", "eval_iters=4", "save_interval=4", "log_interval=1", "sample_tokens=0",
+         "device=cpu", "dtype=float32", "compile=false", "dataset=words"]
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory):
+    """A folder with the data set `words`: made-up prose, one token per character."""
+    folder = tmp_path_factory.mktemp("data")
+    pick = random.Random(0)
+    text = " ".join(pick.choice("the cat sat on a mat and saw the rat run to its hole".split()) for _ in range(5000))
+    (folder / "words.txt").write_text(text, encoding="utf-8")
+    prepare([str(folder / "words.txt")], folder / "words", tokenizer="char")
+    return folder
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch, data_folder, capsys):
+    """start('key=value', ...) trains a very small model in tmp_path/run: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(train, "DATA", data_folder)
+
+    def run(*arguments, out="run"):
+        knobs = {a.split("=")[0]: a for a in [*SMALL, f"out_dir={tmp_path / out}", *arguments]}  # later ones win
+        try:
+            code = train.main([str(ROOT / "config" / "tiny.py"), *knobs.values()])
+        except SystemExit as stop:
+            code = stop.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run

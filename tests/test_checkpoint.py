@@ -1,0 +1,203 @@
+"""A checkpoint is whole or it is not there; what is not sound is never loaded."""
+
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import all_in, compare_with_run, load, load_named, load_newest, path_of, prune, save, write_atomically
+from model import Decoder, ModelConfig
+
+MODEL = ModelConfig(vocab_size=11, n_layer=1, n_embd=8, n_head=2, n_hidden=8, block_size=8)
+
+
+def state(step=1, **changes):
+    model = Decoder(MODEL, seed=step)
+    whole = {"step": step, "model": {n: p.detach() for n, p in model.named_parameters()},
+             "optimizer": {"norm.gain": {"exp_avg": torch.ones(8)}}, "scaler": {}, "config": vars(MODEL) | {"seed": 1},
+             "data": {"name": "x"}, "best_val_loss": 2.5}
+    return whole | changes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three checkpoints, at steps 9, 10 and 100: the order of numbers, not of text."""
+    for step in (9, 10, 100):
+        save(path_of(tmp_path, step), state(step))
+    return tmp_path
+
+
+def flip_bit(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 16
+    path.write_bytes(content)
+
+
+def test_what_was_saved_is_loaded(folder):
+    loaded, wanted = load(path_of(folder, 10)), state(10)
+    assert {k: v for k, v in loaded.items() if k in ("step", "config", "data", "best_val_loss", "scaler")} == {
+        k: wanted[k] for k in ("step", "config", "data", "best_val_loss", "scaler")}
+    assert all(torch.equal(t, wanted["model"][n]) for n, t in loaded["model"].items())
+    assert torch.equal(loaded["optimizer"]["norm.gain"]["exp_avg"], torch.ones(8))
+    assert not list(folder.glob(".*"))
+
+
+def test_the_model_in_it_is_rebuilt(folder):
+    model = checkpoint.build_model(load(path_of(folder, 9)), "cpu")
+    assert model.config == MODEL
+    assert torch.equal(model.embed.weight, Decoder(MODEL, seed=9).embed.weight)
+
+
+def test_newest_is_by_number(folder):
+    assert [step for step, _ in all_in(folder)] == [9, 10, 100]
+    assert load_newest(folder)["step"] == 100
+
+
+def test_every_flipped_bit_in_a_tensor_is_found(folder):
+    path = path_of(folder, 100)
+    with zipfile.ZipFile(path) as archive:
+        data = [i for i in archive.infolist() if "/data/" in i.filename and i.file_size > 64]
+    assert len(data) > 5
+    for entry in data:
+        at = entry.header_offset + 30 + 64 + entry.file_size // 2
+        flip_bit(path, at)
+        with pytest.raises(ValueError, match="damaged|checksum"):
+            load(path)
+        flip_bit(path, at)
+    assert load(path)["step"] == 100
+
+
+def test_a_damaged_newest_falls_back_loudly(folder, capsys):
+    flip_bit(path_of(folder, 100), os.path.getsize(path_of(folder, 100)) // 2)
+    path_of(folder, 10).write_bytes(b"")
+    assert load_newest(folder)["step"] == 9
+    warned = capsys.readouterr().err
+    assert "ckpt_00000100.pt" in warned and "ckpt_00000010.pt is empty" in warned and "going on from" in warned
+
+
+def test_with_all_damaged_nothing_is_loaded_and_nothing_deleted(folder):
+    for _, path in all_in(folder):
+        path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="no sound checkpoint"):
+        load_newest(folder)
+    assert len(all_in(folder)) == 3
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "is empty"), (b"hello\n", "not a checkpoint of this program"), (b"\x89PNG\r\n\x1a\n", "not a checkpoint"),
+    (b"PK\x03\x04 and no more", "damaged or cut short"), (b"\x80\x04\x95\x00", "not a checkpoint")])
+def test_other_files_are_refused_in_one_line(tmp_path, content, words):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=words) as error:
+        load(tmp_path / "x.pt")
+    assert "\n" not in str(error.value)
+
+
+class Touch:
+    """What a malicious pickle would do."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_malicious_pickle_does_not_run(tmp_path):
+    torch.save({"format": checkpoint.FORMAT, "x": Touch(tmp_path / "ran")}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="not a checkpoint of this program"):
+        load(tmp_path / "x.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"format": "other"}, "not a checkpoint of this program"),
+    ({"format_version": 2}, "has format version 2, this program reads 1"),
+    ({"step": "1"}, "step must be int, got str"), ({"optimizer": None}, "optimizer must be dict, got NoneType"),
+    ({"model": {"w": torch.tensor([1.0, float("nan")])}}, "w holds NaN or Inf"),
+])
+def test_foreign_and_broken_contents_are_refused(tmp_path, changes, words):
+    whole = {"format": checkpoint.FORMAT, "format_version": 1} | state() | changes
+    torch.save(whole, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path / "x.pt")
+
+
+def test_non_finite_weights_are_never_saved(tmp_path):
+    bad = state()
+    bad["model"]["norm.gain"][3] = float("inf")
+    with pytest.raises(FloatingPointError, match="norm.gain"):
+        save(path_of(tmp_path, 1), bad)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fails", ["write", "os.fsync", "verify", "os.replace"])
+def test_a_failed_save_leaves_the_old_file_and_no_other(folder, monkeypatch, fails):
+    path = path_of(folder, 100)
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    if fails.startswith("os."):
+        monkeypatch.setattr(os, fails[3:], fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, fail if fails == "write" else lambda f: f.write(b"new"),
+                         fail if fails == "verify" else None)
+    assert path.read_bytes() == before
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_the_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync folder" if os.path.isdir(f"/proc/self/fd/{fd}")
+                                                              else "fsync file"), fsync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), replace(a, b))[1])
+    write_atomically(tmp_path / "x", lambda f: f.write(b"1"), lambda path: calls.append("check"))
+    assert calls == ["fsync file", "check", "rename", "fsync folder"]
+
+
+def test_pruning_keeps_the_newest_and_all_files_of_others(folder):
+    (folder / "ckpt_9.pt.bak").touch()
+    (folder / "step-5-backup").touch()
+    prune(folder, 2)
+    assert [step for step, _ in all_in(folder)] == [10, 100]
+    assert (folder / "ckpt_9.pt.bak").exists() and (folder / "step-5-backup").exists()
+
+
+@pytest.mark.parametrize("which, words", [("5", "ckpt_00000005.pt does not exist; steps in .*: 9, 10, 100"),
+                                          ("best", "best.pt does not exist"), ("newest", "latest, best or a step")])
+def test_a_checkpoint_that_is_not_there_is_named(folder, which, words):
+    with pytest.raises(ValueError, match=words):
+        load_named(folder, which)
+
+
+def test_a_checkpoint_is_found_by_its_name(folder):
+    save(folder / "best.pt", state(7))
+    assert [load_named(folder, which)["step"] for which in ("latest", "best", "9")] == [100, 7, 9]
+
+
+def test_weights_that_do_not_fit_are_named():
+    weights = state()["model"]
+    with pytest.raises(ValueError, match=re.escape("embed.weight is [3, 8] in the checkpoint, [11, 8] in the model")):
+        checkpoint.load_weights(Decoder(MODEL), weights | {"embed.weight": torch.zeros(3, 8)})
+    with pytest.raises(ValueError, match="has a surplus more"):
+        checkpoint.load_weights(Decoder(MODEL), weights | {"more": torch.zeros(1)})
+    with pytest.raises(ValueError, match="lacks norm.gain"):
+        checkpoint.load_weights(Decoder(MODEL), {n: t for n, t in weights.items() if n != "norm.gain"})
+
+
+def test_a_changed_run_is_refused_field_by_field_and_a_tuned_one_told():
+    saved = {"config": {"n_layer": 6, "seed": 1, "learning_rate": 1e-3, "out_dir": "a"}, "data": {"name": "x"}}
+    now = saved["config"] | {"n_layer": 8, "seed": 2, "learning_rate": 2e-3, "out_dir": "b"}
+    with pytest.raises(ValueError) as error:
+        compare_with_run(saved, now, {"name": "y"})
+    for words in ("n_layer: checkpoint=6, now=8", "seed: checkpoint=1, now=2", "data name: checkpoint=x, now=y"):
+        assert words in str(error.value)
+    assert compare_with_run(saved, saved["config"] | {"learning_rate": 2e-3, "out_dir": "b"}, {"name": "x"}) == [
+        "learning_rate: checkpoint=0.001, now=0.002"]

@@ -1,0 +1,207 @@
+import hashlib
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import data.corpus as corpus
+from data.corpus import documents, hub_stream, open_corpus, python_source, split_of, text_file
+
+
+def joined(source, split):
+    return "".join(piece.text for piece in source.pieces() if piece.split == split)
+
+
+def in_one_line(call, match, kind=ValueError):
+    with pytest.raises(kind, match=match) as raised:
+        list(call().pieces())
+    assert "\n" not in str(raised.value)
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def test_a_text_file_is_split_at_ninety_percent_of_its_bytes(tmp_path):
+    (tmp_path / "a.txt").write_text("0123456789" * 101)
+    source = text_file(tmp_path / "a.txt")
+    assert joined(source, "train") == ("0123456789" * 101)[:int(1010 * 0.9)]
+    assert joined(source, "val") == ("0123456789" * 101)[int(1010 * 0.9):]
+    assert source.name == "a" and str(tmp_path) not in source.source
+
+
+@pytest.mark.parametrize("size", range(10, 30))
+def test_the_split_cuts_no_character(tmp_path, size):
+    text = "\U0001f600\u4f60a\u00e9" * size
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    source = text_file(tmp_path / "a.txt")
+    assert joined(source, "train") + joined(source, "val") == text
+    assert 0 <= len(joined(source, "train").encode()) - int(len(text.encode()) * 0.9) <= 3
+
+
+def test_a_text_is_read_in_chunks_and_kept_exactly(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "CHUNK", 7)  # cuts inside characters
+    text = "\ufeffone\r\ntwo\rthree\n\0\t" + "\U0001f600\u4f60\u00e9x" * 20
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    pieces = list(text_file(tmp_path / "a.txt").pieces())
+    assert "".join(piece.text for piece in pieces) == text
+    assert max(len(piece.text.encode()) for piece in pieces) < 7 + 4
+    splits = ["none"] + [piece.split for piece in pieces]
+    assert [piece.start for piece in pieces] == [splits[i] != splits[i + 1] for i in range(len(pieces))]
+
+
+@pytest.mark.parametrize("at", [0, 5, 6, 13, 14, 20, 99])
+def test_what_is_not_utf8_is_named_with_its_byte(tmp_path, monkeypatch, at):
+    monkeypatch.setattr(corpus, "CHUNK", 7)
+    (tmp_path / "a.txt").write_bytes(b"x" * at + b"\xe9" + b"y" * (120 - at))
+    in_one_line(lambda: text_file(tmp_path / "a.txt"), f"a.txt: byte {at} is not UTF-8")
+    (tmp_path / "b.txt").write_bytes(b"x" * 50 + b"\xe4\xbd")  # a character that the end of the file cuts
+    in_one_line(lambda: text_file(tmp_path / "b.txt"), "b.txt: byte 50 is not UTF-8")
+
+
+def test_a_file_of_a_folder_is_a_document_in_one_split(tmp_path):
+    folder = tmp_path / "books"
+    (folder / "deep").mkdir(parents=True)
+    texts = {f"deep/{i}.txt": f"text {i} " * 9 for i in range(40)} | {"0.md": "first"}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    source = documents([folder])
+    pieces = list(source.pieces())
+    assert sorted(piece.text for piece in pieces) == sorted(texts.values()) and all(piece.start for piece in pieces)
+    assert {piece.split for piece in pieces} == {"train", "val"}
+    assert pieces == list(documents([folder]).pieces()) and source.name == "books"
+    assert source.size == sum(map(len, texts.values())) and source.source == "41 files of books"
+
+
+def test_two_files_are_enough_for_both_splits(tmp_path):
+    for i in range(30):  # whatever the hashes of their names are
+        paths = [tmp_path / f"{i}.txt", tmp_path / f"{i}.md"]
+        for path in paths:
+            path.write_text(path.name)
+        assert {piece.split for piece in documents(paths).pieces()} == {"train", "val"}
+
+
+def test_files_of_the_same_name_are_all_taken(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text(name)
+    pieces = documents([tmp_path / name / "x.txt" for name in "abc"]).pieces()
+    assert sorted(piece.text for piece in pieces) == ["a", "b", "c"]
+
+
+def test_binary_hidden_and_empty_files_of_a_folder_are_skipped(tmp_path, capsys):
+    for name, content in [("a.txt", b"a"), ("b", b"b"), ("x.png", b"\x89PNG\r\n\0"), ("e.txt", b""), (".hidden", b"h")]:
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_text("c")
+    assert sorted(piece.text for piece in documents([tmp_path]).pieces()) == ["a", "b"]
+    assert "skipped 1 binary file" in capsys.readouterr().out
+
+
+def test_each_line_of_jsonl_is_a_document(tmp_path):
+    texts = [f"row {i}\n\u4f60" for i in range(200)]
+    pieces = list(open_corpus([str(write_jsonl(tmp_path / "r.jsonl", texts))]).pieces())
+    assert [piece.text for piece in pieces] == texts and all(piece.start for piece in pieces)
+    assert [piece.split for piece in pieces] == [split_of(f"r.jsonl:{i}", 0.1) for i in range(200)]
+    assert 5 < sum(piece.split == "val" for piece in pieces) < 40
+
+
+@pytest.mark.parametrize("line", [
+    "{}", "[1]", "3", "{", '{"text": 3}', '{"text": null}', '{"text": "\\ud800"}', "\udcff", "[" * 100_000])
+def test_a_bad_line_of_jsonl_is_named(tmp_path, line):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'{"text": "good"}\n\n' + line.encode(errors="surrogateescape") + b"\n")
+    in_one_line(lambda: open_corpus([str(path)]), "r.jsonl: line 3 is not a JSON object with a 'text' string")
+
+
+def test_each_row_of_parquet_is_a_document(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow reads parquet")
+    from pyarrow import parquet
+    texts = [f"row {i}" for i in range(2500)]
+    parquet.write_table(pyarrow.table({"text": texts, "n": list(range(2500))}), tmp_path / "r.parquet")
+    assert [piece.text for piece in open_corpus([str(tmp_path / "r.parquet")]).pieces()] == texts
+    parquet.write_table(pyarrow.table({"words": texts}), tmp_path / "no.parquet")
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "null.parquet")
+    (tmp_path / "garbage.parquet").write_bytes(b"garbage")
+    for name in ("no", "numbers", "null", "garbage"):
+        path = tmp_path / f"{name}.parquet"
+        in_one_line(lambda path=path: open_corpus([str(path)]), f"{name}.parquet: not a parquet file with strings")
+
+
+def test_the_python_source_is_the_standard_library_without_its_tests():
+    source = python_source()
+    pieces = list(source.pieces())
+    texts = {piece.text for piece in pieces}
+    root = Path(sysconfig.get_path("stdlib"))
+    assert (root / "textwrap.py").read_text(encoding="utf-8") in texts
+    assert all(piece.start and piece.text for piece in pieces)
+    assert 3e6 < sum(len(piece.text) for piece in pieces) < 3e7
+    assert 0.01 < sum(piece.split == "val" for piece in pieces) / len(pieces) < 0.12
+    for unwanted in root.glob("*/test*/__init__.py"):
+        assert unwanted.stat().st_size == 0 or unwanted.read_text(encoding="utf-8") not in texts
+    assert str(root) not in source.source
+
+
+@pytest.fixture
+def pretend_shakespeare(tmp_path, monkeypatch):
+    content = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 20
+    (tmp_path / "input.txt").write_bytes(content)
+    monkeypatch.setattr(corpus, "SHAKESPEARE", (tmp_path / "input.txt").as_uri())
+    monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", hashlib.sha256(content).hexdigest())
+    return tmp_path / "input.txt"
+
+
+def test_shakespeare_is_split_as_the_same_local_file_is(pretend_shakespeare):
+    source = open_corpus(["shakespeare"])
+    assert source.name == "shakespeare" and source.tokenizer == "char"
+    assert list(source.pieces()) == list(text_file(pretend_shakespeare).pieces())
+
+
+def test_a_download_of_something_else_is_refused(pretend_shakespeare):
+    pretend_shakespeare.write_text("<html>please log in</html>")
+    in_one_line(lambda: open_corpus(["shakespeare"]), "not tinyshakespeare")
+
+
+def test_without_network_shakespeare_says_how_to_use_a_local_file(pretend_shakespeare):
+    pretend_shakespeare.unlink()
+    in_one_line(lambda: open_corpus(["shakespeare"]), "prepare.py input.txt name=shakespeare tokenizer=char", OSError)
+
+
+def test_a_stream_gives_the_rows_of_a_hugging_face_data_set(tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="datasets streams from Hugging Face")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    path = write_jsonl(tmp_path / "rows.jsonl", [f"row {i}" for i in range(300)])
+    source = hub_stream("rows", "json", "byte", data_files=[str(path)])
+    assert [piece.text for piece in source.pieces()] == [f"row {i}" for i in range(300)] and source.stream
+    assert {piece.split for piece in source.pieces()} == {"train", "val"}
+
+
+@pytest.mark.parametrize("name, path, config, tokenizer", [
+    ("tinystories", "roneneldan/TinyStories", {}, "sentencepiece"),
+    ("fineweb-edu", "HuggingFaceFW/fineweb-edu", {"name": "sample-10BT"}, "tiktoken:gpt2")])
+def test_the_named_streams_ask_for_the_right_data(monkeypatch, name, path, config, tokenizer):
+    datasets = pytest.importorskip("datasets", reason="datasets streams from Hugging Face")
+    asked = []
+
+    def load(*words, **options):
+        asked.append((words, options))
+        return [{"text": "a"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = open_corpus([name])
+    assert [piece.text for piece in source.pieces()] == ["a"] and source.tokenizer == tokenizer
+    assert asked == [((path,), config | {"split": "train", "streaming": True})]
+
+
+def test_a_stream_that_breaks_says_to_run_again(tmp_path):
+    pytest.importorskip("datasets", reason="datasets streams from Hugging Face")
+    missing = hub_stream("rows", "json", "byte", data_files=[str(tmp_path / "no.jsonl")])
+    in_one_line(lambda: missing, "run the same command again", OSError)
+
+
+def test_an_unknown_source_is_one_error_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a file or folder, nor one of python, shakespeare, tinystories"):
+        open_corpus([str(tmp_path / "nothing")])

@@ -1,0 +1,220 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import data.loader as loader
+from data.loader import batch, open_dataset, read_windows, train_starts, val_starts
+from data.tokenizer import ByteTokenizer, tokenizer_sha256
+
+
+def write(folder, train=range(100), val=range(40), dtype="uint16", changes=None):
+    """A small data set; changes replace fields of meta.json."""
+    folder.mkdir(exist_ok=True)
+    ByteTokenizer().save(folder)
+    ids = {"train": np.array(train, dtype=dtype), "val": np.array(val, dtype=dtype)}
+    for split in ids:
+        ids[split].tofile(folder / f"{split}.bin")
+    counts = {split: len(ids[split]) for split in ids}
+    meta = {"format_version": 1, "dtype": dtype, "vocab_size": 257, "bos_id": 256, "tokens": counts,
+            "bytes": {split: 3 * counts[split] for split in counts}, "tokenizer": "byte", "source": "test",
+            "tokenizer_sha256": tokenizer_sha256(folder), "content_sha256": "00"}
+    (folder / "meta.json").write_text(json.dumps(meta | (changes or {})))
+    return folder
+
+
+def refused(folder, match, kind=ValueError):
+    """open_dataset must raise this kind of error, in one line."""
+    with pytest.raises(kind, match=match) as raised:
+        open_dataset(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_good_data_set_opens_read_only(tmp_path):
+    dataset = open_dataset(write(tmp_path / "good"))
+    assert dataset.train.tolist() == list(range(100)) and dataset.val.tolist() == list(range(40))
+    assert dataset.bytes_per_token("val") == 3.0
+    assert dataset.fingerprint == {
+        "name": "good", "dtype": "uint16", "vocab_size": 257, "tokens": {"train": 100, "val": 40},
+        "content_sha256": "00", "tokenizer_sha256": tokenizer_sha256(dataset.folder)}
+    with pytest.raises(ValueError):
+        dataset.train[0] = 1
+
+
+def test_uint32_ids_are_read_whole(tmp_path):
+    folder = write(tmp_path / "d", train=[70000, 1, 2], dtype="uint32", changes={"vocab_size": 70001})
+    assert open_dataset(folder).train.tolist() == [70000, 1, 2]
+
+
+def test_a_missing_folder_names_the_command_that_makes_it(tmp_path):
+    refused(tmp_path / "python", r"python data/prepare.py python", FileNotFoundError)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "train.bin", "val.bin", "tokenizer.json"])
+def test_a_missing_file_is_named(tmp_path, name):
+    (write(tmp_path / "d") / name).unlink()
+    refused(tmp_path / "d", name, FileNotFoundError)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("vocab_size", 0), ("vocab_size", -5), ("vocab_size", float("nan")), ("vocab_size", "257"), ("vocab_size", None),
+    ("vocab_size", True), ("vocab_size", 1e3), ("dtype", "float16"), ("dtype", ["uint16"]), ("tokens", 140),
+    ("tokens", {"train": 100}), ("tokens", {"train": 100, "val": -1}), ("bytes", {"train": 0, "val": 3}),
+    ("format_version", 2), ("format_version", "1"), ("bos_id", 257), ("bos_id", "x"), ("tokenizer_sha256", None),
+    ("content_sha256", 7), ("tokenizer", {})])
+def test_a_wrong_field_of_meta_is_named(tmp_path, field, value):
+    refused(write(tmp_path / "d", changes={field: value}), f"meta.json: {field} is ")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[1]", b"null"])
+def test_meta_that_is_not_a_json_object_is_refused(tmp_path, content):
+    (write(tmp_path / "d") / "meta.json").write_bytes(content)
+    refused(tmp_path / "d", "meta.json: not ")
+
+
+@pytest.mark.parametrize("name", ["meta.json", "train.bin"])
+def test_only_regular_files_are_opened(tmp_path, name):
+    path = write(tmp_path / "d") / name
+    path.unlink()
+    os.mkfifo(path)
+    refused(tmp_path / "d", f"{name}: not a regular file", OSError)
+    path.unlink()
+    path.mkdir()
+    refused(tmp_path / "d", f"{name}: not a regular file", OSError)
+    path.rmdir()
+    path.symlink_to(tmp_path / "nowhere")
+    refused(tmp_path / "d", f"{name}: no such file", FileNotFoundError)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_file_is_named(tmp_path):
+    (write(tmp_path / "d") / "train.bin").chmod(0)
+    refused(tmp_path / "d", "train.bin: permission denied", PermissionError)
+
+
+@pytest.mark.parametrize("content, match", [
+    (b"", "train.bin: empty"), (b"x" * 199, "199 bytes, not the 200 .*truncated"),
+    (b"\0" * 198, "198 bytes, not the 200"), (b"\0" * 400, "400 bytes, not the 200")])
+def test_a_file_of_another_size_is_refused(tmp_path, content, match):
+    (write(tmp_path / "d") / "train.bin").write_bytes(content)
+    refused(tmp_path / "d", match)
+
+
+def test_uint32_data_called_uint16_is_refused(tmp_path):
+    folder = write(tmp_path / "d", dtype="uint32")
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"dtype": "uint16"}))
+    refused(folder, "400 bytes, not the 200")
+
+
+def test_an_id_outside_the_vocabulary_is_found_with_its_place(tmp_path):
+    refused(write(tmp_path / "d", val=[1, 2, 300, 4]), "val.bin: id 300 at byte 4 is not below vocab_size=257")
+    refused(write(tmp_path / "d", train=[1] * (2**20 + 5) + [257]), f"id 257 at byte {2 * (2**20 + 5)} ")
+
+
+def test_a_large_file_is_scanned_in_spread_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "FULL_SCAN", 2**21)
+    folder = write(tmp_path / "d", train=[1] * (3 * 2**20) + [300])
+    refused(folder, "id 300")  # the first and the last part are among those scanned
+    open_dataset(write(tmp_path / "d", train=[1] * 2**20 + [300] + [1] * 2**21))  # this one is not
+
+
+def test_another_tokenizer_than_the_datas_is_refused(tmp_path):
+    (write(tmp_path / "d") / "tokenizer.json").write_text('{"kind": "char", "chars": "ab"}')
+    refused(tmp_path / "d", "tokenizer file is not the one")
+
+
+def test_an_epoch_takes_every_window_once_and_leaves_out_less_than_two_blocks():
+    for n_tokens, block in [(1000, 7), (64, 8), (17, 8), (9, 8), (101, 10)]:
+        windows = max(1, n_tokens // block - 1)
+        for epoch in range(5):
+            starts = np.concatenate([train_starts(n_tokens, block, 1, 3, epoch * windows + i) for i in range(windows)])
+            assert len(set(starts.tolist())) == windows
+            assert set(np.diff(np.sort(starts)).tolist()) <= {block}
+            assert starts.min() >= 0 and starts.max() + block + 1 <= n_tokens
+            assert n_tokens - windows * block < 2 * block + 1
+
+
+def test_window_borders_move_so_that_every_token_is_predicted_in_time():
+    starts = np.concatenate([train_starts(101, 10, 9, 0, step) for step in range(300)])
+    predicted = {int(start) + 1 + i for start in starts for i in range(10)}
+    assert predicted == set(range(1, 101))
+    assert len(set((starts % 10).tolist())) == 10
+
+
+def test_the_order_is_shuffled_and_differs_by_seed_and_epoch():
+    orders = [tuple(train_starts(5000, 10, 499, seed, epoch) // 10) for seed in (0, 1) for epoch in (0, 1)]
+    assert len(set(orders)) == 4
+    assert all(np.any(np.diff(order) < 0) for order in orders)
+
+
+def test_the_batches_of_a_seed_never_change():
+    """A stored example: a change here would change the data order of every run that is resumed."""
+    assert train_starts(1000, 10, 8, 1337, 5).tolist() == [63, 423, 653, 143, 983, 853, 413, 773]
+
+
+def test_a_batch_depends_on_its_arguments_only():
+    first = train_starts(1000, 7, 16, 5, 40)
+    for step in range(30):  # other epochs push the first one out of the cache
+        train_starts(900, 7, 64, step, step)
+    assert np.array_equal(first, train_starts(1000, 7, 16, 5, 40))
+    one_by_one = [train_starts(1000, 7, 1, 5, 640 + i)[0] for i in range(16)]
+    assert first.tolist() == one_by_one
+
+
+def test_reading_batches_leaves_the_global_generators_alone(tmp_path):
+    dataset = open_dataset(write(tmp_path / "d"))
+    torch.manual_seed(1)
+    np.random.seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    batch(dataset, 3, 4, 8, seed=1)
+    assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(before[1], np.random.get_state()[1])
+
+
+def test_y_is_x_one_token_later(tmp_path):
+    dataset = open_dataset(write(tmp_path / "d"))
+    x, y = batch(dataset, 2, 6, 8, seed=1)
+    assert x.shape == y.shape == (6, 8) and x.dtype == y.dtype == torch.int64
+    assert x.is_contiguous() and y.is_contiguous()
+    assert torch.equal(y, x + 1)  # the tokens are 0, 1, 2, ...
+    assert torch.equal(x[:, 0], torch.from_numpy(train_starts(100, 8, 6, 1, 2)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_the_ranks_parts_are_the_global_batch(tmp_path, world_size):
+    dataset = open_dataset(write(tmp_path / "d"))
+    whole = batch(dataset, 4, 6, 8, seed=2)
+    parts = [batch(dataset, 4, 6, 8, 2, rank, world_size) for rank in range(world_size)]
+    for i in (0, 1):  # x, y
+        assert torch.equal(torch.cat([part[i] for part in parts]), whole[i])
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="batch_size=6 must be a multiple of the 4 devices"):
+        batch(open_dataset(write(tmp_path / "d")), 0, 6, 8, 0, 0, 4)
+
+
+def test_val_windows_do_not_overlap_and_cover_the_split():
+    assert val_starts(41, 10, 0).tolist() == [0, 10, 20, 30]
+    assert val_starts(40, 10, 0).tolist() == [0, 10, 20]
+    assert val_starts(41, 10, 99).tolist() == [0, 10, 20, 30]
+    assert val_starts(11, 10, 0).tolist() == [0]
+
+
+def test_few_val_windows_are_spread_over_the_split():
+    assert val_starts(1001, 10, 4).tolist() == [0, 250, 500, 750]
+    assert len(set(val_starts(1001, 10, 37).tolist())) == 37
+
+
+@pytest.mark.parametrize("starts", [lambda n: train_starts(n, 8, 4, 0, 0), lambda n: val_starts(n, 8, 0)])
+def test_a_split_shorter_than_one_window_is_refused(starts):
+    with pytest.raises(ValueError, match=r"has 8 tokens, needs at least block_size \+ 1 = 9; lower block_size"):
+        starts(8)
+    assert set(starts(9).tolist()) == {0}
+
+
+def test_windows_are_read_where_they_start():
+    x, y = read_windows(np.arange(50, dtype="uint16"), np.array([40, 0]), 9)
+    assert x[0].tolist() == list(range(40, 49)) and y[0, -1] == 49 and x[1, 0] == 0

@@ -1,0 +1,100 @@
+"""One record, all its readers."""
+
+import json
+import math
+import os
+import sys
+
+import pytest
+
+from metrics import FILE, Log, clock, open_tracker, plot_losses, read_metrics
+
+
+def log(folder, **changes):
+    knobs = dict(first_step=0, last_step=10, tokens_per_step=100, flops_per_step=1e6, matmul_rate=1e9,
+                 bytes_per_token=2.0, device="cpu", interval=2, tracker=None, stop=lambda number: None)
+    return Log(folder, **knobs | changes)
+
+
+def test_a_record_every_interval_with_the_mean_time_of_its_steps(tmp_path, capsys):
+    with log(tmp_path) as lines:
+        for step, seconds in enumerate((9.0, 0.1, 0.2, 0.4), 1):
+            lines.training(step, 2.0, 1e-3, 0.5, seconds)
+    records = read_metrics(tmp_path)
+    assert [r["step"] for r in records] == [1, 2, 4]  # the first step always, then each second one
+    assert records[-1]["step_ms"] == pytest.approx(300) and records[-1]["tok_per_s"] == pytest.approx(100 / 0.3)
+    line = "step 4/10 | loss 2.0000 | lr 1.00e-03 | grad norm 0.50 | 300 ms | 333 tok/s | 0% of matmul rate | 0:02 left"
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_bits_per_byte_by_hand(tmp_path, capsys):
+    with log(tmp_path) as lines:
+        lines.evaluation(2, 4 * math.log(2))  # 4 bits per token of 2 bytes
+    assert read_metrics(tmp_path) == [{"step": 2, "val_loss": 4 * math.log(2), "val_bpb": 2.0}]
+    assert "val loss 2.7726 | 2.0000 bits per byte | perplexity 16.00" in capsys.readouterr().out
+
+
+def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path):
+    whole = "".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in (1, 2, 3, 4))
+    (tmp_path / FILE).write_text(whole + '{"step": 5, "lo')  # a kill cut the last line
+    with log(tmp_path, first_step=3):
+        assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]
+    with log(tmp_path, first_step=0):
+        assert read_metrics(tmp_path) == []
+
+
+def test_a_full_disk_under_the_log_is_told_and_survived(tmp_path, capsys):
+    with log(tmp_path) as lines:
+        lines.file.close()
+        lines.evaluation(1, 2.0)
+    assert "warning: metrics.jsonl" in capsys.readouterr().err
+
+
+def test_a_reader_that_left_asks_the_run_to_stop(tmp_path, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    asked = []
+    with os.fdopen(write, "w") as pipe, log(tmp_path, stop=asked.append) as lines:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        lines.line("more than nobody reads")
+        lines.line("and more")
+    assert asked == [13]
+
+
+def test_a_bar_takes_the_place_of_the_lines_on_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with log(tmp_path) as lines:
+        lines.training(1, 2.0, 1e-3, 0.5, 0.1)
+    printed = capsys.readouterr()
+    assert printed.out == "" and "loss 2.0000, lr 1.00e-03, 1,000 tok/s" in printed.err
+
+
+def test_clock():
+    assert [clock(s) for s in (0, 59.6, 93, 7265)] == ["0:00", "1:00", "1:33", "2:01:05"]
+
+
+def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
+    sent = []
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "tensorboard")
+
+        def add_scalar(self, name, value, step):
+            sent.append((name, value, step))
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("fake"))
+    sys.modules["torch.utils.tensorboard"].SummaryWriter = Writer
+    open_tracker("tensorboard", tmp_path, {})({"step": 3, "loss": 2.0})
+    assert sent == [("step", 3, 3), ("loss", 2.0, 3)]
+
+
+def test_the_plot_is_a_picture_and_needs_matplotlib(tmp_path, monkeypatch):
+    assert plot_losses(tmp_path) is None
+    (tmp_path / FILE).write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "val_loss": 1.0}\n')
+    assert plot_losses(tmp_path).read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert plot_losses(tmp_path) is None

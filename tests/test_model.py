@@ -1,0 +1,227 @@
+"""The model against Hugging Face's Llama, and what must hold of any decoder."""
+
+import math
+
+import pytest
+import torch
+
+from model import (
+    Decoder,
+    KVCache,
+    ModelConfig,
+    flops_per_token,
+    memory_estimate,
+    parameter_count,
+    rope_frequencies,
+    rope_table,
+    rotate,
+)
+
+LLAMA3 = dict(rope_scaling="llama3", rope_theta=500000.0, rope_factor=8.0, rope_original_context=32)
+HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
+
+
+def config(**knobs):
+    return ModelConfig(**(dict(n_layer=2, n_head=4, n_embd=64, n_hidden=96, block_size=64, vocab_size=101) | knobs))
+
+
+def tokens(batch=2, time=64, vocab=101, seed=0):
+    return torch.randint(vocab, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def hugging_face_twin(model):
+    """transformers' Llama with the same weights, and the pairs (our name, their parameter)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = model.config
+    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
+    if c.rope_scaling == "llama3":
+        rope |= {"rope_type": "llama3", "factor": c.rope_factor, "low_freq_factor": c.rope_low_freq,
+                 "high_freq_factor": c.rope_high_freq, "original_max_position_embeddings": c.rope_original_context}
+    twin = LlamaForCausalLM(LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.hidden_size, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.kv_heads, max_position_embeddings=c.block_size,
+        rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings, rope_parameters=rope))
+    theirs = dict(twin.named_parameters())
+    pairs = {name: theirs[their_name(name)] for name, _ in model.named_parameters()}
+    assert len(pairs) == len(theirs)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            pairs[name].copy_(parameter)
+    return twin, pairs
+
+
+def their_name(name):
+    for ours, their in (("blocks.", "model.layers."), ("attn_norm.gain", "input_layernorm.weight"),
+                        ("ffn_norm.gain", "post_attention_layernorm.weight"), (".attn.out.", ".self_attn.o_proj.")):
+        name = name.replace(ours, their)
+    for role in ("q", "k", "v"):
+        name = name.replace(f".attn.{role}.", f".self_attn.{role}_proj.")
+    for role in ("gate", "up", "down"):
+        name = name.replace(f".ffn.{role}.", f".mlp.{role}_proj.")
+    return {"embed.weight": "model.embed_tokens.weight", "norm.gain": "model.norm.weight",
+            "head.weight": "lm_head.weight"}.get(name, name)
+
+
+def with_random_gains(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gain"):
+                parameter.normal_(1.0, 0.3)
+            else:
+                parameter.mul_(4)  # logits of size 1 and more, so that a difference shows
+    return model
+
+
+@pytest.mark.parametrize("rope", [{}, LLAMA3], ids=["rope", "llama3"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("heads", HEADS)
+def test_logits_and_gradients_equal_hugging_face(heads, tied, rope):
+    torch.manual_seed(0)
+    model = with_random_gains(Decoder(config(n_kv_head=HEADS[heads], tie_embeddings=tied, **rope)))
+    twin, pairs = hugging_face_twin(model)
+    x, y = tokens(), tokens(seed=1)
+    ours, theirs = model(x), twin(x).logits
+    assert theirs.std() > 0.5
+    assert (ours - theirs).abs().max() <= 1e-5
+    model(x, y).backward()
+    torch.nn.functional.cross_entropy(theirs.flatten(0, 1), y.flatten()).backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, pairs[name].grad, atol=1e-5, rtol=1e-4), name
+
+
+def test_llama3_scaling_stretches_the_low_frequencies_only():
+    plain, scaled = (rope_frequencies(config(**LLAMA3 | knobs)) for knobs in ({"rope_scaling": "none"}, {}))
+    assert scaled[0] == plain[0] == 1
+    assert scaled[-1] == plain[-1] / 8
+
+
+def test_rope_depends_on_distance_alone():
+    cos, sin = rope_table(config())
+    q, k = torch.randn(2, 1, 1, 16)
+
+    def score(i, j):
+        return (rotate(q, cos[i:i + 1], sin[i:i + 1]) * rotate(k, cos[j:j + 1], sin[j:j + 1])).sum()
+
+    assert torch.allclose(score(3, 1), score(40, 38), atol=1e-5)
+    assert not torch.allclose(score(3, 1), score(40, 37), atol=1e-3)
+
+
+def test_loss_at_init_is_log_vocab():
+    for tied in (False, True):
+        for width in (64, 768):
+            c = config(vocab_size=4096, tie_embeddings=tied, n_embd=width, n_hidden=0)
+            loss = Decoder(c)(tokens(4, vocab=4096), tokens(4, vocab=4096, seed=1))
+            assert abs(loss.item() - math.log(4096)) < 0.05, (tied, width)
+
+
+def test_one_batch_can_be_overfitted():
+    for norm in ("rmsnorm", "layernorm"):
+        model = Decoder(config(norm=norm))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        x = tokens(4, 33)
+        for _ in range(80):
+            loss = model(x[:, :-1], x[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert loss.item() < 0.05, norm
+
+
+def test_future_tokens_do_not_change_past_logits():
+    model, x = Decoder(config()), tokens()
+    changed = x.clone()
+    changed[:, 40:] = (changed[:, 40:] + 1) % 101
+    assert torch.equal(model(x)[:, :40], model(changed)[:, :40])
+    assert not torch.allclose(model(x)[:, 40:], model(changed)[:, 40:])
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_cached_logits_equal_uncached_logits(heads):
+    model, x = with_random_gains(Decoder(config(n_kv_head=HEADS[heads]))).eval(), tokens(3, 20)
+    cache = KVCache(model.config, 3, 20, "cpu")
+    parts = [model(x[:, a:b], cache=cache) for a, b in ((0, 7), (7, 8), (8, 15), (15, 20))]  # prefill, step, chunks
+    assert torch.allclose(torch.cat(parts, dim=1), model(x), atol=1e-5)
+
+
+def test_activation_checkpointing_changes_memory_and_nothing_else():
+    grads = []
+    for on in (False, True):
+        model = Decoder(config(dropout=0.1))
+        model.activation_checkpointing = on
+        torch.manual_seed(5)
+        model(tokens(), tokens(seed=1)).backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_dropout_acts_in_training_only():
+    model, x = Decoder(config(dropout=0.5)), tokens()
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("knobs", [{}, {"tie_embeddings": True}, {"norm": "layernorm"}, {"n_kv_head": 1},
+                                   {"n_hidden": 0}])
+def test_parameter_count_is_that_of_the_model(knobs):
+    c = config(**knobs)
+    assert parameter_count(c) == sum(p.numel() for p in Decoder(c).parameters())
+
+
+def test_hidden_size_follows_llama():
+    assert config(n_embd=4096, n_head=32, n_hidden=0).hidden_size == 11008  # Llama 7B
+    assert config(n_embd=5120, n_head=40, n_hidden=0).hidden_size == 13824  # Llama 13B
+
+
+def test_flops_by_hand():
+    c = config(n_layer=1, n_embd=8, n_head=2, n_hidden=10, vocab_size=7, block_size=4, tie_embeddings=True)
+    matrices = 4 * 8 * 8 + 3 * 8 * 10 + 7 * 8 + 3 * 8  # attention, feed-forward, head, gains
+    assert flops_per_token(c) == 6 * matrices + 12 * 1 * 8 * 4
+
+
+def test_memory_estimate_grows_as_it_should():
+    fixed, one = memory_estimate(config(), 1, "float32")
+    assert fixed == 16 * parameter_count(config())
+    assert memory_estimate(config(), 4, "float32")[1] == 4 * one
+    assert memory_estimate(config(), 1, "bfloat16")[1] < one
+    assert memory_estimate(config(), 1, "float32", checkpointing=True)[1] < one
+
+
+@pytest.mark.parametrize("knobs, words", [
+    ({"n_embd": 60, "n_head": 7}, "nearest are 56 and 70"),
+    ({"n_embd": 12, "n_head": 4}, "nearest are 8 and 16"),  # head size 3 is odd
+    ({"n_kv_head": 3}, "choose n_kv_head from 1, 2, 4"),
+    ({"n_layer": 0}, "n_layer must be between 1 and"),
+    ({"block_size": 10**9}, "block_size must be between 1 and"),
+    ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+    ({"n_hidden": -1}, "n_hidden must be 0"),
+    ({"norm_eps": 0.0}, "norm_eps must be above 0"),
+    ({"rope_low_freq": 9.0}, "below rope_high_freq"),
+])
+def test_impossible_shapes_are_refused_with_the_numbers(knobs, words):
+    with pytest.raises(ValueError, match=words):
+        config(**knobs)
+
+
+def test_a_parameter_without_a_role_is_refused():
+    from model import initialise
+
+    model = Decoder(config())
+    model.blocks[0].attn.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="blocks.0.attn.extra.weight"):
+        initialise(model, 0)
+
+
+def test_more_tokens_than_the_context_are_refused():
+    with pytest.raises(ValueError, match="65 tokens are more than block_size=64"):
+        Decoder(config())(tokens(1, 65))
+
+
+def test_weights_depend_on_the_seed_and_on_nothing_else():
+    torch.manual_seed(1)
+    a = Decoder(config(), seed=1)
+    torch.manual_seed(2)
+    b, c = Decoder(config(), seed=1), Decoder(config(), seed=2)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.embed.weight, c.embed.weight)

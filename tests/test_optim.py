@@ -1,0 +1,117 @@
+"""The schedule at the points that define it, the groups, and the optimizers' state by name."""
+
+import pytest
+import torch
+
+from model import Decoder, ModelConfig
+from optim import Optimizers, group_of, lr_at
+
+SCHEDULE = dict(peak=1.0, floor=0.1, warmup=10, total=110, decay_fraction=0.2)
+
+
+def build(optimizer="adamw", tied=False, norm="layernorm"):
+    model = Decoder(ModelConfig(vocab_size=11, n_layer=2, n_embd=16, n_head=2, n_hidden=24, block_size=8,
+                                tie_embeddings=tied, norm=norm))
+    return model, Optimizers(model, optimizer=optimizer, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95)
+
+
+def step(model, optimizers, lr=1e-2, seed=0):
+    x = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(seed))
+    model(x, x).backward()
+    optimizers.set_lr(lr)
+    for optimizer in optimizers:
+        optimizer.step()
+    optimizers.zero_grad()
+
+
+@pytest.mark.parametrize("schedule, points", [
+    ("cosine", {0: 1 / 11, 9: 10 / 11, 10: 1.0, 60: 0.55, 110: 0.1}),
+    ("linear", {0: 1 / 11, 10: 1.0, 35: 0.775, 60: 0.55, 110: 0.1}),
+    ("wsd", {0: 1 / 11, 10: 1.0, 88: 1.0, 99: 0.55, 110: 0.1}),
+    ("constant", {0: 1 / 11, 10: 1.0, 109: 1.0}),
+])
+def test_schedules_at_the_points_that_define_them(schedule, points):
+    for at, wanted in points.items():
+        assert lr_at(at, schedule=schedule, **SCHEDULE) == pytest.approx(wanted), at
+
+
+def test_wsd_that_decays_all_the_way_is_linear():
+    knobs = SCHEDULE | {"decay_fraction": 1.0}
+    assert all(lr_at(s, schedule="wsd", **knobs) == lr_at(s, schedule="linear", **knobs) for s in range(110))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group(optimizer, tied):
+    model, optimizers = build(optimizer, tied)
+    held = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert len(held) == len(set(held)) == len(list(model.parameters()))
+
+
+def test_gains_biases_and_the_embedding_are_not_decayed():
+    model, optimizers = build()
+    decay = {p: g["weight_decay"] for o in optimizers for g in o.param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        plain = name.startswith("embed") or name.endswith(("gain", "bias"))
+        assert decay[parameter] == (0.0 if plain else 0.1), name
+
+
+def test_embedding_and_head_learn_at_a_multiple_of_the_rate():
+    model = build()[0]
+    optimizers = Optimizers(model, optimizer="muon", weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95, embed_lr=4.0)
+    optimizers.set_lr(0.5)
+    rates = {p: g["lr"] for o in optimizers for g in o.param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        assert rates[parameter] == (2.0 if name.startswith(("embed", "head")) else 0.5), name
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model, optimizers = build("muon")
+    muon, adamw = optimizers
+    names = {p: n for n, p in model.named_parameters()}
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    for parameter in (p for g in muon.param_groups for p in g["params"]):
+        assert names[parameter].startswith("blocks.") and parameter.ndim == 2
+
+
+def test_muon_moves_a_matrix_as_far_as_adamw_would():
+    model, optimizers = build("muon")
+    before = model.blocks[0].ffn.up.weight.detach().clone()
+    step(model, optimizers, lr=1e-2)
+    moved = (model.blocks[0].ffn.up.weight - before * (1 - 1e-2 * 0.1)).square().mean().sqrt()
+    assert 0.1e-2 < moved < 0.4e-2  # 0.2 x the learning rate: the size of AdamW's steps in mid-training
+
+
+def test_adamw_is_the_fused_one():
+    _, optimizers = build()
+    assert all(o.defaults["fused"] for o in optimizers)
+
+
+def test_an_unknown_parameter_is_refused_by_name():
+    with pytest.raises(ValueError, match="extra.weight"):
+        group_of("extra.weight", torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_state_survives_a_round_trip_by_name(optimizer):
+    model, optimizers = build(optimizer)
+    step(model, optimizers)
+    twin, others = build(optimizer)
+    twin.load_state_dict(model.state_dict())
+    others.load_state_dict(optimizers.state_dict())
+    for seed in (1, 2):
+        step(model, optimizers, seed=seed)
+        step(twin, others, seed=seed)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_state_of_the_wrong_shape_or_name_is_refused():
+    model, optimizers = build()
+    step(model, optimizers)
+    state = optimizers.state_dict()
+    wrong = {name: dict(per) for name, per in state.items()}
+    wrong["embed.weight"]["exp_avg"] = torch.zeros(3, 16)
+    with pytest.raises(ValueError, match=r"exp_avg of embed.weight is \[3, 16\], the parameter is \[11, 16\]"):
+        build()[1].load_state_dict(wrong)
+    with pytest.raises(ValueError, match="missing .*unknown"):
+        build()[1].load_state_dict({("x" if n == "norm.gain" else n): s for n, s in state.items()})

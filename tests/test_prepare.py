@@ -1,0 +1,274 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+import data.prepare as command
+from data.corpus import Corpus, Piece, hub_stream
+from data.loader import open_dataset
+from data.prepare import in_order, main, prepare, spread_sample
+from data.tokenizer import ByteTokenizer, load_tokenizer, train_sentencepiece
+
+PROSE = "".join(f"line {i}: the quick brown fox\n    jumps over {i * 7} lazy dogs\n\n" for i in range(300))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "prose.txt"
+    path.write_text(PROSE)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs the command with tmp_path/data in place of data/; gives (exit code, what it wrote to stderr)."""
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(command, "__file__", str(tmp_path / "data" / "prepare.py"))
+
+    def call(*words):
+        code = main([str(word) for word in words])
+        return code, capsys.readouterr().err
+    return call
+
+
+def decoded(folder, split):
+    dataset = open_dataset(folder)
+    return load_tokenizer(folder).decode(getattr(dataset, split).tolist())
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "sentencepiece"])
+def test_a_prepared_data_set_opens_and_decodes_to_its_text(text, tmp_path, tokenizer):
+    meta = prepare([str(text)], tmp_path / "out", tokenizer)
+    cut = int(len(PROSE) * 0.9)
+    assert decoded(tmp_path / "out", "train") == PROSE[:cut] and decoded(tmp_path / "out", "val") == PROSE[cut:]
+    assert meta == json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["bytes"] == {"train": cut, "val": len(PROSE) - cut} and meta["tokenizer"] == tokenizer
+    assert str(tmp_path) not in json.dumps(meta)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prose.txt"]  # nothing temporary is left
+
+
+def test_char_ids_are_those_of_nanogpt(text, tmp_path):
+    prepare([str(text)], tmp_path / "out", "char")
+    place = {char: i for i, char in enumerate(sorted(set(PROSE)))}
+    ids = np.array([place[char] for char in PROSE], dtype=np.uint16)
+    cut = int(len(PROSE) * 0.9)
+    assert (tmp_path / "out" / "train.bin").read_bytes() == ids[:cut].tobytes()
+    assert (tmp_path / "out" / "val.bin").read_bytes() == ids[cut:].tobytes()
+
+
+def test_bos_stands_before_every_document_and_nowhere_else(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(f"document {i}\n")
+    prepare([str(folder)], tmp_path / "out", "byte")
+    dataset = open_dataset(tmp_path / "out")
+    stream = np.concatenate([dataset.train, dataset.val]).tolist()
+    assert stream[0] == 256 and stream.count(256) == 30
+    found = "".join(chr(i) if i < 256 else "|" for i in stream).split("|")[1:]
+    assert sorted(found) == sorted(f"document {i}\n" for i in range(30))
+
+
+def test_preparing_twice_gives_the_same_files(text, tmp_path):
+    prepare([str(text)], tmp_path / "a")
+    prepare([str(text)], tmp_path / "b")
+    for name in ("train.bin", "val.bin", "meta.json", "tokenizer.model"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_size_of_the_chunks_does_not_change_the_bytes(tmp_path, monkeypatch):
+    line = "".join(random.Random(0).choices("ab \u4f60\U0001f600", k=5000))  # one long line
+    (tmp_path / "line.txt").write_text(line, encoding="utf-8")
+    for chunk in (100, 2**20):
+        monkeypatch.setattr("data.corpus.CHUNK", chunk)
+        monkeypatch.setattr(command, "CHUNK", chunk)
+        prepare([str(tmp_path / "line.txt")], tmp_path / str(chunk), "byte")
+    assert (tmp_path / "100" / "train.bin").read_bytes() == (tmp_path / str(2**20) / "train.bin").read_bytes()
+    prepare([str(tmp_path / "line.txt")], tmp_path / "chars", "char")
+    assert decoded(tmp_path / "chars", "train") + decoded(tmp_path / "chars", "val") == line
+
+
+def test_the_tokenizer_has_seen_the_train_split_only(tmp_path):
+    (tmp_path / "t.txt").write_text("abc " * 900 + "xyz " * 100)
+    prepare([str(tmp_path / "t.txt")], tmp_path / "out")
+    pieces = load_tokenizer(tmp_path / "out").pieces
+    assert any(b"abc" in piece for piece in pieces) and not any(b"xy" in piece for piece in pieces)
+
+
+def test_vocab_size_sets_the_size_of_a_trained_tokenizer(text, tmp_path):
+    assert prepare([str(text)], tmp_path / "out", vocab_size=350)["vocab_size"] == 350
+
+
+def test_a_vocabulary_of_65536_ids_is_written_as_uint32(text, tmp_path, monkeypatch):
+    large = ByteTokenizer()
+    large.vocab_size, large.bos_id = 70000, 69999
+    monkeypatch.setattr(command, "make_tokenizer", lambda *_: large)
+    large.pieces += [b""] * (70000 - 257)
+    assert prepare([str(text)], tmp_path / "out")["dtype"] == "uint32"
+    assert open_dataset(tmp_path / "out").train[0] == 69999
+
+
+def test_a_given_model_file_is_the_tokenizer(text, tmp_path):
+    train_sentencepiece(["fox dogs " * 50], 300).save(tmp_path)
+    prepare([str(text)], tmp_path / "out", str(tmp_path / "tokenizer.model"))
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (tmp_path / "tokenizer.model").read_bytes()
+    assert decoded(tmp_path / "out", "train") == PROSE[:int(len(PROSE) * 0.9)]
+
+
+def test_a_chunk_within_a_document_gets_no_dummy_space(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.corpus.CHUNK", 100)
+    sentencepiece.SentencePieceTrainer.train(  # as Llama's: a space is put before every text
+        sentence_iterator=iter(PROSE.splitlines()), model_prefix=str(tmp_path / "llama"), model_type="bpe",
+        vocab_size=300, hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2)
+    prepare([str(text)], tmp_path / "out", str(tmp_path / "llama.model"))
+    assert decoded(tmp_path / "out", "train") == PROSE[:int(len(PROSE) * 0.9)]
+
+
+def test_the_sample_is_bounded_and_spread_over_all_of_the_text():
+    texts = [f"{i:04d}" * 250 for i in range(100)]
+    sample = spread_sample(texts, 20_000, block=100)
+    assert 10_000 <= sum(map(len, sample)) <= 20_000
+    assert {int(block[:4]) for block in sample} == set(range(100))
+    assert spread_sample(texts, 10**9) == texts
+
+
+def test_work_is_done_in_order_and_few_items_are_held():
+    taken, done = [], []
+
+    def items():
+        for i in range(200):
+            taken.append(i)
+            assert len(taken) - len(done) <= 2 * (os.cpu_count() or 1) + 2
+            yield i
+
+    for item, square in in_order(lambda i: i * i, items()):
+        done.append((item, square))
+    assert done == [(i, i * i) for i in range(200)]
+
+
+def test_an_error_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
+    def pieces():
+        yield Piece("train", True, "text")
+        raise OSError("disk on fire")
+    with pytest.raises(OSError, match="disk on fire"):
+        prepare(Corpus("x", "test", pieces), tmp_path / "out", "byte")
+    assert list(tmp_path.iterdir()) == []
+    assert threading.active_count() < 5
+
+
+def test_a_tokenizer_that_does_not_give_the_text_back_is_caught(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text, start: list(text.upper().encode()))
+    with pytest.raises(ValueError, match="does not decode"):
+        prepare([str(text)], tmp_path / "out", "byte")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError("network down")])
+def test_a_stopped_stream_goes_on_to_the_same_result(tmp_path, monkeypatch, stop):
+    monkeypatch.setattr(command, "COMMIT", 2000)
+    monkeypatch.setattr(command, "CHUNK", 500)
+    monkeypatch.setattr(command, "FIRST", 600)
+    rows = [Piece("val" if i % 7 == 0 else "train", True, f"row {i} \u4f60\n" * 3) for i in range(1500)]
+
+    def pieces(last):
+        yield from rows[:last]
+        if last < len(rows):
+            raise stop
+
+    whole = Corpus("s", "test stream", lambda: pieces(1500), stream=True)
+    prepare(whole, tmp_path / "whole", vocab_size=300)
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        prepare(Corpus("s", "test stream", lambda: pieces(1100), stream=True), tmp_path / "out", vocab_size=300)
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial" / "progress.json").exists()
+    with pytest.raises(ValueError, match="other settings"):
+        prepare(whole, tmp_path / "out", "byte")
+    with open(tmp_path / ".out.partial" / "train.bin", "ab") as file:
+        file.write(b"written after the last commit")
+    monkeypatch.setattr(command, "train_tokenizer", None)  # it is not trained again
+    prepare(whole, tmp_path / "out", vocab_size=300)
+    for name in ("train.bin", "val.bin", "meta.json", "tokenizer.model"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "tokenizer.model", "train.bin", "val.bin"]
+
+
+def test_a_stream_of_hugging_face_is_prepared(tmp_path):
+    pytest.importorskip("datasets", reason="datasets streams from Hugging Face")
+    rows = [f"row {i} of the stream" for i in range(400)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    source = hub_stream("rows", "json", "byte", data_files=[str(tmp_path / "rows.jsonl")])
+    meta = prepare(source, tmp_path / "out")
+    assert sum(meta["bytes"].values()) == sum(map(len, rows)) and meta["tokenizer"] == "byte"
+    with pytest.raises(ValueError, match="tokenizer=char needs all of the text"):
+        prepare(source, tmp_path / "chars", "char")
+
+
+def test_the_command_prepares_a_named_data_set(run, text, tmp_path):
+    assert run(text) == (0, "")
+    assert open_dataset(tmp_path / "data" / "prose").meta["tokenizer"] == "sentencepiece"
+    assert run(text, text.parent / "prose.txt", "--tokenizer=byte", "name=two") == (0, "")
+    assert open_dataset(tmp_path / "data" / "two").meta["source"] == "2 files of prose.txt, prose.txt"
+
+
+@pytest.mark.parametrize("words, match", [
+    ([], "no source given"), (["name=x"], "no source given"), (["nothing.txt"], "nothing.txt is not a file or folder"),
+    (["TEXT", "tokeniser=byte"], "unknown option 'tokeniser'; choose from tokenizer"),
+    (["TEXT", "tokenizer=bpe"], "tokenizer=bpe is unknown; choose from byte, char, sentencepiece"),
+    (["TEXT", "tokenizer="], "tokenizer= is unknown"),
+    (["TEXT", "tokenizer=byte", "vocab_size=300"], "vocab_size=300 is for tokenizer=sentencepiece"),
+    (["TEXT", "vocab_size=many"], "vocab_size=many: expected a whole number"),
+    (["TEXT", "vocab_size=-1"], "expected a whole number"), (["TEXT", "vocab_size=0"], "vocab_size=0 does not suit"),
+    (["TEXT", "vocab_size=99"], "needs at least"), (["TEXT", "vocab_size="], "expected a whole number"),
+    (["TEXT", "tokenizer=tiktoken:no"], "tiktoken:no is unknown"),
+    (["TEXT", "tokenizer=no.model"], "no.model: no such tokenizer file"),
+    (["TEXT", "name=../x"], "must be a bare folder name"), (["TEXT", "name=a/b"], "must be a bare folder name"),
+    (["TEXT", "name=.."], "must be a bare"), (["TEXT", "name="], "must be a bare"),
+    (["TEXT", "name=a\\b"], "must be a bare"), (["TEXT", "TEXT"], "give it a name="),
+    (["EMPTY"], "too little text"), (["ONE"], "too little text"),
+    (["EMPTY", "tokenizer=byte"], "too little text"), (["ONE", "tokenizer=byte"], "too little text"),
+    (["EMPTYFOLDER"], "too little text"), (["LATIN"], "byte 3 is not UTF-8")])
+def test_wrong_input_is_one_error_line_and_leaves_nothing(run, text, tmp_path, words, match):
+    paths = {name: tmp_path / name.lower() for name in ("EMPTY", "ONE", "LATIN", "EMPTYFOLDER")} | {"TEXT": text}
+    paths["EMPTY"].write_text("")
+    paths["ONE"].write_text("x")
+    paths["LATIN"].write_bytes(b"caf\xe9" * 50)
+    paths["EMPTYFOLDER"].mkdir()
+    code, err = run(*[paths.get(word, word) for word in words])
+    assert code == 2 and match in err and err.startswith("error: ") and err.count("\n") == 1
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_an_existing_data_set_is_not_overwritten(run, text, tmp_path):
+    assert run(text, "tokenizer=byte")[0] == 0
+    before = (tmp_path / "data" / "prose" / "meta.json").read_bytes()
+    code, err = run(text, "tokenizer=char")
+    assert code == 2 and "exists already; delete it, or choose another name" in err
+    assert (tmp_path / "data" / "prose" / "meta.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_cleans_up(tmp_path, number, code):
+    """The real script, in a copy of the repository, stopped while it reads a text that takes it several seconds."""
+    (tmp_path / "data").mkdir()
+    for path in Path(command.__file__).parent.glob("*.py"):
+        (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "big.txt").write_bytes(b"0123456789 abcdefg\n" * 4_000_000)
+    process = subprocess.Popen([sys.executable, "data/prepare.py", "big.txt", "tokenizer=byte"], cwd=tmp_path,
+                               stderr=subprocess.PIPE)
+    begin = time.monotonic()
+    while not list((tmp_path / "data").glob(".big.*/train.bin")) and time.monotonic() - begin < 20:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == code and b"Traceback" not in err
+    assert sorted(path.name for path in (tmp_path / "data").iterdir() if path.suffix != ".py") in ([], ["__pycache__"])

@@ -1,0 +1,521 @@
+"""sample.py: the cache is exact, the draws follow the distribution, and every wrong input is one line."""
+
+import dataclasses
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import sample
+from config.schema import Config
+from data.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_sha256
+from model import Decoder, ModelConfig
+from sample import SampleOptions, generate, logits_to_probabilities, penalise, prompt_ids, window_start
+
+ROOT = Path(__file__).parent.parent
+CHARS = "\nabcdefgh"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small gain nothing from threads, and wait long for each other's where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(**knobs) -> Decoder:
+    """A small model whose weights are large enough that its distributions are far from flat."""
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 16, "n_hidden": 24, "block_size": 8, "vocab_size": 11}
+    model = Decoder(ModelConfig(**(shape | knobs)))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.4, generator=generator)
+    return model.eval()
+
+
+def ids_of(model: Decoder, *arguments, **options) -> list[list[int]]:
+    return list(generate(model, *arguments, **options))
+
+
+def greedy_without_cache(model: Decoder, ids: list[int], count: int) -> list[int]:
+    ids = list(ids)
+    for _ in range(count):
+        seen = ids[window_start(len(ids), model.config.block_size):]
+        ids.append(int(model(torch.tensor([seen]))[0, -1].argmax()))
+    return ids[-count:]
+
+
+def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """Pearson's statistic in standard deviations above its mean."""
+    expected = probabilities * counts.sum()
+    freedom = counts.numel() - 1
+    return float((((counts - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
+
+
+# --- generate
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("block_size", [1, 7, 8])
+def test_cached_logits_equal_uncached_ones_before_and_far_past_the_block_size(kv_heads, block_size):
+    model, seen = tiny(n_kv_head=kv_heads, block_size=block_size), []
+    handle = model.register_forward_hook(lambda module, inputs, output: seen.append(output[:, -1]))
+    prompt = [3, 1, 4]
+    new = ids_of(model, prompt, 40, num_samples=2, seed=5)
+    handle.remove()
+    assert len(seen) == 40
+    for row in range(2):
+        ids = prompt + [tokens[row] for tokens in new]
+        for step, logits in enumerate(seen):
+            length = len(prompt) + step
+            window = ids[window_start(length, block_size):length]
+            expected = model(torch.tensor([window]))[0, -1]
+            torch.testing.assert_close(logits[min(row, len(logits) - 1)], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 8, 9, 30])
+def test_greedy_ids_equal_those_without_a_cache(length):
+    model, prompt = tiny(n_kv_head=2), [(7 * i) % 11 for i in range(length)]
+    ids = [tokens[0] for tokens in ids_of(model, prompt, 30, temperature=0.0)]
+    assert ids == greedy_without_cache(model, prompt, 30)
+    assert len(set(ids)) > 2
+
+
+def test_a_text_continued_in_two_parts_is_the_same_text():
+    model = tiny()
+    whole = [tokens[0] for tokens in ids_of(model, [5], 25, temperature=0.0)]
+    rest = [tokens[0] for tokens in ids_of(model, [5] + whole[:13], 12, temperature=0.0)]
+    assert whole == whole[:13] + rest
+
+
+def test_only_the_newest_token_is_computed_until_the_window_is_full():
+    model, lengths = tiny(), []
+    handle = model.register_forward_hook(lambda module, inputs, output: lengths.append(inputs[0].shape[1]))
+    ids_of(model, [1, 2, 3], 14)
+    handle.remove()
+    assert lengths == [3, 1, 1, 1, 1, 1, 5, 1, 1, 1, 5, 1, 1, 1]
+
+
+def test_window_start_drops_the_oldest_half_when_the_window_is_full():
+    assert [window_start(length, 8) for length in (0, 1, 8, 9, 12, 13, 16, 17)] == [0, 0, 0, 4, 4, 8, 8, 12]
+    assert [window_start(length, 1) for length in (1, 2, 3)] == [0, 1, 2]
+    for block_size in range(1, 10):
+        for length in range(block_size, 50):
+            assert block_size // 2 < length - window_start(length, block_size) <= block_size
+
+
+def test_the_same_seed_gives_the_same_ids_and_another_seed_others():
+    model = tiny()
+    first, again, other = (ids_of(model, [1], 20, num_samples=2, seed=seed) for seed in (3, 3, 4))
+    assert first == again != other
+
+
+def test_samples_of_one_batch_differ():
+    first, second, third = zip(*ids_of(tiny(), [1], 20, num_samples=3), strict=True)
+    assert first != second != third != first
+
+
+def test_first_tokens_follow_the_distribution():
+    model, prompt = tiny(), [3, 1]
+    options = {"temperature": 1.5, "top_k": 8, "top_p": 0.97, "min_p": 0.01}
+    (drawn,) = ids_of(model, prompt, 1, num_samples=20_000, seed=1, **options)
+    with torch.no_grad():
+        wanted = logits_to_probabilities(model(torch.tensor([prompt]))[:, -1], **options)[0]
+    counts = torch.bincount(torch.tensor(drawn), minlength=11).float()
+    kept = wanted > 0
+    assert 3 < kept.sum() < 9 and not counts[~kept].any()
+    assert abs(chi_square(counts[kept], wanted[kept])) < 4
+
+
+def test_pairs_of_tokens_follow_the_joint_distribution_in_a_batch():
+    model = tiny(vocab_size=4)
+    first, second = (torch.tensor(ids) for ids in ids_of(model, [2], 2, num_samples=20_000, temperature=2.0))
+    counts = torch.bincount(first * 4 + second, minlength=16).float()
+    with torch.no_grad():
+        wanted = [(model(torch.tensor([[2]]))[0, -1] / 2).softmax(-1)[a]
+                  * (model(torch.tensor([[2, a]]))[0, -1] / 2).softmax(-1) for a in range(4)]
+    assert abs(chi_square(counts, torch.cat(wanted))) < 4
+    neighbours = torch.bincount(first[:-1] * 4 + first[1:], minlength=16).float()  # of samples: independent
+    alone = torch.bincount(first, minlength=4) / len(first)
+    assert abs(chi_square(neighbours, torch.outer(alone, alone).flatten())) < 4
+
+
+def test_padded_ids_are_never_drawn():
+    model = tiny()
+    wild = ids_of(model, [1], 30, num_samples=20, temperature=50.0)
+    assert max(map(max, wild)) == 10
+    for options in ({"temperature": 50.0}, {"temperature": 0.0}, {"top_k": 11, "temperature": 50.0}):
+        assert max(map(max, ids_of(model, [1], 30, num_samples=20, vocab_size=3, **options))) <= 2
+
+
+def test_a_repetition_penalty_spreads_greedy_ids():
+    model = tiny()
+    plain, spread = (ids_of(model, [1], 11, temperature=0.0, repetition_penalty=p) for p in (1.0, 100.0))
+    assert len({t[0] for t in spread}) > len({t[0] for t in plain})
+
+
+def test_generate_leaves_no_trace_in_the_callers_torch():
+    model, before = tiny().train(), torch.get_rng_state()
+    handle = model.register_forward_hook(lambda module, inputs, output: graphs.append(output.requires_grad))
+    graphs = []
+    tokens = generate(model, [1], 5, seed=9)
+    next(tokens)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    list(tokens)
+    handle.remove()
+    assert graphs == [False] * 5
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    model.train()(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward()
+
+
+def test_dropout_is_off_while_sampling():
+    model = tiny(dropout=0.5).train()
+    assert ids_of(model, [1], 20, temperature=0.0) == ids_of(model.train(), [1], 20, temperature=0.0)
+
+
+def test_under_autocast_the_cache_has_its_dtype_and_is_still_exact():
+    model, seen = tiny(), []
+    handle = model.register_forward_hook(
+        lambda _, inputs, named, output: seen.append((named["cache"].keys.dtype, output[0, -1])), with_kwargs=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = [3] + [tokens[0] for tokens in ids_of(model, [3], 7)]
+        handle.remove()
+        for length, (dtype, logits) in enumerate(seen, 1):
+            assert dtype == torch.bfloat16
+            expected = model(torch.tensor([ids[:length]]))[0, -1]
+            torch.testing.assert_close(logits, expected, atol=0.05, rtol=0.05)
+
+
+def test_logits_that_are_not_finite_are_named():
+    model = tiny()
+    model.head.weight.data[2, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="model's logits hold NaN"):
+        ids_of(model, [1], 5)
+
+
+# --- arithmetic
+
+
+LOGITS = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
+
+
+@pytest.mark.parametrize(("options", "wanted"), [
+    ({}, [0.5, 0.2, 0.2, 0.1]),
+    ({"temperature": 0.5}, [25 / 34, 4 / 34, 4 / 34, 1 / 34]),
+    ({"temperature": 0.0}, [1, 0, 0, 0]),
+    ({"temperature": 1e-60}, [1, 0, 0, 0]),
+    ({"temperature": 1e300}, [0.25, 0.25, 0.25, 0.25]),
+    ({"top_k": 1}, [1, 0, 0, 0]),
+    ({"top_k": 3}, [5 / 9, 2 / 9, 2 / 9, 0]),
+    ({"top_k": 4}, [0.5, 0.2, 0.2, 0.1]),
+    ({"top_k": 99}, [0.5, 0.2, 0.2, 0.1]),
+    ({"top_p": 1e-9}, [1, 0, 0, 0]),
+    ({"top_p": 0.49}, [1, 0, 0, 0]),
+    ({"top_p": 0.75}, [5 / 9, 2 / 9, 2 / 9, 0]),
+    ({"top_p": 0.95}, [0.5, 0.2, 0.2, 0.1]),
+    ({"min_p": 0.3}, [5 / 9, 2 / 9, 2 / 9, 0]),
+    ({"min_p": 0.19}, [0.5, 0.2, 0.2, 0.1]),
+    ({"min_p": 1.0}, [1, 0, 0, 0]),
+    ({"temperature": 0.5, "min_p": 0.3}, [1, 0, 0, 0]),  # temperature comes first: 4 is less than 0.3 * 25
+    ({"top_k": 3, "top_p": 0.55}, [1, 0, 0, 0]),  # top_p sees what top_k has left: 5/9 is enough
+])
+def test_probabilities_are_those_computed_by_hand(options, wanted):
+    torch.testing.assert_close(logits_to_probabilities(LOGITS, **options), torch.tensor([wanted]).float())
+
+
+def test_each_row_is_filtered_by_itself_and_the_logits_stay():
+    logits = torch.stack((LOGITS[0], LOGITS[0].flip(0)))
+    before = logits.clone()
+    rows = logits_to_probabilities(logits, top_k=3, top_p=0.7, min_p=0.1)
+    torch.testing.assert_close(rows[0].sort().values, rows[1].sort().values)
+    assert rows[0].argmax() == 0 and rows[1].argmax() == 3
+    assert torch.equal(logits, before)
+
+
+def test_top_k_keeps_exactly_k_of_equal_logits():
+    assert (logits_to_probabilities(torch.zeros(2, 9), top_k=4) > 0).sum(-1).tolist() == [4, 4]
+
+
+def test_extreme_logits_and_ties_give_probabilities_too():
+    assert logits_to_probabilities(torch.tensor([[3e38, -3e38, 0.0]]), temperature=0.5).tolist() == [[1, 0, 0]]
+    assert logits_to_probabilities(torch.zeros(1, 3), temperature=0.0).tolist() == [[1, 0, 0]]
+
+
+def test_a_penalty_lowers_seen_logits_of_either_sign():
+    logits, seen = torch.tensor([[2.0, -2.0, 2.0, -2.0]]), torch.tensor([[True, True, False, False]])
+    assert penalise(logits, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
+    assert penalise(logits, seen, 1.0).tolist() == logits.tolist()
+
+
+def test_a_prompt_starts_with_bos_or_else_like_a_line():
+    assert prompt_ids(ByteTokenizer(), "hi") == [256, 104, 105]
+    assert prompt_ids(ByteTokenizer(), "") == [256]
+    assert prompt_ids(CharTokenizer("b\na"), "") == [0]
+    assert prompt_ids(CharTokenizer("\t\nab"), "") == [1]
+    assert prompt_ids(CharTokenizer("xyz"), "") == [0]
+    assert prompt_ids(CharTokenizer("xyz"), "zy") == [2, 1]
+    with pytest.raises(ValueError, match="surrogates"):
+        prompt_ids(ByteTokenizer(), "\udcff")
+
+
+# --- the command
+
+
+def save_run(folder: Path, tokenizer, model: Decoder | None = None, step: int = 10) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    model = model or tiny(vocab_size=tokenizer.vocab_size, block_size=16)
+    config = Config(model=model.config, out_dir=str(folder))
+    state = {"step": step, "model": dict(model.state_dict()), "optimizer": {}, "scaler": {}, "config": config.flat(),
+             "data": {"tokenizer_sha256": tokenizer_sha256(folder)}, "best_val_loss": 1.0}
+    checkpoint.save(checkpoint.path_of(folder, step), state)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return save_run(tmp_path / "run", CharTokenizer(CHARS))
+
+
+def sampled(capsys, *argv) -> tuple[str, str]:
+    assert sample.main([str(word) for word in argv]) == 0
+    return capsys.readouterr()
+
+
+def refused(capsys, *argv) -> str:
+    """The one line of an error that is the user's."""
+    with pytest.raises(SystemExit) as exit:
+        sample.main([str(word) for word in argv])
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+def give_input(monkeypatch, content: bytes, terminal: bool = False) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stdin", stream)
+
+
+def script(monkeypatch, *steps: list[int]) -> None:
+    """Lets generate yield these ids instead of a model's."""
+    monkeypatch.setattr(sample, "generate", lambda *arguments, **options: iter(steps))
+
+
+def test_the_command_prints_prompt_and_continuation_and_the_speed_on_stderr(run, capsys):
+    out, err = sampled(capsys, run, "prompt=abc", "max_new_tokens=30", "seed=1", "top_k=99")
+    assert out.startswith("abc") and len(out) == 3 + 30 + 1 and set(out) <= set(CHARS)
+    assert err.startswith("30 tokens in ") and "tokens/s (cpu, " in err and err.count("\n") == 1
+    assert sampled(capsys, run, "prompt=abc", "max_new_tokens=30", "seed=1")[0] == out
+    assert sampled(capsys, run, "prompt=abc", "max_new_tokens=30", "seed=2")[0] != out
+
+
+def test_the_command_prints_what_generate_yields(run, capsys):
+    model, tokenizer = sample.load_run(run, "latest", "cpu")
+    ids = [tokens[0] for tokens in generate(model, tokenizer.encode("ab"), 40, temperature=0.7, top_p=0.9, seed=6)]
+    out, _ = sampled(capsys, run, "prompt=ab", "max_new_tokens=40", "temperature=0.7", "top_p=0.9", "seed=6",
+                     "dtype=float32")
+    assert out == "ab" + tokenizer.decode(ids) + "\n"
+
+
+def test_further_samples_follow_the_first_one_separated_by_a_line(run, capsys, monkeypatch):
+    script(monkeypatch, [1, 2, 3], [1, 2, 3])
+    out, _ = sampled(capsys, run, "prompt=h", "num_samples=3")
+    assert out == "haa\n---\nhbb\n---\nhcc\n"
+
+
+def test_an_empty_prompt_starts_from_bos(tmp_path, capsys, monkeypatch):
+    run = save_run(tmp_path / "run", ByteTokenizer())
+    given = []
+    monkeypatch.setattr(sample, "generate", lambda model, ids, **options: given.append(ids) or iter([[65]]))
+    assert sampled(capsys, run, "prompt=")[0] == "A\n"
+    give_input(monkeypatch, b"nobody typed this", terminal=True)
+    assert sampled(capsys, run)[0] == "A\n"
+    assert given == [[256], [256]]
+
+
+def test_the_prompt_comes_from_a_file_or_from_standard_input_without_its_last_newline(run, capsys, monkeypatch):
+    path = run / "prompt.txt"
+    path.write_bytes(b"ab\n\n")
+    script(monkeypatch, [8])
+    assert sampled(capsys, run, f"prompt=FILE:{path}")[0] == "ab\nh\n"
+    give_input(monkeypatch, b"cd\n")
+    assert sampled(capsys, run)[0] == "cdh\n"
+
+
+def test_prompts_that_cannot_be_read_are_refused(run, capsys, monkeypatch):
+    path = run / "prompt.txt"
+    assert "No such file" in refused(capsys, run, f"prompt=FILE:{path}")
+    path.write_bytes(b"ab\xff")
+    assert "not UTF-8 text (at byte 2)" in refused(capsys, run, f"prompt=FILE:{path}")
+    path.write_bytes(b"a" * 1_000_001)
+    assert "longer than 1,000,000 bytes" in refused(capsys, run, f"prompt=FILE:{path}")
+    give_input(monkeypatch, b"\xff")
+    assert "standard input is not UTF-8" in refused(capsys, run)
+    assert "'xz'" in refused(capsys, run, "prompt=azax")
+    assert "surrogates not allowed" in refused(capsys, run, "prompt=\udcff")
+
+
+def test_a_prompt_longer_than_the_context_keeps_its_end_and_warns(run, capsys):
+    out, err = sampled(capsys, run, "prompt=" + "abcdefgh" * 5, "max_new_tokens=5")
+    assert out.startswith("abcdefgh" * 5)
+    assert err.startswith("warning: the prompt has 40 tokens, the model sees at most 16 at once: "
+                          "the first 24 are left out\n")
+
+
+def test_the_named_checkpoint_is_sampled(tmp_path, capsys):
+    model = tiny(vocab_size=len(CHARS))
+    run = save_run(tmp_path / "run", CharTokenizer(CHARS), model, step=10)
+    early, _ = sampled(capsys, run, "prompt=a")
+    model.head.weight.data.neg_()
+    save_run(run, CharTokenizer(CHARS), model, step=20)
+    assert sampled(capsys, run, "prompt=a")[0] != early
+    assert sampled(capsys, run, "prompt=a", "checkpoint=10")[0] == early
+    checkpoint.path_of(run, 10).rename(run / "best.pt")
+    assert sampled(capsys, run, "prompt=a", "checkpoint=best")[0] == early
+    assert "steps in" in refused(capsys, run, "prompt=a", "checkpoint=30")
+    assert "latest, best or a step" in refused(capsys, run, "prompt=a", "checkpoint=newest")
+
+
+def test_a_tokenizer_of_another_data_set_is_refused(run, tmp_path, capsys):
+    CharTokenizer("\nabcdefgx").save(run)
+    assert "not the one this model was trained with" in refused(capsys, run, "prompt=a")
+    small = save_run(tmp_path / "small", CharTokenizer(CHARS), tiny(vocab_size=5))
+    assert "has 9 tokens, the model knows only 5" in refused(capsys, small, "prompt=a")
+
+
+def test_a_padded_vocabulary_is_sampled_without_its_padding(tmp_path, capsys):
+    run = save_run(tmp_path / "run", CharTokenizer(CHARS), tiny(vocab_size=64))
+    out, _ = sampled(capsys, run, "prompt=a", "temperature=20", "num_samples=8")
+    assert set(out) <= set(CHARS + "-")
+
+
+def test_wrong_arguments_are_refused_in_one_line(run, tmp_path, capsys):
+    assert "one run folder, got none" in refused(capsys)
+    assert "one run folder, got a b" in refused(capsys, "a", "b")
+    assert "is not a folder" in refused(capsys, tmp_path / "nothing", "prompt=a")
+    assert "did you mean temperature?" in refused(capsys, run, "temprature=1")
+    assert "top_k must be a whole number" in refused(capsys, run, "top_k=1.5")
+    assert "temperature must be finite" in refused(capsys, run, "temperature=nan")
+    assert "leave prompt out" in refused(capsys, run, "prompt=a", "interactive=true")
+    assert "device=cuda:99 is not on this machine" in refused(capsys, run, "device=cuda:99")
+
+
+@pytest.mark.parametrize(("name", "bad"), [
+    ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -1), ("top_p", 0.0),
+    ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.1), ("max_new_tokens", 0), ("num_samples", 0), ("num_samples", 10**9),
+    ("repetition_penalty", 0.0), ("repetition_penalty", float("nan")), ("seed", -1), ("seed", 2**64)])
+def test_values_that_mean_nothing_are_refused(name, bad):
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got {bad}$"):
+        SampleOptions(**{name: bad})
+
+
+def test_all_problems_are_listed_at_once():
+    with pytest.raises(ValueError, match="temperature.*; top_k.*; top_p"):
+        SampleOptions(temperature=-1.0, top_k=-1, top_p=2.0)
+
+
+def test_every_option_that_generate_has_reaches_it(run, capsys, monkeypatch):
+    given = {}
+    monkeypatch.setattr(sample, "generate", lambda model, ids, **options: given.update(options) or iter([[1, 1]]))
+    values = {"max_new_tokens": 7, "num_samples": 2, "temperature": 0.3, "top_k": 4, "top_p": 0.6, "min_p": 0.02,
+              "repetition_penalty": 1.5, "seed": 8}
+    sampled(capsys, run, "prompt=a", *(f"{name}={value}" for name, value in values.items()))
+    assert given == values | {"vocab_size": len(CHARS)}
+
+
+def test_help_lists_every_option_with_its_meaning(capsys):
+    out, _ = sampled(capsys, "--help")
+    assert all(f"  {field.name}=" in out for field in dataclasses.fields(SampleOptions))
+
+
+class Written(list):
+    """A standard output that notes what arrives with each flush."""
+
+    def __init__(self, terminal: bool):
+        super().__init__()
+        self.pending, self.isatty = "", lambda: terminal
+
+    def write(self, text: str):
+        self.pending += text
+
+    def flush(self):
+        self.append(self.pending)
+        self.pending = ""
+
+    def reconfigure(self, **options):
+        pass
+
+
+@pytest.fixture
+def byte_run(tmp_path) -> Path:
+    return save_run(tmp_path / "bytes", ByteTokenizer())
+
+
+def written(monkeypatch, run: Path, text: bytes, *argv: str, terminal: bool = True) -> list[str]:
+    """What is written while the model yields the bytes of `text`."""
+    out = Written(terminal)
+    monkeypatch.setattr(sys, "stdout", out)
+    script(monkeypatch, *([byte] for byte in text))
+    assert sample.main([str(run), *argv]) == 0
+    return [piece for piece in out if piece]
+
+
+def test_characters_of_several_tokens_are_written_whole_and_at_once(byte_run, monkeypatch):
+    assert written(monkeypatch, byte_run, "aé😀z".encode(), "prompt=>") == [">", "a", "é", "😀", "z", "\n"]
+    assert written(monkeypatch, byte_run, b"a\xe9b\xf0\x9f", "prompt=") == ["a", "\ufffdb", "\ufffd\n"]
+
+
+def test_a_terminal_gets_no_control_characters_unless_raw(byte_run, monkeypatch):
+    text = "\x1b]0;x\x07\r\n\t\x7f\u009b\u202e\u2066é"
+    prompt = "prompt=\x1b[2J"
+    assert "".join(written(monkeypatch, byte_run, text.encode(), prompt)) == "[2J]0;x\n\té\n"
+    assert "".join(written(monkeypatch, byte_run, text.encode(), prompt, "raw=true")) == f"\x1b[2J{text}\n"
+    assert "".join(written(monkeypatch, byte_run, text.encode(), prompt, terminal=False)) == f"\x1b[2J{text}\n"
+
+
+def test_interactive_asks_until_the_input_ends_and_survives_bad_prompts(run, capsys, monkeypatch):
+    give_input(monkeypatch, b"ab\nxyz\n\ncd\n")
+    monkeypatch.setattr(sample, "generate", lambda model, ids, **options: iter([[token] for token in ids]))
+    out, err = sampled(capsys, run, "interactive=true")
+    assert out == "ab\n\n\ncd\n"
+    assert "error: characters 'xyz' are not among" in err and err.count("tokens/s") == 3
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(run, capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        yield [1]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "generate", interrupted)
+    assert sample.main([str(run), "prompt=a"]) == 130
+    assert capsys.readouterr() == ("aa", "\n")
+
+
+def test_logits_that_are_not_finite_end_the_command_with_one_line(tmp_path, capsys):
+    model = tiny(vocab_size=len(CHARS))
+    model.head.weight.data.fill_(3e38)  # finite, as saved weights always are
+    run = save_run(tmp_path / "run", CharTokenizer(CHARS), model)
+    assert sample.main([str(run), "prompt=a"]) == 3
+    out, err = capsys.readouterr()
+    assert err.startswith("error: the model's logits hold NaN or Inf") and err.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGPIPE")
+def test_a_reader_that_stops_early_ends_the_command_quietly(run):
+    command = [sys.executable, str(ROOT / "sample.py"), str(run), "prompt=a", "max_new_tokens=100000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(20) == 0

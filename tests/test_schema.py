@@ -1,0 +1,150 @@
+"""Presets and command lines: what is accepted, and the one line for what is not."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from config.schema import Config, convert, help_text, knobs_of, load_config, read_preset, split_arguments
+from model import Decoder, ModelConfig, parameter_count
+
+CONFIG = Path(__file__).parent.parent / "config"
+PRESETS = sorted(p for p in CONFIG.glob("*.py") if p.stem not in ("schema", "__init__"))
+
+
+def preset(tmp_path, text):
+    path = tmp_path / "mine.py"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_every_preset_loads_and_says_what_to_expect(path):
+    config = load_config([str(path)])
+    assert config.out_dir == f"out/{path.stem}"
+    assert path.read_text().startswith('"""')
+    assert parameter_count(config.model) > 0
+
+
+@pytest.mark.parametrize("path", [p for p in PRESETS if not p.stem.startswith("llama_")], ids=lambda p: p.stem)
+def test_every_small_preset_builds(path):
+    Decoder(ModelConfig(**vars(load_config([str(path)]).model) | {"vocab_size": 100}))
+
+
+def test_command_line_overrides_the_preset_and_small_is_the_default(tmp_path):
+    path = preset(tmp_path, "n_layer = 2\nlearning_rate = 6e-4 / 2\nmax_iters = 3 * 10**2\nout_dir = 'a'\n")
+    config = load_config([path, "n_layer=3", "--norm=layernorm", "out_dir=x=y", "compile=True"])
+    assert (config.model.n_layer, config.model.norm, config.out_dir, config.compile) == (3, "layernorm", "x=y", True)
+    assert (config.learning_rate, config.max_iters) == (3e-4, 300)
+    assert load_config([]) == load_config([str(CONFIG / "small.py")])
+
+
+def test_overrides_are_checked_together():
+    config = load_config(["n_embd=600", "n_head=6", "n_kv_head=0"])  # either alone would not fit the preset's
+    assert config.model.head_size == 100
+
+
+def test_config_and_model_share_no_knob():
+    assert not knobs_of(Config).keys() & knobs_of(ModelConfig).keys()
+
+
+def test_help_lists_every_knob_with_its_default():
+    text = help_text("usage", Config, ModelConfig)
+    for name, (_, field) in knobs_of(Config, ModelConfig).items():
+        assert f"  {name}={field.default}" in text
+        assert field.metadata["help"] in text
+
+
+def test_flat_config_is_plain_json():
+    config = load_config([])
+    assert json.loads(json.dumps(config.flat())) == config.flat()
+
+
+@pytest.mark.parametrize("value, kind, wanted", [
+    ("1", float, 1.0), (1, float, 1.0), ("1e-3", float, 1e-3), ("7", int, 7), ("true", bool, True), ("No", bool, False),
+    ("0", bool, False), (True, bool, True), ("a=b", str, "a=b"), ("", str, "")])
+def test_values_become_the_type_of_their_knob(value, kind, wanted):
+    result = convert("key", value, kind)
+    assert result == wanted and type(result) is type(wanted)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    # 1: unknown keys
+    (["learing_rate=1e-3"], "unknown knob 'learing_rate'; did you mean learning_rate?"),
+    (["lr=1e-3"], "did you mean learning_rate?"),
+    (["gradient_accumulation_steps=4"], "did you mean micro_batch_size?"),
+    (["zzzzzz=4"], "--help lists all"),
+    # 2: wrong types
+    (["n_layer=abc"], "n_layer must be a whole number, got 'abc'"),
+    (["n_layer=4.0"], "n_layer must be a whole number, got '4.0'"),
+    (["n_layer="], "n_layer must be a whole number, got ''"),
+    (["n_layer=True"], "n_layer must be a whole number"),
+    (["--n_layer"], "--n_layer has no value: write n_layer=VALUE"),
+    # 4: booleans and choices
+    (["tie_embeddings=maybe"], "tie_embeddings must be true or false, got 'maybe'"),
+    (["norm=rms"], "norm must be rmsnorm or layernorm, got 'rms'"),
+    # 5: not finite
+    (["learning_rate=nan"], "must be finite"), (["learning_rate=inf"], "must be finite"),
+    (["learning_rate=1e400"], "must be finite"),
+    # 6 and 8: places
+    (["config/none.py"], "config/none.py is not a file; presets are"),
+    (["config"], "config is not a file"),
+    (["config/small.py", "config/tiny.py"], "one preset at most"),
+    (["n_layer=2", "n_layer=3"], "n_layer is given twice"),
+    # 9 and 10: shapes
+    (["n_head=5"], "must be a multiple of 2 * n_head=5"),
+    (["n_head=4", "n_embd=256", "n_kv_head=3"], "choose n_kv_head from 1, 2, 4"),
+    (["n_layer=0"], "n_layer must be between 1 and"),
+    (["batch_size=1000000000"], "batch_size must be at most"),
+    (["batch_size=-1"], "batch_size must be 1 or more"),
+    # 11: across fields
+    (["learning_rate=-1", "min_lr=0"], "learning_rate must be above 0"),
+    (["beta1=1.0"], "beta1 must be in [0, 1)"), (["dropout=1"], "dropout must be in [0, 1)"),
+    (["min_lr=1", "learning_rate=0.1"], "min_lr=1.0 must not be above learning_rate=0.1"),
+    (["warmup_iters=100", "max_iters=10"], "warmup_iters=100 must not be above max_iters=10"),
+    (["grad_clip=-1"], "grad_clip must be 0 or more"),
+    (["batch_size=12", "micro_batch_size=5"], "the nearest is 4"),
+    # 12: intervals
+    (["eval_interval=-1"], "eval_interval must be 0 or more"), (["log_interval=0"], "log_interval must be 1 or more"),
+    # paths
+    (["dataset=../secret"], "dataset must be the bare name"),
+])
+def test_bad_command_lines_are_refused_in_one_line(arguments, words):
+    with pytest.raises(ValueError) as error:
+        load_config(arguments)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("learing_rate = 1", "mine.py: unknown knob 'learing_rate'; did you mean learning_rate?"),
+    ("n_layer = 2\nn_layer = 3", "mine.py:2:1: n_layer is given twice"),
+    ("import os", "mine.py:1:1: a preset holds only lines of the form name = literal"),
+    ("n_layer = open('x').read()", "mine.py:1:11: only numbers, strings, booleans and arithmetic"),
+    ("n_layer = __import__('os').system('touch x')", "only numbers, strings"),
+    ("n_layer = [2]", "only numbers, strings"), ("n_layer = None", "only numbers, strings"),
+    ("n_layer = 'a' * 9", "only numbers, strings"),
+    ("learning_rate = 1 / 0", "division by zero"),
+    ("n_layer = 10 ** 10 ** 10", "only numbers, strings"),
+    ("n_layer = 9 ** 9 ** 2 ** 9", "only numbers, strings"),
+    ("n_layer, n_head = 2, 2", "a preset holds only lines"),
+    ("if True:\n  n_layer = 2", "a preset holds only lines"),
+    ("n_layer = = 2", "mine.py:1:11: invalid syntax"),
+    ("n_layer = '2x'", "n_layer must be a whole number, got '2x'"),
+    ("out_dir = 3", "out_dir must be text in quotes, got 3"),
+    ("n_layer = 2.0", "n_layer must be a whole number, got 2.0"),
+])
+def test_bad_presets_are_refused_with_their_place_and_not_run(tmp_path, text, words):
+    with pytest.raises(ValueError) as error:
+        load_config([preset(tmp_path, text)])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"n_layer = 1\x00", b"n_layer = '\xe9'"])
+def test_binary_presets_are_refused(tmp_path, content):
+    (tmp_path / "x.py").write_bytes(content)
+    with pytest.raises(ValueError, match="x.py"):
+        read_preset(tmp_path / "x.py")
+
+
+def test_a_value_may_hold_an_equals_sign():
+    assert split_arguments(["a=b=c", "--d=e"]) == ([], {"a": "b=c", "d": "e"})

@@ -1,0 +1,408 @@
+"""Training end to end, in process, on a model that takes milliseconds."""
+
+import json
+import math
+import os
+import signal
+import sys
+
+import pytest
+import torch
+
+import checkpoint
+import metrics
+import train
+from model import Decoder
+
+TIMES = ("step_ms", "tok_per_s", "peak_memory_mb")
+
+
+def final_state(folder):
+    """Every tensor of the newest checkpoint by name, and every record without its times."""
+    state = checkpoint.load_newest(folder)
+    tensors = dict(state["model"]) | {f"{n}.{k}": t for n, s in state["optimizer"].items() for k, t in s.items()}
+    records = [{k: v for k, v in r.items() if k not in TIMES} for r in metrics.read_metrics(folder)]
+    return tensors, records
+
+
+def assert_same_run(a, b):
+    (tensors, records), (others, other_records) = final_state(a), final_state(b)
+    assert records == other_records
+    assert tensors.keys() == others.keys()
+    assert [n for n, t in tensors.items() if not torch.equal(t, others[n])] == []
+
+
+def signal_after(monkeypatch, step, number=signal.SIGTERM, times=1):
+    """The process gets a signal in the middle of optimizer step `step`."""
+    batch = train.batch
+
+    def interrupted(data, at, *rest):
+        if at == step - 1:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return batch(data, at, *rest)
+
+    monkeypatch.setattr(train, "batch", interrupted)
+
+
+HARD = ["dropout=0.1", "micro_batch_size=2", "eval_interval=3"]
+
+
+@pytest.mark.parametrize("knobs", [["optimizer=adamw"], ["optimizer=muon", "dtype=bfloat16"]],
+                         ids=["adamw", "muon-bf16"])
+@pytest.mark.parametrize("cut", [1, 3, 4, 7, 11])
+def test_resume_is_bit_exact(start, tmp_path, monkeypatch, cut, knobs):
+    assert start(*HARD, *knobs, out="whole")[0] == 0
+    with monkeypatch.context() as patch:
+        signal_after(patch, cut)
+        assert start(*HARD, *knobs)[0] == 143
+    assert start(*HARD, *knobs, "resume=yes")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_resume_after_a_kill_redoes_what_was_not_saved(start, tmp_path, monkeypatch):
+    assert start(*HARD, out="whole")[0] == 0
+
+    def die(*_):
+        raise KeyboardInterrupt  # from nowhere: neither saved nor logged any more
+
+    with monkeypatch.context() as patch:
+        step = train.train_step
+        patch.setattr(train, "train_step", lambda run: die() if run.step == 10 else step(run))
+        with pytest.raises(KeyboardInterrupt):
+            start(*HARD)
+    assert checkpoint.load_newest(tmp_path / "run")["step"] == 8
+    assert start(*HARD, "resume=auto")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_signal_during_evaluation_loses_nothing(start, tmp_path, monkeypatch):
+    assert start(*HARD, "micro_batch_size=1", out="whole")[0] == 0
+    read, calls = train.read_windows, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "read_windows", interrupted)
+        assert start(*HARD, "micro_batch_size=1")[0] == 130
+    assert len(calls) == 2
+    assert start(*HARD, "micro_batch_size=1", "resume=yes")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_exits_with_its_code(start, tmp_path, monkeypatch, number, code):
+    handlers = signal.getsignal(number)
+    signal_after(monkeypatch, 6, number)
+    result, out, _ = start()
+    assert result == code and "saved at step 6; resume=auto goes on from here" in out
+    assert checkpoint.load_newest(tmp_path / "run")["step"] == 6
+    assert signal.getsignal(number) == handlers
+
+
+def test_the_second_signal_quits_at_once(start, tmp_path, monkeypatch):
+    signal_after(monkeypatch, 6, times=2)
+    assert start()[0] == 143
+    assert checkpoint.load_newest(tmp_path / "run")["step"] == 4
+
+
+def test_evaluating_and_saving_do_not_change_the_training(start, tmp_path):
+    start("dropout=0.1")
+    start("dropout=0.1", "eval_interval=1", "save_interval=1", out="other")
+    losses = [[r["loss"] for r in metrics.read_metrics(tmp_path / name) if "loss" in r] for name in ("run", "other")]
+    assert len(losses[0]) == 12 and losses[0] == losses[1]
+
+
+def test_micro_batches_change_rounding_only(start, tmp_path):
+    start()
+    start("micro_batch_size=2", out="parts")
+    start("batch_size=2", out="smaller")
+    losses = [[r["loss"] for r in metrics.read_metrics(tmp_path / name) if "loss" in r]
+              for name in ("run", "parts", "smaller")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0] != pytest.approx(losses[2], abs=1e-3)
+
+
+@pytest.mark.parametrize("knobs", [["norm=rmsnorm"], ["norm=layernorm"], ["optimizer=muon"], ["dtype=bfloat16"],
+                                   ["activation_checkpointing=true"], ["n_kv_head=1", "tie_embeddings=true"],
+                                   ["norm_impl=fused"]])
+def test_training_learns(start, tmp_path, knobs):
+    assert start("max_iters=40", "learning_rate=1e-2", *knobs)[0] == 0
+    losses = [r["loss"] for r in metrics.read_metrics(tmp_path / "run") if "loss" in r]
+    assert abs(losses[0] - math.log(16)) < 0.06
+    assert losses[-1] < 2.3
+
+
+def test_compiled_training_is_the_same_training(start, tmp_path):
+    start("max_iters=4")
+    code, out, _ = start("compile=true", "max_iters=4", out="compiled")
+    assert code == 0 and ", compiled" in out
+    assert final_state(tmp_path / "run")[0].keys() == final_state(tmp_path / "compiled")[0].keys()  # no _orig_mod
+    losses = [[r["loss"] for r in metrics.read_metrics(tmp_path / name) if "loss" in r] for name in ("run", "compiled")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_what_a_run_leaves_behind(start, tmp_path):
+    code, out, err = start()
+    run = tmp_path / "run"
+    assert code == 0 and err == ""
+    assert {p.name for p in run.iterdir()} == {"ckpt_00000008.pt", "ckpt_00000012.pt", "best.pt", "config.json",
+                                               "tokenizer.json", "metrics.jsonl", "loss.png"}
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    records = metrics.read_metrics(run)
+    assert {"step", "loss", "lr", "grad_norm", "step_ms", "tok_per_s", "peak_memory_mb"} == records[0].keys()
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
+    evaluations = [r for r in records if "val_loss" in r]
+    assert [r["step"] for r in evaluations] == [5, 10, 12]
+    assert evaluations[0]["val_bpb"] == pytest.approx(evaluations[0]["val_loss"] / math.log(2))  # one byte per token
+    config = json.loads((run / "config.json").read_text())
+    assert (config["vocab_size"], config["micro_batch_size"]) == (16, 8)
+    assert config["versions"]["torch"] == torch.__version__
+    for words in ("parameters", "validation tokens", "tokens per parameter", "GB", "GFLOP/s (measured)", "not compiled",
+                  "| loss ", "| val loss ", "bits per byte", "tok/s", "of matmul rate", "left"):
+        assert words in out, words
+
+
+def test_best_is_the_checkpoint_with_the_lowest_validation_loss(start, tmp_path):
+    start("learning_rate=0.3", "max_iters=15", "eval_interval=1", "min_lr=0.3", "grad_clip=0")  # bad on purpose
+    evaluations = {r["step"]: r["val_loss"] for r in metrics.read_metrics(tmp_path / "run") if "val_loss" in r}
+    best = checkpoint.load_named(tmp_path / "run", "best")
+    assert best["best_val_loss"] == min(evaluations.values()) == evaluations[best["step"]]
+    assert best["optimizer"] == {}
+
+
+def test_evaluation_is_the_mean_over_all_windows(start, tmp_path):
+    start("eval_iters=0", "micro_batch_size=8")  # the last micro-batch of windows is not full
+    state = checkpoint.load_newest(tmp_path / "run")
+    model, data = checkpoint.build_model(state, "cpu").eval(), train.open_dataset(train.DATA / "words")
+    starts = train.val_starts(len(data.val), 32, 0)
+    assert len(starts) % 8
+    with torch.no_grad():
+        losses = [model(*train.read_windows(data.val, starts[i:i + 1], 32)).item() for i in range(len(starts))]
+    assert metrics.read_metrics(tmp_path / "run")[-1]["val_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_update(start, tmp_path, monkeypatch, bad):
+    forward, calls = Decoder.forward, []
+
+    def poisoned(self, ids, targets=None, cache=None):
+        loss = forward(self, ids, targets, cache)
+        calls.append(self.training)
+        return loss * bad if calls.count(True) == 6 else loss
+
+    monkeypatch.setattr(Decoder, "forward", poisoned)
+    code, _, err = start()
+    assert code == 3
+    assert "at step 6: stopped before the update" in err and "ckpt_00000004.pt" in err
+    assert [step for step, _ in checkpoint.all_in(tmp_path / "run")] == [4]
+    monkeypatch.undo()
+
+
+def test_a_gradient_that_is_not_finite_stops_too(start, monkeypatch):
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: clip(*a) * float("nan"))
+    code, _, err = start()
+    assert code == 3 and "at step 1: stopped" in err and "none yet" in err
+
+
+def test_gradients_are_clipped(start, tmp_path):
+    start("grad_clip=1e-9", "weight_decay=0", "optimizer=muon", "muon_momentum=0")
+    start("grad_clip=0", "weight_decay=0", "optimizer=muon", "muon_momentum=0", out="free")
+    states = [checkpoint.load_newest(tmp_path / name)["optimizer"] for name in ("run", "free")]
+    norms = [s["head.weight"]["exp_avg"].norm() for s in states]
+    assert norms[0] < 1e-8 < 1e-3 < norms[1]
+
+
+def test_a_fresh_run_never_overwrites_another(start, tmp_path):
+    start("max_iters=4")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    code, _, err = start("max_iters=6")
+    assert code == 2 and "already holds a run (step 4): continue it with resume=yes" in err
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+def test_resume_yes_needs_a_run_and_auto_does_not(start, tmp_path):
+    code, _, err = start("resume=yes")
+    assert code == 2 and "there is no checkpoint in" in err and not (tmp_path / "run").exists()
+    assert start("resume=auto")[0] == 0
+
+
+def test_a_finished_run_has_nothing_to_do(start, tmp_path):
+    start()
+    before = (tmp_path / "run" / "ckpt_00000012.pt").stat().st_mtime_ns
+    code, out, _ = start("resume=yes")
+    assert code == 0 and "already at step 12 of 12" in out
+    assert start("resume=yes", "max_iters=6")[0] == 0
+    assert (tmp_path / "run" / "ckpt_00000012.pt").stat().st_mtime_ns == before
+
+
+def test_a_resume_with_another_model_is_refused_and_one_with_another_rate_is_told(start):
+    start("max_iters=4")
+    code, _, err = start("resume=yes", "n_layer=3", "seed=5", "max_iters=8")
+    assert code == 2 and "n_layer: checkpoint=2, now=3" in err and "seed: checkpoint=1337, now=5" in err
+    code, out, _ = start("resume=yes", "max_iters=8", "learning_rate=1e-4")
+    assert code == 0
+    assert "resuming with learning_rate: checkpoint=0.001, now=0.0001" in out
+    assert "resuming with max_iters: checkpoint=4, now=8" in out
+
+
+def test_a_resume_on_changed_data_is_refused(start, data_folder, tmp_path, monkeypatch):
+    from data.prepare import prepare
+
+    start("max_iters=4")
+    (tmp_path / "words.txt").write_text((data_folder / "words.txt").read_text()[:-1] + "h")
+    prepare([str(tmp_path / "words.txt")], tmp_path / "words", tokenizer="char")
+    monkeypatch.setattr(train, "DATA", tmp_path)
+    code, _, err = start("resume=yes", "max_iters=8")
+    assert code == 2 and "data content_sha256: checkpoint=" in err
+
+
+def test_a_resume_from_a_damaged_newest_takes_the_one_before(start, tmp_path):
+    start(out="whole")
+    start()
+    newest = tmp_path / "run" / "ckpt_00000012.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    code, _, err = start("resume=yes")
+    assert code == 0 and "damaged" in err and "going on from the one before" in err
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_save_that_fails_does_not_stop_the_training_but_the_last_one_counts(start, tmp_path, monkeypatch):
+    save = checkpoint.save
+
+    def full_disk(path, state, fails=()):
+        if state["step"] in fails:
+            raise RuntimeError("unexpected pos")
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: full_disk(path, state, fails=(4, 5)))
+    code, _, err = start()
+    assert code == 0 and "could not be saved (unexpected pos); training goes on" in err
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: full_disk(path, state, fails=(12,)))
+    with pytest.raises(RuntimeError):
+        start(out="other")
+
+
+def test_a_compiler_that_is_missing_means_eager_with_a_line(start, monkeypatch):
+    class Broken(torch.nn.Module):
+        def forward(self, *_):
+            raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ compiler"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda model: Broken())
+    code, out, _ = start("compile=true")
+    assert code == 0 and "torch.compile does not work here, going on without" in out
+
+
+def test_too_little_gpu_memory_halves_the_micro_batch(start, tmp_path, monkeypatch):
+    step = train.train_step
+
+    def small_card(run):
+        if run.config.micro_batch_size > 2:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return step(run)
+
+    monkeypatch.setattr(train, "train_step", small_card)
+    code, out, _ = start()
+    assert code == 0 and "out of GPU memory with micro_batch_size=8: trying 4" in out and "trying 2" in out
+    assert checkpoint.load_newest(tmp_path / "run")["config"]["micro_batch_size"] == 2
+
+
+def test_automatic_choices_stay_what_they_were_on_a_resume(start, tmp_path, monkeypatch):
+    start("micro_batch_size=4", "dtype=bfloat16", "max_iters=4")
+    start("micro_batch_size=0", "dtype=auto", "compile=auto", "max_iters=8", "resume=yes")
+    config = checkpoint.load_newest(tmp_path / "run")["config"]
+    assert (config["micro_batch_size"], config["dtype"], config["compile"]) == (4, "bfloat16", False)
+
+
+def test_a_reader_that_leaves_ends_the_run_with_everything_saved(start, tmp_path, monkeypatch):
+    from train import Log
+
+    line = Log.line
+
+    def closed(self, text, file=None):
+        if text.startswith("step 6/"):
+            self.stop(signal.SIGPIPE)
+        line(self, text, file)
+
+    monkeypatch.setattr(Log, "line", closed)
+    assert start()[0] == 128 + signal.SIGPIPE
+    assert checkpoint.load_newest(tmp_path / "run")["step"] == 6
+
+
+def test_a_tracker_that_fails_does_not_stop_the_training(start, tmp_path, monkeypatch):
+    sent = []
+
+    def server(folder, knobs):
+        def send(record):
+            sent.append(record)
+            if len(sent) == 3:
+                raise ConnectionError("server is down")
+
+        return send
+
+    monkeypatch.setitem(metrics.TRACKERS, "wandb", server)
+    code, _, err = start("tracker=wandb")
+    assert code == 0 and "tracker failed and is left alone" in err and len(sent) == 3
+    assert len(metrics.read_metrics(tmp_path / "run")) == 15
+
+
+def test_a_tracker_that_is_not_installed_is_named(start, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, _, err = start("tracker=wandb")
+    assert code == 2 and "pip install wandb" in err and not (tmp_path / "run").exists()
+
+
+def test_a_padded_vocabulary_is_allowed_and_a_short_one_refused(start):
+    assert start("vocab_size=32")[0] == 0
+    code, _, err = start("vocab_size=10", out="other")
+    assert code == 2 and "vocab_size=10 is below the 16 tokens of data/words" in err
+
+
+def test_the_python_data_set_is_prepared_when_it_is_missing(start, tmp_path, monkeypatch, data_folder):
+    import shutil
+
+    asked = []
+
+    def prepare(sources, out):
+        asked.append(sources)
+        shutil.copytree(data_folder / "words", out)
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    monkeypatch.setattr(train, "DATA", tmp_path / "empty")
+    assert start("dataset=python")[0] == 0 and asked == [["python"]]
+    assert start("dataset=python", "resume=auto")[0] == 0 and len(asked) == 1
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["dataset=missing"], "no such data set; make it with: python data/prepare.py"),  # row 13
+    (["block_size=100000"], "tokens, needs at least block_size + 1"),  # 17
+    (["n_embd=1000000", "n_head=2", "n_layer=10000"], "billion parameters need about"),  # 10
+    (["device=cdua"], "device=cdua is not on this machine; it has cpu"),  # 52
+    (["device=cuda:7"], "is not on this machine"), (["dtype=float16"], "dtype=float16 needs a CUDA device"),  # 53
+    (["out_dir=/proc/nothing/here"], "/proc/nothing"),  # 30
+    (["out_dir={file}"], "is a file: name a folder"),
+    (["learing_rate=1"], "did you mean learning_rate?"),
+])
+def test_bad_input_is_one_line_and_leaves_nothing(start, tmp_path, arguments, words):
+    (tmp_path / "file").touch()
+    code, out, err = start(*(a.format(file=tmp_path / "file") for a in arguments))
+    assert code == 2
+    assert err.startswith("error: ") and words in err and err.count("\n") == 1 and "Traceback" not in err
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 with a GradScaler needs a CUDA device")
+def test_float16_resumes_with_its_scaler(start, tmp_path, monkeypatch):
+    knobs = ["device=cuda", "dtype=float16"]
+    start(*knobs, out="whole")
+    with monkeypatch.context() as patch:
+        signal_after(patch, 7)
+        start(*knobs)
+    assert checkpoint.load_newest(tmp_path / "run")["scaler"]["scale"] > 1
+    start(*knobs, "resume=yes")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")

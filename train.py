@@ -1,0 +1,404 @@
+"""Train a decoder:  python train.py config/small.py [key=value ...]
+
+Reading order: main; set_up, which checks all that a user can get wrong before anything is created; train, the loop;
+train_step and evaluate, one step of it; and last what surrounds them.
+"""
+
+import dataclasses
+import json
+import math
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import checkpoint
+from config.schema import Config, help_text, load_config, user_errors
+from data.loader import Dataset, batch, open_dataset, read_windows, train_starts, val_starts
+from data.prepare import prepare
+from data.tokenizer import load_tokenizer
+from device import autocast, choose_device, choose_dtype, keep_freed_memory, matmul_rate, to_device, total_memory
+from metrics import Log, open_tracker, plot_losses
+from model import Decoder, ModelConfig, flops_per_token, memory_estimate, parameter_count
+from optim import Optimizers, lr_at
+from sample import generate, prompt_ids
+
+ROOT = Path(__file__).resolve().parent
+DATA = ROOT / "data"
+USAGE = "python train.py [config/PRESET.py] [key=value ...]\n\nEvery knob with its default:"
+NOT_FINITE = 3  # exit code after NaN or Inf
+
+
+@dataclass
+class Run:
+    """The parts of one training run. `model` is the plain module; `forward` is it or its compiled twin."""
+
+    config: Config  # resolved: nothing is auto any more
+    data: Dataset
+    model: Decoder
+    forward: nn.Module
+    optimizers: Optimizers
+    scaler: torch.amp.GradScaler
+    step: int = 0  # optimizer steps done
+    best_val_loss: float = math.inf
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.out_dir)
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM become a flag, looked at wherever stopping is safe; a second one quits at once."""
+
+    def __init__(self):
+        self.came = 0
+
+    def __enter__(self) -> "Interrupts":
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame: Any = None) -> None:
+        if self.came:
+            raise SystemExit(128 + number)
+        self.came = number
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0 done, 2 the user's error, 3 NaN or Inf, 130 and 143 after Ctrl-C and SIGTERM."""
+    if {"-h", "--help"} & set(argv):
+        print(help_text(USAGE, Config, ModelConfig))
+        return 0
+    with user_errors():
+        run = set_up(load_config(argv))
+        tracker = open_tracker(run.config.tracker, run.folder, run.config.flat())
+        claim_folder(run)
+    code = train(run, tracker)
+    plot_losses(run.folder)
+    if code == 0 and run.config.sample_tokens:
+        show_sample(run)
+    return code
+
+
+def set_up(wanted: Config) -> Run:
+    """Checks everything, prepares the embedded data set if it is wanted and missing, builds or restores the run."""
+    saved = find_saved(wanted)
+    device = choose_device(wanted.device)
+    config = dataclasses.replace(wanted, device=device, dtype=choose_dtype(wanted.dtype, device))
+    if wanted.dataset == "python" and not (DATA / "python").exists():
+        print("data/python is not there yet: preparing it from this Python's standard library")
+        prepare(["python"], DATA / "python")
+    data = open_dataset(DATA / wanted.dataset)
+    config = fit_to_data(config, data)
+    config = keep_what_was_automatic(config, wanted, saved)
+    config = choose_the_rest(config)
+    if saved:
+        for line in checkpoint.compare_with_run(saved, config.flat(), data.fingerprint):
+            print(f"resuming with {line}")
+    return build(config, data, saved)
+
+
+def find_saved(config: Config) -> dict[str, Any] | None:
+    """The checkpoint to continue from, or None for a fresh run; a fresh run never overwrites another."""
+    folder = Path(config.out_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out_dir={folder} is a file: name a folder")
+    there = checkpoint.all_in(folder)
+    if there and config.resume == "no":
+        raise ValueError(f"{folder} already holds a run (step {there[-1][0]}): continue it with resume=yes, "
+                         f"or name another out_dir")
+    if not there and config.resume == "yes":
+        raise ValueError(f"resume=yes, but there is no checkpoint in {folder}: resume=auto would start afresh")
+    return checkpoint.load_newest(folder) if there else None
+
+
+def fit_to_data(config: Config, data: Dataset) -> Config:
+    """vocab_size 0 becomes the tokenizer's, a larger one pads, a smaller one is refused. Short splits are refused."""
+    vocab, wanted = data.meta["vocab_size"], config.model.vocab_size
+    if 0 < wanted < vocab:
+        raise ValueError(f"vocab_size={wanted} is below the {vocab} tokens of data/{config.dataset}: "
+                         f"leave it 0 (automatic) or choose a larger one")
+    train_starts(len(data.train), config.model.block_size, config.batch_size, config.seed, step=0)
+    val_starts(len(data.val), config.model.block_size, config.eval_iters)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=wanted or vocab))
+
+
+def keep_what_was_automatic(config: Config, wanted: Config, saved: dict[str, Any] | None) -> Config:
+    """On the same device a resumed run keeps what auto chose at its start, so that it stays bitwise the same run."""
+    if saved is None or saved["config"]["device"] != config.device:
+        return config
+    automatic = [name for name in ("dtype", "compile", "micro_batch_size") if getattr(wanted, name) in ("auto", 0)]
+    return dataclasses.replace(config, **{name: saved["config"][name] for name in automatic})
+
+
+def choose_the_rest(config: Config) -> Config:
+    """The micro-batch and whether to compile, where they are automatic; refuses a model far beyond the memory."""
+    fixed, one = memory_estimate(config.model, 1, config.dtype, config.activation_checkpointing)
+    room = total_memory(config.device)
+    if fixed + one > 1.5 * room:
+        raise ValueError(f"{parameter_count(config.model) / 1e9:.1f} billion parameters need about "
+                         f"{(fixed + one) / 1e9:,.0f} GB to train, {config.device} has {room / 1e9:,.0f} GB: lower "
+                         f"n_embd, n_layer, block_size or vocab_size")
+    micro = config.micro_batch_size
+    if not micro:
+        sizes = [m for m in range(1, config.batch_size + 1) if config.batch_size % m == 0]
+        micro = max([m for m in sizes if fixed + m * one < 0.8 * room], default=1)
+    compiled = config.compile
+    if compiled == "auto":
+        compiled = pays_to_compile(config)
+    return dataclasses.replace(config, micro_batch_size=micro, compile=compiled)
+
+
+def pays_to_compile(config: Config) -> bool:
+    """On CUDA always. On a CPU it saves a seventh of a step but takes most of a minute, so only where a run is long."""
+    if config.device.startswith("cuda"):
+        return True
+    work = flops_per_token(config.model) * config.batch_size * config.model.block_size * config.max_iters
+    return config.device == "cpu" and work / matmul_rate("cpu", config.dtype) > 150
+
+
+def build(config: Config, data: Dataset, saved: dict[str, Any] | None) -> Run:
+    """Model, optimizers and scaler, at their first step or at the saved one."""
+    if config.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
+    elif config.device == "cpu":
+        keep_freed_memory()
+    model = Decoder(config.model, seed=config.seed).to(config.device)
+    model.activation_checkpointing = config.activation_checkpointing
+    optimizers = Optimizers(model, optimizer=config.optimizer, weight_decay=config.weight_decay,
+                            betas=(config.beta1, config.beta2), momentum=config.muon_momentum,
+                            embed_lr=config.embed_lr)
+    scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
+    run = Run(config, data, model, torch.compile(model) if config.compile else model, optimizers, scaler)
+    if saved:
+        checkpoint.load_weights(model, saved["model"])
+        optimizers.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        run.step, run.best_val_loss = saved["step"], saved["best_val_loss"]
+    return run
+
+
+def claim_folder(run: Run) -> None:
+    """Makes out_dir, and proves that it can be written by putting config.json and the tokenizer there."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    about = {"versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": git_commit(),
+             "parameters": parameter_count(run.config.model), "data": run.data.fingerprint}
+    text = json.dumps(run.config.flat() | about, indent=1) + "\n"
+    checkpoint.write_atomically(run.folder / "config.json", lambda file: file.write(text.encode()))
+    load_tokenizer(run.data.folder).save(run.folder)
+
+
+def git_commit() -> str | None:
+    """The commit of this program, or None where it is not a git checkout."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return git.stdout.strip() or None
+
+
+def train(run: Run, tracker=None) -> int:
+    """The loop: evaluate, save, step. Returns the exit code."""
+    config = run.config
+    if run.step >= config.max_iters:
+        print(f"already at step {run.step} of {config.max_iters}: nothing to do (a larger max_iters would go on)")
+        return 0
+    with Interrupts() as interrupts, open_log(run, tracker, interrupts) as log:
+        try:
+            while True:
+                if evaluation_is_due(run, log):
+                    val_loss = evaluate(run, interrupts)
+                    if val_loss is not None:  # None: a signal came in between; the resumed run evaluates again
+                        log.evaluation(run.step, val_loss)
+                        save_if_best(run, val_loss)
+                last = run.step == config.max_iters or bool(interrupts.came)
+                if last or (config.save_interval and run.step and run.step % config.save_interval == 0):
+                    save(run, checkpoint.path_of(run.folder, run.step), must=last)
+                    checkpoint.prune(run.folder, config.keep)
+                if last:
+                    break
+                step = first_step if log.steps_timed == 0 else timed_step
+                results = step(run)
+                log.training(run.step, *results)
+        except FloatingPointError as error:
+            good = [path.name for _, path in checkpoint.all_in(run.folder)]
+            log.line(f"error: {error}. Last good checkpoint: {good[-1] if good else 'none yet'}. A lower "
+                     f"learning_rate or more warmup_iters is the usual cure.", sys.stderr)
+            return NOT_FINITE
+        if interrupts.came:
+            log.line(f"{signal.Signals(interrupts.came).name}: saved at step {run.step}; resume=auto goes on from here")
+            return 128 + interrupts.came
+    return 0
+
+
+def open_log(run: Run, tracker, interrupts: Interrupts) -> Log:
+    """The log of this run, with the summary printed."""
+    config = run.config
+    tokens = config.batch_size * config.model.block_size
+    rate = matmul_rate(config.device, config.dtype)
+    log = Log(run.folder, first_step=run.step, last_step=config.max_iters, interval=config.log_interval,
+              tokens_per_step=tokens, flops_per_step=tokens * flops_per_token(config.model), matmul_rate=rate,
+              bytes_per_token=run.data.bytes_per_token("val"), device=config.device, tracker=tracker,
+              stop=interrupts.note)
+    log.line(summary(run, rate))
+    return log
+
+
+def timed_step(run: Run) -> tuple[float, float, float, float]:
+    """One optimizer step: (loss, learning rate, gradient norm, seconds)."""
+    start = time.perf_counter()
+    return *train_step(run), time.perf_counter() - start  # train_step has waited for the device
+
+
+def first_step(run: Run) -> tuple[float, float, float, float]:
+    """The first step of a process, where two things may turn out not to work here; they are mended, and said."""
+    while True:
+        try:
+            return timed_step(run)
+        except torch.cuda.OutOfMemoryError:
+            micro = run.config.micro_batch_size
+            if micro == 1:
+                raise
+            smaller = max(m for m in range(1, micro // 2 + 1) if run.config.batch_size % m == 0)
+            print(f"out of GPU memory with micro_batch_size={micro}: trying {smaller}")
+            run.config = dataclasses.replace(run.config, micro_batch_size=smaller)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if not run.config.compile:
+                raise
+            print(f"torch.compile does not work here, going on without: {str(error).strip().splitlines()[0]:.200}")
+            run.forward, run.config = run.model, dataclasses.replace(run.config, compile=False)
+        run.optimizers.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def train_step(run: Run) -> tuple[float, float, float]:
+    """One optimizer step over the global batch of run.step: (loss before it in nats per token, lr, gradient norm).
+
+    FloatingPointError is raised before anything has changed. Dropout's masks, like the batch and the learning rate,
+    are a function of (seed, step), so nothing random needs to be saved.
+    """
+    config, step = run.config, run.step
+    lr = learning_rate(config, step)
+    run.optimizers.set_lr(lr)
+    torch.manual_seed(config.seed * 1_000_003 + step)
+    run.model.train()
+    x, y = batch(run.data, step, config.batch_size, config.model.block_size, config.seed)
+    parts = config.batch_size // config.micro_batch_size
+    total = torch.zeros((), device=config.device)
+    for inputs, targets in zip(x.chunk(parts), y.chunk(parts), strict=True):
+        with autocast(config.device, config.dtype):
+            loss = run.forward(to_device(inputs, config.device), to_device(targets, config.device)) / parts
+        run.scaler.scale(loss).backward()
+        total += loss.detach()
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    loss, norm = torch.stack((total, norm)).tolist()  # the one wait for the device
+    check_finite(run, loss, norm)
+    for optimizer in run.optimizers:
+        run.scaler.step(optimizer)
+    run.scaler.update()
+    run.optimizers.zero_grad()
+    run.step += 1
+    return loss, lr, norm
+
+
+def check_finite(run: Run, loss: float, norm: float) -> None:
+    """With float16 the gradient may overflow: the scaler skips that step and halves its scale, down to 1 here."""
+    fp16 = run.scaler.is_enabled()
+    if not math.isfinite(loss) or (not math.isfinite(norm) and (not fp16 or run.scaler.get_scale() < 1)):
+        raise FloatingPointError(f"loss {loss}, gradient norm {norm} at step {run.step + 1}: stopped before the update")
+
+
+@torch.no_grad()
+def evaluate(run: Run, interrupts: Interrupts | None = None) -> float | None:
+    """Mean loss (nats per token) over the validation windows, always the same ones; None if a signal came."""
+    config = run.config
+    run.model.eval()
+    starts = val_starts(len(run.data.val), config.model.block_size, config.eval_iters)
+    total = 0.0
+    for i in range(0, len(starts), config.micro_batch_size):
+        if interrupts is not None and interrupts.came:
+            return None
+        x, y = read_windows(run.data.val, starts[i:i + config.micro_batch_size], config.model.block_size)
+        with autocast(config.device, config.dtype):
+            loss = run.forward(to_device(x, config.device), to_device(y, config.device))
+        total += loss.item() * len(x)
+    return total / len(starts)
+
+
+def evaluation_is_due(run: Run, log: Log) -> bool:
+    interval = run.config.eval_interval
+    due = run.step == run.config.max_iters or (interval and run.step and run.step % interval == 0)
+    return bool(due) and not log.has_evaluation(run.step)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    return lr_at(step, schedule=config.lr_schedule, peak=config.learning_rate, floor=config.min_lr,
+                 warmup=config.warmup_iters, total=config.max_iters, decay_fraction=config.decay_fraction)
+
+
+def save_if_best(run: Run, val_loss: float) -> None:
+    """best.pt is for sampling and export: it holds no optimizer state."""
+    if val_loss < run.best_val_loss:
+        run.best_val_loss = val_loss
+        save(run, run.folder / "best.pt", optimizer=False)
+
+
+def save(run: Run, path: Path, optimizer: bool = True, must: bool = False) -> None:
+    """Saves a checkpoint. If the disk will not take it, training goes on with a warning, unless it `must`."""
+    state = {"step": run.step, "model": {name: p.detach() for name, p in run.model.named_parameters()},
+             "optimizer": run.optimizers.state_dict() if optimizer else {}, "scaler": run.scaler.state_dict(),
+             "config": run.config.flat(), "data": run.data.fingerprint, "best_val_loss": run.best_val_loss}
+    try:
+        checkpoint.save(path, state)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        if must:
+            raise
+        print(f"warning: {path} could not be saved ({error}); training goes on", file=sys.stderr)
+
+
+def summary(run: Run, rate: float) -> str:
+    """What is about to happen, and what auto chose."""
+    config, model = run.config, run.config.model
+    tokens, parameters = config.batch_size * model.block_size, parameter_count(model)
+    fixed, kept = memory_estimate(model, config.micro_batch_size, config.dtype, config.activation_checkpointing)
+    return "\n".join((
+        f"model    {model.n_layer} blocks, {model.n_embd} wide, {model.n_head} heads ({model.kv_heads} kv), "
+        f"feed-forward {model.hidden_size}, {model.norm} ({model.norm_impl}), vocab {model.vocab_size:,}: "
+        f"{parameters:,} parameters",
+        f"data     {config.dataset}: {len(run.data.train):,} training and {len(run.data.val):,} validation tokens of "
+        f"{run.data.bytes_per_token('train'):.2f} bytes",
+        f"steps    {config.max_iters:,} of {config.batch_size} x {model.block_size} = {tokens:,} tokens in "
+        f"micro-batches of {config.micro_batch_size}: {config.max_iters * tokens / parameters:.2g} tokens per "
+        f"parameter, {config.max_iters * tokens / len(run.data.train):.2g} epochs; {config.optimizer}, "
+        f"{config.lr_schedule}",
+        f"memory   about {(fixed + kept) / 1e9:.2f} GB: {fixed / 1e9:.2f} weights and optimizer, "
+        f"{kept / 1e9:.2f} activations",
+        f"machine  {config.device}, {config.dtype} at {rate / 1e9:,.0f} GFLOP/s (measured), "
+        f"{'compiled' if config.compile else 'not compiled'}",
+        f"out      {run.folder} from step {run.step}"))
+
+
+def show_sample(run: Run) -> None:
+    """A text from nothing, by the weights just trained."""
+    config, tokenizer = run.config, load_tokenizer(run.folder)
+    with autocast(config.device, config.dtype):
+        ids = [new for new, in generate(run.model, prompt_ids(tokenizer, ""), config.sample_tokens, temperature=0.8,
+                                        top_p=0.9, seed=config.seed, vocab_size=tokenizer.vocab_size)]
+    print(f"--- sample ---\n{tokenizer.decode(ids)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
