@@ -30,10 +30,10 @@ from model import Decoder, ModelConfig, flops_per_token, memory_estimate, parame
 from optim import Optimizers, lr_at
 from sample import generate, prompt_ids
 
-ROOT = Path(__file__).resolve().parent
-DATA = ROOT / "data"
+DATA = Path(__file__).resolve().parent / "data"
 USAGE = "python train.py [config/PRESET.py] [key=value ...]\n\nEvery knob with its default:"
 NOT_FINITE = 3  # exit code after NaN or Inf
+SAMPLING = dict(temperature=0.8, top_p=0.9, repetition_penalty=1.15)  # small models repeat themselves otherwise
 
 
 @dataclass
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
 
 
 def set_up(wanted: Config) -> Run:
-    """Checks everything, prepares the embedded data set if it is wanted and missing, builds or restores the run."""
+    """Checks everything, prepares the embedded data set if it is missing, builds or restores the run."""
     saved = find_saved(wanted)
     device = choose_device(wanted.device)
     config = dataclasses.replace(wanted, device=device, dtype=choose_dtype(wanted.dtype, device))
@@ -149,14 +149,9 @@ def choose_the_rest(config: Config) -> Config:
         raise ValueError(f"{parameter_count(config.model) / 1e9:.1f} billion parameters need about "
                          f"{(fixed + one) / 1e9:,.0f} GB to train, {config.device} has {room / 1e9:,.0f} GB: lower "
                          f"n_embd, n_layer, block_size or vocab_size")
-    micro = config.micro_batch_size
-    if not micro:
-        sizes = [m for m in range(1, config.batch_size + 1) if config.batch_size % m == 0]
-        micro = max([m for m in sizes if fixed + m * one < 0.8 * room], default=1)
-    compiled = config.compile
-    if compiled == "auto":
-        compiled = pays_to_compile(config)
-    return dataclasses.replace(config, micro_batch_size=micro, compile=compiled)
+    fits = [m for m in range(1, config.batch_size + 1) if config.batch_size % m == 0 and fixed + m * one < 0.8 * room]
+    return dataclasses.replace(config, micro_batch_size=config.micro_batch_size or max(fits, default=1),
+                               compile=pays_to_compile(config) if config.compile == "auto" else config.compile)
 
 
 def pays_to_compile(config: Config) -> bool:
@@ -201,7 +196,7 @@ def claim_folder(run: Run) -> None:
 def git_commit() -> str | None:
     """The commit of this program, or None where it is not a git checkout."""
     try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=5)
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=DATA, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return git.stdout.strip() or None
@@ -232,8 +227,8 @@ def train(run: Run, tracker=None) -> int:
                 log.training(run.step, *results)
         except FloatingPointError as error:
             good = [path.name for _, path in checkpoint.all_in(run.folder)]
-            log.line(f"error: {error}. Last good checkpoint: {good[-1] if good else 'none yet'}. A lower "
-                     f"learning_rate or more warmup_iters is the usual cure.", sys.stderr)
+            log.line(f"error: {error}. Last good checkpoint: {good[-1] if good else 'none yet'}. "
+                     f"A lower learning_rate or more warmup_iters is the usual cure.", sys.stderr)
             return NOT_FINITE
         if interrupts.came:
             log.line(f"{signal.Signals(interrupts.came).name}: saved at step {run.step}; resume=auto goes on from here")
@@ -243,9 +238,8 @@ def train(run: Run, tracker=None) -> int:
 
 def open_log(run: Run, tracker, interrupts: Interrupts) -> Log:
     """The log of this run, with the summary printed."""
-    config = run.config
+    config, rate = run.config, matmul_rate(run.config.device, run.config.dtype)
     tokens = config.batch_size * config.model.block_size
-    rate = matmul_rate(config.device, config.dtype)
     log = Log(run.folder, first_step=run.step, last_step=config.max_iters, interval=config.log_interval,
               tokens_per_step=tokens, flops_per_step=tokens * flops_per_token(config.model), matmul_rate=rate,
               bytes_per_token=run.data.bytes_per_token("val"), device=config.device, tracker=tracker,
@@ -326,8 +320,7 @@ def evaluate(run: Run, interrupts: Interrupts | None = None) -> float | None:
     """Mean loss (nats per token) over the validation windows, always the same ones; None if a signal came."""
     config = run.config
     run.model.eval()
-    starts = val_starts(len(run.data.val), config.model.block_size, config.eval_iters)
-    total = 0.0
+    starts, total = val_starts(len(run.data.val), config.model.block_size, config.eval_iters), 0.0
     for i in range(0, len(starts), config.micro_batch_size):
         if interrupts is not None and interrupts.came:
             return None
@@ -374,12 +367,14 @@ def summary(run: Run, rate: float) -> str:
     config, model = run.config, run.config.model
     tokens, parameters = config.batch_size * model.block_size, parameter_count(model)
     fixed, kept = memory_estimate(model, config.micro_batch_size, config.dtype, config.activation_checkpointing)
+    xz = run.data.meta.get("val_xz_bits_per_byte")  # a model that needs more bits than xz has learned little
+    yardstick = f"; xz -9e needs {xz:.3f} bits per byte of the latter" if xz else ""
     return "\n".join((
         f"model    {model.n_layer} blocks, {model.n_embd} wide, {model.n_head} heads ({model.kv_heads} kv), "
         f"feed-forward {model.hidden_size}, {model.norm} ({model.norm_impl}), vocab {model.vocab_size:,}: "
         f"{parameters:,} parameters",
         f"data     {config.dataset}: {len(run.data.train):,} training and {len(run.data.val):,} validation tokens of "
-        f"{run.data.bytes_per_token('train'):.2f} bytes",
+        f"{run.data.bytes_per_token('train'):.2f} bytes{yardstick}",
         f"steps    {config.max_iters:,} of {config.batch_size} x {model.block_size} = {tokens:,} tokens in "
         f"micro-batches of {config.micro_batch_size}: {config.max_iters * tokens / parameters:.2g} tokens per "
         f"parameter, {config.max_iters * tokens / len(run.data.train):.2g} epochs; {config.optimizer}, "
@@ -392,12 +387,12 @@ def summary(run: Run, rate: float) -> str:
 
 
 def show_sample(run: Run) -> None:
-    """A text from nothing, by the weights just trained."""
+    """A text by the weights just trained."""
     config, tokenizer = run.config, load_tokenizer(run.folder)
     with autocast(config.device, config.dtype):
-        ids = [new for new, in generate(run.model, prompt_ids(tokenizer, ""), config.sample_tokens, temperature=0.8,
-                                        top_p=0.9, seed=config.seed, vocab_size=tokenizer.vocab_size)]
-    print(f"--- sample ---\n{tokenizer.decode(ids)}")
+        ids = [new for new, in generate(run.model, prompt_ids(tokenizer, config.sample_prompt), config.sample_tokens,
+                                        vocab_size=tokenizer.vocab_size, seed=config.seed, **SAMPLING)]
+    print(f"--- sample ---\n{config.sample_prompt}{tokenizer.decode(ids)}")
 
 
 if __name__ == "__main__":

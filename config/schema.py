@@ -55,6 +55,7 @@ class Config:
     log_interval: int = knob(10, "steps between log lines")
     save_interval: int = knob(250, "steps between checkpoints; 0 = only at the end")
     keep: int = knob(2, "newest checkpoints to keep, beside the best one")
+    sample_prompt: str = knob("", "what the sample printed at the end starts with")
     sample_tokens: int = knob(200, "tokens of the sample printed at the end; 0 = none")
     tracker: Literal["none", "tensorboard", "wandb"] = knob("none", "where else to send the metrics")
 

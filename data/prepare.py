@@ -12,6 +12,7 @@
 
 import hashlib
 import json
+import lzma
 import os
 import re
 import shutil
@@ -48,6 +49,7 @@ from data.tokenizer import (
 SPLITS = ("train", "val")
 SAMPLE = 8_000_000  # characters of the train split that a SentencePiece tokenizer is trained on, at most
 FIRST = 20_000  # documents of a stream that the sample is taken from
+XZ_LIMIT = 16_000_000  # bytes of validation text that are also given to xz, at about 1 MB/s
 COMMIT = 64_000_000  # bytes of text between two points from which a stopped stream can go on
 
 
@@ -201,13 +203,24 @@ def blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def check_val(folder: Path, tokenizer: Tokenizer, progress: dict) -> None:
-    """Decodes val.bin and compares it with the text that went in. Raises ValueError if they differ."""
+def val_text(folder: Path, tokenizer: Tokenizer, progress: dict) -> Iterator[bytes]:
+    """The validation text, decoded from val.bin, in chunks; ValueError if it is not the text that went in."""
     crc = 0
     for ids in blocks(folder / "val.bin"):
-        crc = zlib.crc32(tokenizer.decode_bytes(np.frombuffer(ids, progress["dtype"]).tolist()), crc)
+        text = tokenizer.decode_bytes(np.frombuffer(ids, progress["dtype"]).tolist())
+        crc = zlib.crc32(text, crc)
+        yield text
     if crc != progress["val_crc32"]:
         raise ValueError("val.bin does not decode to the text it was made from; please report this as a bug")
+
+
+def xz_bits_per_byte(text: Iterable[bytes]) -> float | None:
+    """What `xz -9e` makes of the text, the yardstick for a model's bits per byte; None above XZ_LIMIT, it is slow."""
+    compressor, size, compressed = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME), 0, 0
+    for chunk in text:
+        size += len(chunk)
+        compressed += len(compressor.compress(chunk)) if size <= XZ_LIMIT else 0
+    return 8 * (compressed + len(compressor.flush())) / size if 0 < size <= XZ_LIMIT else None
 
 
 def describe(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: dict) -> dict:
@@ -270,9 +283,8 @@ def prepare(sources: list[str] | Corpus, out: str | Path, tokenizer: str | None 
         for split in SPLITS:
             if not progress["bytes"][split]:
                 raise ValueError(f"{corpus.source}: too little text, none is left for {split}; give more")
-        if made.exact:
-            check_val(folder, made, progress)
         meta = describe(folder, corpus, made, progress)
+        meta["val_xz_bits_per_byte"] = xz_bits_per_byte(val_text(folder, made, progress)) if made.exact else None
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         (folder / "progress.json").unlink(missing_ok=True)
         for path in [*folder.iterdir(), folder]:

@@ -1,0 +1,178 @@
+"""The promises of the house: which way imports point, how large files are, what is never called, what README says."""
+
+import ast
+import io
+import re
+import shlex
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import bench
+import data.prepare
+import sample
+import train
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("config/*.py"), *ROOT.glob("data/*.py")])
+TESTS = sorted((ROOT / "tests").glob("*.py"))
+MAY_IMPORT = {  # module: what of ours it may import; a command may not be imported but where it says so
+    "norm": set(), "device": set(), "optim": set(), "model": {"norm"},
+    "data": set(), "data.tokenizer": set(), "data.corpus": set(), "data.loader": {"data.tokenizer"},
+    "data.prepare": {"data.tokenizer", "data.corpus"},
+    "config": set(), "config.schema": {"model"}, "checkpoint": {"model"}, "metrics": {"checkpoint", "device"},
+    "sample": {"checkpoint", "config.schema", "data.tokenizer", "device", "model"},
+    "train": {"checkpoint", "config.schema", "data.loader", "data.prepare", "data.tokenizer", "device", "metrics",
+              "model", "optim", "sample"},
+    "bench": {"config.schema", "device", "model", "train"},
+}
+
+
+def name_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def trees():
+    return {name_of(p): ast.parse(p.read_text(encoding="utf-8")) for p in SOURCES}
+
+
+def test_imports_point_one_way():
+    modules = {n: t for n, t in trees().items() if not n.startswith("config.") or n == "config.schema"}
+    assert modules.keys() == MAY_IMPORT.keys()
+    for name, tree in modules.items():
+        found = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        found |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        assert found & MAY_IMPORT.keys() <= MAY_IMPORT[name], name
+
+
+def test_the_arrows_have_no_circle():
+    done = []
+    while len(done) < len(MAY_IMPORT):
+        ready = [m for m in MAY_IMPORT if m not in done and MAY_IMPORT[m] <= set(done)]
+        assert ready, f"a circle among {MAY_IMPORT.keys() - set(done)}"
+        done += ready
+
+
+def test_model_and_norm_work_copied_out_alone(tmp_path):
+    for name in ("model.py", "norm.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "use.py").write_text("import torch, model\n"
+                                     "decoder = model.Decoder(model.ModelConfig(vocab_size=9))\n"
+                                     "print(*decoder(torch.zeros(1, 3).long()).shape)\n")
+    done = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "1 3 9\n", done.stderr
+
+
+def lines_of_code(path):
+    """Lines that hold code: neither blank, nor comment, nor docstring."""
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    rows = set()
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
+        docstring = token.type == tokenize.STRING and token.line.lstrip().startswith('"""')
+        if token.type not in layout and not docstring:
+            rows |= set(range(token.start[0], token.end[0] + 1))
+    return len(rows)
+
+
+def test_files_are_short():
+    lines = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCES}
+    assert {p: n for p, n in lines.items() if n > 400} == {}
+    assert sum(map(lines_of_code, SOURCES)) <= 3000
+
+
+def test_functions_are_short():
+    lengths = sorted(n.end_lineno - n.lineno + 1 for t in trees().values() for n in ast.walk(t)
+                     if isinstance(n, ast.FunctionDef))
+    assert lengths[len(lengths) // 2] <= 13
+    assert lengths[len(lengths) * 9 // 10] <= 30
+    assert lengths[-1] <= 60
+
+
+def test_nothing_runs_code_from_a_file():
+    """No exec, eval, pickle and the like; torch.load only with weights_only=True."""
+    modules = {"pickle", "marshal", "shelve", "dill", "joblib", "yaml", "runpy", "importlib"}
+    for name, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert not modules & {a.name.split(".")[0] for a in node.names}, name
+            if isinstance(node, ast.ImportFrom):
+                assert node.module.split(".")[0] not in modules, name
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("exec", "eval", "compile", "__import__", "os.system", "np.load"), name
+                settings = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert settings.get("shell") != "True", name
+                assert called != "torch.load" or settings.get("weights_only") == "True", name
+
+
+def test_no_star_and_no_relative_imports():
+    for name, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0 and node.names[0].name != "*", name
+
+
+def test_every_module_and_every_public_class_says_what_it_is():
+    for name, tree in trees().items():
+        assert ast.get_docstring(tree), name
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                assert ast.get_docstring(node) or node.name.endswith("Tokenizer"), f"{name}.{node.name}"
+
+
+def test_each_module_has_its_test():
+    tests = {p.stem.removeprefix("test_") for p in TESTS}
+    wanted = {n.split(".")[-1] for n in MAY_IMPORT} - {"data", "config"}
+    assert wanted <= tests
+
+
+def readme():
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_table_of_files_is_what_ls_shows():
+    section = readme().split("## The files")[1].split("\n## ")[0]
+    told = set(re.findall(r"^\| `([\w./]+)`", section, re.M))
+    tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                             capture_output=True, text=True, check=True).stdout.split()
+    there = {f.split("/")[0] + ("/" if "/" in f else "") for f in tracked} - {".ci/", ".gitignore", "README.md"}
+    assert told == there
+
+
+def readme_commands():
+    """(program, arguments) of each line of a code block marked sh that starts one of our programs."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", readme(), re.M | re.S)
+    words = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    return [(w[1], w[2:]) for w in words if w[:1] == ["python"]]
+
+
+FEW = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "n_hidden": 16, "block_size": 16, "batch_size": 4,
+       "micro_batch_size": 2, "max_iters": 2, "warmup_iters": 1, "eval_iters": 2, "sample_tokens": 4, "vocab_size": 0,
+       "dataset": "words", "device": "cpu", "dtype": "float32", "compile": "false", "resume": "auto", "steps": 1}
+
+
+def test_readme_commands_run_one_after_the_other(monkeypatch, tmp_path, data_folder, capsys):
+    """On a tiny model, a tiny text and the CPU, but otherwise to the letter and in the order of the page."""
+    data.prepare.prepare([str(data_folder / "words.txt")], tmp_path / "data" / "words", tokenizer="byte")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(train, "DATA", tmp_path / "data")
+    monkeypatch.setattr(data.prepare, "prepare", lambda corpus, out, *options: prepared.append((out.name, options)))
+    for name in ("my.txt", "my_folder/a.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("some text of mine\n" * 99)
+    prepared, ran = [], []
+    for program, arguments in readme_commands():
+        places = [str(ROOT / a) if a.startswith("config/") else a for a in arguments if "=" not in a]
+        knobs = dict(a.removeprefix("--").split("=", 1) for a in arguments if "=" in a)
+        if program in ("train.py", "bench.py"):
+            few = FEW if program == "bench.py" else {k: v for k, v in FEW.items() if k != "steps"}
+            knobs |= few | ({"resume": knobs["resume"]} if "resume" in knobs else {})
+        elif program == "sample.py":
+            knobs |= {"max_new_tokens": 3}
+        main = {"train.py": train.main, "sample.py": sample.main, "bench.py": bench.main,
+                "data/prepare.py": data.prepare.main}[program]
+        assert main([*places, *(f"{k}={v}" for k, v in knobs.items())]) == 0, (program, arguments)
+        ran.append(program)
+    assert {"train.py", "sample.py", "bench.py", "data/prepare.py"} == set(ran)
