@@ -24,6 +24,6 @@ warmup_iters = 20
 
 eval_interval = 550      # each takes seconds, because the whole validation split is read
 save_interval = 550
-log_interval = 50
+log_interval = 25
 sample_prompt = "class Stack:\n    def push(self, item):\n"
 sample_tokens = 250

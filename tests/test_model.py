@@ -155,8 +155,18 @@ def test_activation_checkpointing_changes_memory_and_nothing_else():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_dropout_acts_in_training_only():
+def test_dropout_acts_in_training_only_on_embedding_attention_and_branches():
     model, x = Decoder(config(dropout=0.5)), tokens()
+    attention, cos, sin = model.blocks[0].attn, model.cos, model.sin
+    embedded = torch.randn(2, 64, 64)
+    parts = {"attention": lambda: attention(embedded, cos, sin),
+             "branches": lambda: model.blocks[0](embedded, cos, sin)}
+    for name, part in parts.items():
+        assert not torch.equal(part(), part()), name
+    model.eval()
+    assert all(torch.equal(part(), part()) for part in parts.values())
+    model.train()
+    model.blocks = torch.nn.ModuleList()
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))

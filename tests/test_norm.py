@@ -122,6 +122,14 @@ def test_output_dtype_is_the_inputs_under_autocast_too(kind, impl, dtype):
     assert torch.equal(inside, norm(x))  # and not one bit of it changes
 
 
+def test_autocast_is_off_inside():
+    norm, inside = Norm("rmsnorm", C, EPS), []
+    norm.function = lambda *arguments: inside.append(torch.is_autocast_enabled("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        norm(inputs(2))
+    assert inside == [False]
+
+
 def test_gain_is_multiplied_before_the_one_cast():
     x, gain = inputs(64, dtype=torch.bfloat16), parameters("rmsnorm")[0]
     cast_first = (rmsnorm(x, torch.ones(C), EPS) * gain).to(torch.bfloat16)  # LLaMA's order: rounds twice

@@ -60,8 +60,16 @@ def test_resume_is_bit_exact(start, tmp_path, monkeypatch, cut, knobs):
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def test_dropout_has_other_masks_in_each_step(start, monkeypatch):
+    seeds, seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda s: (seeds.append(s), seed(s))[1])
+    start("dropout=0.1")
+    assert len(seeds) == len(set(seeds)) == 12
+
+
 def test_resume_after_a_kill_redoes_what_was_not_saved(start, tmp_path, monkeypatch):
-    assert start(*HARD, out="whole")[0] == 0
+    knobs = ["dropout=0.1", "micro_batch_size=2", "eval_interval=4"]  # step 8 is evaluated, then saved
+    assert start(*knobs, out="whole")[0] == 0
 
     def die(*_):
         raise KeyboardInterrupt  # from nowhere: neither saved nor logged any more
@@ -70,9 +78,9 @@ def test_resume_after_a_kill_redoes_what_was_not_saved(start, tmp_path, monkeypa
         step = train.train_step
         patch.setattr(train, "train_step", lambda run: die() if run.step == 10 else step(run))
         with pytest.raises(KeyboardInterrupt):
-            start(*HARD)
+            start(*knobs)
     assert checkpoint.load_newest(tmp_path / "run")["step"] == 8
-    assert start(*HARD, "resume=auto")[0] == 0
+    assert start(*knobs, "resume=auto")[0] == 0
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
@@ -176,7 +184,7 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss(start, tmp_path)
 
 
 def test_evaluation_is_the_mean_over_all_windows(start, tmp_path):
-    start("eval_iters=0", "micro_batch_size=8")  # the last micro-batch of windows is not full
+    start("eval_iters=0", "micro_batch_size=8", "dropout=0.5")  # the last micro-batch of windows is not full
     state = checkpoint.load_newest(tmp_path / "run")
     model, data = checkpoint.build_model(state, "cpu").eval(), train.open_dataset(train.DATA / "words")
     starts = train.val_starts(len(data.val), 32, 0)
