@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from config.schema import Config, convert, help_text, load_config, split_arguments, user_errors
-from device import matmul_rate, peak_memory
+from device import matmul_rate, peak_memory, versions
 from model import ModelConfig, flops_per_token, parameter_count
-from train import Run, first_step, git_commit, set_up, timed_step
+from train import Run, first_step, set_up, timed_step
 
 USAGE = ("python bench.py train [config/PRESET.py] [steps=20] [key=value ...]\n\n"
          "steps=20 are timed of each way, after the first. Every knob of a run can be set:")
@@ -53,7 +53,7 @@ def report_training(runs: dict[str, Run], steps: int) -> None:
     rate = matmul_rate(config.device, config.dtype)
     print(f"{parameter_count(config.model):,} parameters, {config.batch_size} x {config.model.block_size} tokens, "
           f"{config.optimizer}; {config.device}, {config.dtype}, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}, commit {git_commit()}\nmatrix products: {rate / 1e9:,.0f} GFLOP/s\n"
+          f"{torch.__version__}, commit {versions()['commit']}\nmatrix products: {rate / 1e9:,.0f} GFLOP/s\n"
           f"{'':10}{'first step':>12}{'median':>10}{'quartiles':>16}{'tokens/s':>12}{'of matmul rate':>16}")
     first = {name: first_step(run)[-1] for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -64,7 +64,8 @@ def report_training(runs: dict[str, Run], steps: int) -> None:
         median = statistics.median(times)
         low, _, high = statistics.quantiles(times, n=4) if steps > 1 else (median,) * 3
         share = tokens * flops_per_token(config.model) / median / rate
-        print(f"{name:10}{first[name]:>10.1f} s{1000 * median:>7.0f} ms{1000 * low:>8.0f} -{1000 * high:>5.0f} ms"
+        name_now = name if runs[name].config.compile == (name == "compiled") else "eager (no compiler)"
+        print(f"{name_now:10}{first[name]:>10.1f} s{1000 * median:>7.0f} ms{1000 * low:>8.0f} -{1000 * high:>5.0f} ms"
               f"{tokens / median:>12,.0f}{share:>15.0%}")
     print(f"peak memory of both together: {peak_memory(config.device) / 1e9:.2f} GB")
 

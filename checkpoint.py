@@ -157,9 +157,10 @@ def load_named(folder: Path, which: str) -> dict[str, Any]:
     return load(path)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` numbered checkpoints."""
-    for _, path in all_in(folder)[:-keep]:
+def prune(folder: Path, keep: int, step: int) -> None:
+    """Removes all but the newest `keep` numbered checkpoints up to `step`; a later one, left behind by a run that had
+    to go back, does not count."""
+    for _, path in [(s, p) for s, p in all_in(folder) if s <= step][:-keep]:
         path.unlink()
 
 

@@ -3,10 +3,12 @@
 import ctypes
 import os
 import platform
+import subprocess
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -91,13 +93,28 @@ def matmul_rate(device: str, dtype: str, seconds: float = 0.3) -> float:
     return best
 
 
+def versions() -> dict[str, str | None]:
+    """Of Python, PyTorch and this program (its commit, where it is a git checkout): what a result depends on."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
+                             timeout=5)
+        commit = git.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
+
+
 def total_memory(device: str) -> float:
     """Bytes of memory that a program on the device can have."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
     if sys.platform == "win32":
         return float("inf")  # no portable way to ask; nothing is refused there
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    container = Path("/sys/fs/cgroup/memory.max")
+    if container.is_file() and (text := container.read_text().strip()).isdecimal():
+        limits.append(int(text))
+    return min(limits)
 
 
 def peak_memory(device: str) -> float:

@@ -1,4 +1,4 @@
-"""One record, all its readers: the bar or the log lines, metrics.jsonl, a tracker, and loss.png made from the file."""
+"""What a run tells: a summary, then records for the bar or log lines, for metrics.jsonl, for a tracker, for loss.png."""
 
 import json
 import math
@@ -12,7 +12,10 @@ from typing import Any
 from tqdm import tqdm
 
 from checkpoint import write_atomically
+from config.schema import Config
+from data.loader import Dataset
 from device import peak_memory
+from model import memory_estimate, parameter_count
 
 FILE = "metrics.jsonl"
 
@@ -24,11 +27,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def has_evaluation(records: list[dict[str, Any]], step: int) -> bool:
+    return any(r["step"] == step and "val_loss" in r for r in records)
+
+
 class Log:
     """Takes the records of one run.
 
-    Printing and writing never stop the training: a failing file or tracker is named once; when the reader of our
-    output has gone (`| head`), the run is asked to save and end like after a signal.
+    Printing and writing never stop the training: a failing file or tracker is named; when the reader of our output
+    has gone (`| head`), the run is asked to save and end like after a signal.
     """
 
     def __init__(self, folder: Path, *, first_step: int, last_step: int, tokens_per_step: int, flops_per_step: float,
@@ -54,15 +61,13 @@ class Log:
 
     def line(self, text: str, file=None) -> None:
         """Prints above the bar."""
+        stream = file or sys.stdout
         try:
-            self.bar.write(text, file=file or sys.stdout)
-            (file or sys.stdout).flush()
+            self.bar.write(text, file=stream)
+            stream.flush()
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at exit fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # nor may the flush at exit fail
             self.stop(signal.SIGPIPE)
-
-    def has_evaluation(self, step: int) -> bool:
-        return any(r["step"] == step and "val_loss" in r for r in reversed(self.records))
 
     def training(self, step: int, loss: float, lr: float, grad_norm: float, seconds: float) -> None:
         """After each optimizer step; every `interval` steps it becomes a record, with the mean time of those steps."""
@@ -98,12 +103,37 @@ class Log:
             try:
                 sink(record)
             except Exception as error:  # a full disk or a tracker's server is no reason to lose the training
-                print(f"warning: {name} failed and is left alone from here on: {error}", file=sys.stderr)
+                left = " and is left alone from here on" if name == "tracker" else ", this record is not in it"
+                print(f"warning: {name} failed{left}: {error}", file=sys.stderr)
                 if name == "tracker":
                     self.tracker = None
 
     def _to_file(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
+
+
+def summary(config: Config, data: Dataset, step: int, rate: float) -> str:
+    """What is about to happen, and what auto chose."""
+    model = config.model
+    tokens, parameters = config.batch_size * model.block_size, parameter_count(model)
+    fixed, kept = memory_estimate(model, config.micro_batch_size, config.dtype, config.activation_checkpointing)
+    xz = data.meta.get("val_xz_bits_per_byte")  # a model that needs more bits than xz has learned little
+    yardstick = f"; xz -9e needs {xz:.3f} bits per byte of the latter" if xz else ""
+    return "\n".join((
+        f"model    {model.n_layer} blocks, {model.n_embd} wide, {model.n_head} heads ({model.kv_heads} kv), "
+        f"feed-forward {model.hidden_size}, {model.norm} ({model.norm_impl}), vocab {model.vocab_size:,}: "
+        f"{parameters:,} parameters",
+        f"data     {config.dataset}: {len(data.train):,} training and {len(data.val):,} validation tokens of "
+        f"{data.bytes_per_token('train'):.2f} bytes{yardstick}",
+        f"steps    {config.max_iters:,} of {config.batch_size} x {model.block_size} = {tokens:,} tokens in "
+        f"micro-batches of {config.micro_batch_size}: {config.max_iters * tokens / parameters:.2g} tokens per "
+        f"parameter, {config.max_iters * tokens / len(data.train):.2g} epochs; {config.optimizer}, "
+        f"{config.lr_schedule}",
+        f"memory   about {(fixed + kept) / 1e9:.2f} GB: {fixed / 1e9:.2f} weights and optimizer, "
+        f"{kept / 1e9:.2f} activations",
+        f"machine  {config.device}, {config.dtype} at {rate / 1e9:,.0f} GFLOP/s (measured), "
+        f"{'compiled' if config.compile else 'not compiled'}",
+        f"out      {config.out_dir} from step {step}"))
 
 
 def clock(seconds: float) -> str:
@@ -121,6 +151,8 @@ def open_tracker(kind: str, folder: Path, knobs: dict[str, Any]) -> Callable[[di
         return TRACKERS[kind](folder, knobs)
     except ImportError as error:
         raise ValueError(f"tracker={kind} needs a package that is not here: pip install {kind}") from error
+    except Exception as error:  # each tracker has errors of its own: no login, no network
+        raise ValueError(f"tracker={kind} could not be started: {error}") from error
 
 
 def tensorboard(folder: Path, knobs: dict[str, Any]) -> Callable[[dict], None]:
@@ -139,6 +171,7 @@ def tensorboard(folder: Path, knobs: dict[str, Any]) -> Callable[[dict], None]:
 def wandb(folder: Path, knobs: dict[str, Any]) -> Callable[[dict], None]:
     import wandb as package
 
+    folder.mkdir(parents=True, exist_ok=True)
     run = package.init(project="rootllama", name=folder.name, dir=str(folder), config=knobs)
     return lambda record: run.log(record, step=record["step"])
 

@@ -7,9 +7,7 @@ train_step and evaluate, one step of it; and last what surrounds them.
 import dataclasses
 import json
 import math
-import platform
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
@@ -24,14 +23,24 @@ from config.schema import Config, help_text, load_config, user_errors
 from data.loader import Dataset, batch, open_dataset, read_windows, train_starts, val_starts
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer
-from device import autocast, choose_device, choose_dtype, keep_freed_memory, matmul_rate, to_device, total_memory
-from metrics import Log, open_tracker, plot_losses
+from device import (
+    autocast,
+    choose_device,
+    choose_dtype,
+    keep_freed_memory,
+    matmul_rate,
+    to_device,
+    total_memory,
+    versions,
+)
+from metrics import Log, has_evaluation, open_tracker, plot_losses, read_metrics, summary
 from model import Decoder, ModelConfig, flops_per_token, memory_estimate, parameter_count
 from optim import Optimizers, lr_at
-from sample import generate, prompt_ids
+from sample import generate, prompt_ids, show
 
 DATA = Path(__file__).resolve().parent / "data"
-USAGE = "python train.py [config/PRESET.py] [key=value ...]\n\nEvery knob with its default:"
+USAGE = ("python train.py [config/PRESET.py] [key=value ...]\n\nWithout a preset, config/small.py is run. Every knob, "
+         "and what it is where the preset is silent:")
 NOT_FINITE = 3  # exit code after NaN or Inf
 SAMPLING = dict(temperature=0.8, top_p=0.9, repetition_penalty=1.15)  # small models repeat themselves otherwise
 
@@ -73,6 +82,10 @@ class Interrupts:
             raise SystemExit(128 + number)
         self.came = number
 
+    def ask_to_stop(self, number: int) -> None:
+        """As if the signal had come first, but never as a second one: for a reader of our output that has gone."""
+        self.came = self.came or number
+
 
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done, 2 the user's error, 3 NaN or Inf, 130 and 143 after Ctrl-C and SIGTERM."""
@@ -84,8 +97,8 @@ def main(argv: list[str]) -> int:
         tracker = open_tracker(run.config.tracker, run.folder, run.config.flat())
         claim_folder(run)
     code = train(run, tracker)
-    plot_losses(run.folder)
-    if code == 0 and run.config.sample_tokens:
+    if code == 0:
+        plot_losses(run.folder)
         show_sample(run)
     return code
 
@@ -114,9 +127,10 @@ def find_saved(config: Config) -> dict[str, Any] | None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out_dir={folder} is a file: name a folder")
     there = checkpoint.all_in(folder)
-    if there and config.resume == "no":
-        raise ValueError(f"{folder} already holds a run (step {there[-1][0]}): continue it with resume=yes, "
-                         f"or name another out_dir")
+    if config.resume == "no" and (there or (folder / "best.pt").exists()):
+        newest = there[-1][1].name if there else "best.pt"
+        raise ValueError(f"{folder} already holds a run ({newest}): continue it with resume=auto, or name "
+                         f"another out_dir")
     if not there and config.resume == "yes":
         raise ValueError(f"resume=yes, but there is no checkpoint in {folder}: resume=auto would start afresh")
     return checkpoint.load_newest(folder) if there else None
@@ -137,6 +151,7 @@ def keep_what_was_automatic(config: Config, wanted: Config, saved: dict[str, Any
     """On the same device a resumed run keeps what auto chose at its start, so that it stays bitwise the same run."""
     if saved is None or saved["config"]["device"] != config.device:
         return config
+    choose_dtype(saved["config"]["dtype"], config.device)  # the same kind of device may be an older one
     automatic = [name for name in ("dtype", "compile", "micro_batch_size") if getattr(wanted, name) in ("auto", 0)]
     return dataclasses.replace(config, **{name: saved["config"][name] for name in automatic})
 
@@ -174,11 +189,12 @@ def build(config: Config, data: Dataset, saved: dict[str, Any] | None) -> Run:
                             betas=(config.beta1, config.beta2), momentum=config.muon_momentum,
                             embed_lr=config.embed_lr)
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
-    run = Run(config, data, model, torch.compile(model) if config.compile else model, optimizers, scaler)
+    run = Run(config, data, model, torch.compile(model, dynamic=False) if config.compile else model, optimizers, scaler)
     if saved:
         checkpoint.load_weights(model, saved["model"])
         optimizers.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty if the run was not in float16 so far
+            scaler.load_state_dict(saved["scaler"])
         run.step, run.best_val_loss = saved["step"], saved["best_val_loss"]
     return run
 
@@ -186,26 +202,16 @@ def build(config: Config, data: Dataset, saved: dict[str, Any] | None) -> Run:
 def claim_folder(run: Run) -> None:
     """Makes out_dir, and proves that it can be written by putting config.json and the tokenizer there."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    about = {"versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": git_commit(),
-             "parameters": parameter_count(run.config.model), "data": run.data.fingerprint}
+    about = {"versions": versions(), "parameters": parameter_count(run.config.model), "data": run.data.fingerprint}
     text = json.dumps(run.config.flat() | about, indent=1) + "\n"
     checkpoint.write_atomically(run.folder / "config.json", lambda file: file.write(text.encode()))
     load_tokenizer(run.data.folder).save(run.folder)
 
 
-def git_commit() -> str | None:
-    """The commit of this program, or None where it is not a git checkout."""
-    try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=DATA, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return git.stdout.strip() or None
-
-
 def train(run: Run, tracker=None) -> int:
     """The loop: evaluate, save, step. Returns the exit code."""
     config = run.config
-    if run.step >= config.max_iters:
+    if run.step >= config.max_iters and has_evaluation(read_metrics(run.folder), run.step):
         print(f"already at step {run.step} of {config.max_iters}: nothing to do (a larger max_iters would go on)")
         return 0
     with Interrupts() as interrupts, open_log(run, tracker, interrupts) as log:
@@ -216,10 +222,10 @@ def train(run: Run, tracker=None) -> int:
                     if val_loss is not None:  # None: a signal came in between; the resumed run evaluates again
                         log.evaluation(run.step, val_loss)
                         save_if_best(run, val_loss)
-                last = run.step == config.max_iters or bool(interrupts.came)
+                last = run.step >= config.max_iters or bool(interrupts.came)
                 if last or (config.save_interval and run.step and run.step % config.save_interval == 0):
                     save(run, checkpoint.path_of(run.folder, run.step), must=last)
-                    checkpoint.prune(run.folder, config.keep)
+                    checkpoint.prune(run.folder, config.keep, run.step)
                 if last:
                     break
                 step = first_step if log.steps_timed == 0 else timed_step
@@ -243,8 +249,8 @@ def open_log(run: Run, tracker, interrupts: Interrupts) -> Log:
     log = Log(run.folder, first_step=run.step, last_step=config.max_iters, interval=config.log_interval,
               tokens_per_step=tokens, flops_per_step=tokens * flops_per_token(config.model), matmul_rate=rate,
               bytes_per_token=run.data.bytes_per_token("val"), device=config.device, tracker=tracker,
-              stop=interrupts.note)
-    log.line(summary(run, rate))
+              stop=interrupts.ask_to_stop)
+    log.line(summary(config, run.data, run.step, rate))
     return log
 
 
@@ -261,7 +267,7 @@ def first_step(run: Run) -> tuple[float, float, float, float]:
             return timed_step(run)
         except torch.cuda.OutOfMemoryError:
             micro = run.config.micro_batch_size
-            if micro == 1:
+            if micro == 1 or run.optimizers.state_dict():  # in the update itself, which cannot be taken back
                 raise
             smaller = max(m for m in range(1, micro // 2 + 1) if run.config.batch_size % m == 0)
             print(f"out of GPU memory with micro_batch_size={micro}: trying {smaller}")
@@ -300,7 +306,7 @@ def train_step(run: Run) -> tuple[float, float, float]:
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
     loss, norm = torch.stack((total, norm)).tolist()  # the one wait for the device
     check_finite(run, loss, norm)
-    for optimizer in run.optimizers:
+    for optimizer in (run.optimizers if math.isfinite(norm) else ()):  # an overflow in float16 skips all of them
         run.scaler.step(optimizer)
     run.scaler.update()
     run.optimizers.zero_grad()
@@ -324,17 +330,22 @@ def evaluate(run: Run, interrupts: Interrupts | None = None) -> float | None:
     for i in range(0, len(starts), config.micro_batch_size):
         if interrupts is not None and interrupts.came:
             return None
-        x, y = read_windows(run.data.val, starts[i:i + config.micro_batch_size], config.model.block_size)
+        some = starts[i:i + config.micro_batch_size]
+        x, y = read_windows(run.data.val, some, config.model.block_size)
+        short = (0, 0, 0, config.micro_batch_size - len(some))  # always one shape, so a compiled model has one graph
+        x, y = F.pad(x, short), F.pad(y, short, value=-100)  # -100: not counted in the loss
         with autocast(config.device, config.dtype):
             loss = run.forward(to_device(x, config.device), to_device(y, config.device))
-        total += loss.item() * len(x)
+        total += loss.item() * len(some)
+    if not math.isfinite(total):
+        raise FloatingPointError(f"validation loss {total} at step {run.step}")
     return total / len(starts)
 
 
 def evaluation_is_due(run: Run, log: Log) -> bool:
     interval = run.config.eval_interval
-    due = run.step == run.config.max_iters or (interval and run.step and run.step % interval == 0)
-    return bool(due) and not log.has_evaluation(run.step)
+    due = run.step >= run.config.max_iters or (interval and run.step and run.step % interval == 0)
+    return bool(due) and not has_evaluation(log.records, run.step)
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -356,43 +367,21 @@ def save(run: Run, path: Path, optimizer: bool = True, must: bool = False) -> No
              "config": run.config.flat(), "data": run.data.fingerprint, "best_val_loss": run.best_val_loss}
     try:
         checkpoint.save(path, state)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError, ValueError) as error:  # torch.save turns a full disk into a RuntimeError
         if must:
             raise
         print(f"warning: {path} could not be saved ({error}); training goes on", file=sys.stderr)
 
 
-def summary(run: Run, rate: float) -> str:
-    """What is about to happen, and what auto chose."""
-    config, model = run.config, run.config.model
-    tokens, parameters = config.batch_size * model.block_size, parameter_count(model)
-    fixed, kept = memory_estimate(model, config.micro_batch_size, config.dtype, config.activation_checkpointing)
-    xz = run.data.meta.get("val_xz_bits_per_byte")  # a model that needs more bits than xz has learned little
-    yardstick = f"; xz -9e needs {xz:.3f} bits per byte of the latter" if xz else ""
-    return "\n".join((
-        f"model    {model.n_layer} blocks, {model.n_embd} wide, {model.n_head} heads ({model.kv_heads} kv), "
-        f"feed-forward {model.hidden_size}, {model.norm} ({model.norm_impl}), vocab {model.vocab_size:,}: "
-        f"{parameters:,} parameters",
-        f"data     {config.dataset}: {len(run.data.train):,} training and {len(run.data.val):,} validation tokens of "
-        f"{run.data.bytes_per_token('train'):.2f} bytes{yardstick}",
-        f"steps    {config.max_iters:,} of {config.batch_size} x {model.block_size} = {tokens:,} tokens in "
-        f"micro-batches of {config.micro_batch_size}: {config.max_iters * tokens / parameters:.2g} tokens per "
-        f"parameter, {config.max_iters * tokens / len(run.data.train):.2g} epochs; {config.optimizer}, "
-        f"{config.lr_schedule}",
-        f"memory   about {(fixed + kept) / 1e9:.2f} GB: {fixed / 1e9:.2f} weights and optimizer, "
-        f"{kept / 1e9:.2f} activations",
-        f"machine  {config.device}, {config.dtype} at {rate / 1e9:,.0f} GFLOP/s (measured), "
-        f"{'compiled' if config.compile else 'not compiled'}",
-        f"out      {run.folder} from step {run.step}"))
-
-
 def show_sample(run: Run) -> None:
-    """A text by the weights just trained."""
+    """A text by the weights just trained, if one is wanted."""
+    if not run.config.sample_tokens:
+        return
     config, tokenizer = run.config, load_tokenizer(run.folder)
     with autocast(config.device, config.dtype):
         ids = [new for new, in generate(run.model, prompt_ids(tokenizer, config.sample_prompt), config.sample_tokens,
                                         vocab_size=tokenizer.vocab_size, seed=config.seed, **SAMPLING)]
-    print(f"--- sample ---\n{config.sample_prompt}{tokenizer.decode(ids)}")
+    show(f"--- sample ---\n{config.sample_prompt}{tokenizer.decode(ids)}\n", raw=False)
 
 
 if __name__ == "__main__":

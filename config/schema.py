@@ -83,6 +83,8 @@ class Config:
             problems.append(f"warmup_iters={self.warmup_iters} must not be above max_iters={self.max_iters}")
         if not 0 < self.decay_fraction <= 1:
             problems.append(f"decay_fraction must be in (0, 1], got {self.decay_fraction}")
+        if self.seed >= 2**43:
+            problems.append(f"seed must be below 2**43, got {self.seed}")
         if self.batch_size > 1_000_000:
             problems.append(f"batch_size must be at most 1,000,000 sequences, got {self.batch_size:,}")
         elif self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size:

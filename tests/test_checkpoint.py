@@ -165,9 +165,14 @@ def test_the_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 def test_pruning_keeps_the_newest_and_all_files_of_others(folder):
     (folder / "ckpt_9.pt.bak").touch()
     (folder / "step-5-backup").touch()
-    prune(folder, 2)
+    prune(folder, 2, step=100)
     assert [step for step, _ in all_in(folder)] == [10, 100]
     assert (folder / "ckpt_9.pt.bak").exists() and (folder / "step-5-backup").exists()
+
+
+def test_pruning_never_takes_the_sound_ones_for_a_later_damaged_one(folder):
+    prune(folder, 1, step=10)  # 100 was damaged, the run went back to 9 and has just saved 10
+    assert [step for step, _ in all_in(folder)] == [10, 100]
 
 
 @pytest.mark.parametrize("which, words", [("5", "ckpt_00000005.pt does not exist; steps in .*: 9, 10, 100"),

@@ -230,8 +230,47 @@ def test_a_fresh_run_never_overwrites_another(start, tmp_path):
     start("max_iters=4")
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     code, _, err = start("max_iters=6")
-    assert code == 2 and "already holds a run (step 4): continue it with resume=yes" in err
+    assert code == 2 and "already holds a run (ckpt_00000004.pt): continue it with resume=auto" in err
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+def test_a_best_checkpoint_alone_is_a_run_too(start, tmp_path):
+    start("max_iters=4")
+    (tmp_path / "run" / "ckpt_00000004.pt").unlink()
+    code, _, err = start("max_iters=4")
+    assert code == 2 and "already holds a run (best.pt)" in err
+
+
+def test_a_signal_during_the_last_evaluation_does_not_lose_it(start, tmp_path, monkeypatch):
+    start(out="whole")
+    with monkeypatch.context() as patch:
+        signal_after(patch, 12)
+        assert start()[0] == 143
+    assert start("resume=auto")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_reader_that_left_with_ctrl_c_does_not_count_as_a_second_signal(start, tmp_path, monkeypatch):
+    from train import Log
+
+    line = Log.line
+
+    def closed(self, text, file=None):
+        if text.startswith("step 6/"):
+            self.stop(signal.SIGPIPE)
+        line(self, text, file)
+
+    monkeypatch.setattr(Log, "line", closed)
+    signal_after(monkeypatch, 6, signal.SIGINT)
+    assert start()[0] == 130
+    assert checkpoint.load_newest(tmp_path / "run")["step"] == 6
+
+
+def test_a_validation_loss_that_is_not_finite_is_not_success(start, monkeypatch):
+    forward = Decoder.forward
+    monkeypatch.setattr(Decoder, "forward", lambda self, *a, **k: forward(self, *a, **k) * (
+        1.0 if self.training else float("nan")))
+    assert start()[0] == 3
 
 
 def test_resume_yes_needs_a_run_and_auto_does_not(start, tmp_path):
@@ -301,7 +340,7 @@ def test_a_compiler_that_is_missing_means_eager_with_a_line(start, monkeypatch):
         def forward(self, *_):
             raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ compiler"), None)
 
-    monkeypatch.setattr(torch, "compile", lambda model: Broken())
+    monkeypatch.setattr(torch, "compile", lambda model, **_: Broken())
     code, out, _ = start("compile=true")
     assert code == 0 and "torch.compile does not work here, going on without" in out
 
