@@ -1,4 +1,4 @@
-"""What a run tells: a summary, then records for the bar or log lines, for metrics.jsonl, for a tracker, for loss.png."""
+"""What a run tells: a summary, then records for the bar or log lines, metrics.jsonl, a tracker and loss.png."""
 
 import json
 import math
