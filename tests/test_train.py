@@ -45,6 +45,18 @@ def signal_after(monkeypatch, step, number=signal.SIGTERM, times=1):
     monkeypatch.setattr(train, "batch", interrupted)
 
 
+def reader_leaves(monkeypatch, at):
+    """The line that starts with `at` meets a closed pipe."""
+    line = train.Log.line
+
+    def closed(self, text, file=None):
+        if text.startswith(at):
+            self.stop(signal.SIGPIPE)
+        line(self, text, file)
+
+    monkeypatch.setattr(train.Log, "line", closed)
+
+
 HARD = ["dropout=0.1", "micro_batch_size=2", "eval_interval=3"]
 
 
@@ -251,16 +263,7 @@ def test_a_signal_during_the_last_evaluation_does_not_lose_it(start, tmp_path, m
 
 
 def test_a_reader_that_left_with_ctrl_c_does_not_count_as_a_second_signal(start, tmp_path, monkeypatch):
-    from train import Log
-
-    line = Log.line
-
-    def closed(self, text, file=None):
-        if text.startswith("step 6/"):
-            self.stop(signal.SIGPIPE)
-        line(self, text, file)
-
-    monkeypatch.setattr(Log, "line", closed)
+    reader_leaves(monkeypatch, at="step 6/")
     signal_after(monkeypatch, 6, signal.SIGINT)
     assert start()[0] == 130
     assert checkpoint.load_newest(tmp_path / "run")["step"] == 6
@@ -367,16 +370,7 @@ def test_automatic_choices_stay_what_they_were_on_a_resume(start, tmp_path, monk
 
 
 def test_a_reader_that_leaves_ends_the_run_with_everything_saved(start, tmp_path, monkeypatch):
-    from train import Log
-
-    line = Log.line
-
-    def closed(self, text, file=None):
-        if text.startswith("step 6/"):
-            self.stop(signal.SIGPIPE)
-        line(self, text, file)
-
-    monkeypatch.setattr(Log, "line", closed)
+    reader_leaves(monkeypatch, at="step 6/")
     assert start()[0] == 128 + signal.SIGPIPE
     assert checkpoint.load_newest(tmp_path / "run")["step"] == 6
 
