@@ -151,7 +151,8 @@ def keep_what_was_automatic(config: Config, wanted: Config, saved: dict[str, Any
     """On the same device a resumed run keeps what auto chose at its start, so that it stays bitwise the same run."""
     if saved is None or saved["config"]["device"] != config.device:
         return config
-    choose_dtype(saved["config"]["dtype"], config.device)  # the same kind of device may be an older one
+    if wanted.dtype == "auto":
+        choose_dtype(saved["config"]["dtype"], config.device)  # refuses it where the device is now an older one
     automatic = [name for name in ("dtype", "compile", "micro_batch_size") if getattr(wanted, name) in ("auto", 0)]
     return dataclasses.replace(config, **{name: saved["config"][name] for name in automatic})
 
@@ -377,11 +378,16 @@ def show_sample(run: Run) -> None:
     """A text by the weights just trained, if one is wanted."""
     if not run.config.sample_tokens:
         return
-    config, tokenizer = run.config, load_tokenizer(run.folder)
+    config, tokenizer, prompt = run.config, load_tokenizer(run.folder), run.config.sample_prompt
+    try:
+        start = prompt_ids(tokenizer, prompt)
+    except ValueError as error:  # a preset's prompt may have characters that this text has not
+        print(f"the sample starts from nothing, not with sample_prompt: {error}")
+        prompt, start = "", prompt_ids(tokenizer, "")
     with autocast(config.device, config.dtype):
-        ids = [new for new, in generate(run.model, prompt_ids(tokenizer, config.sample_prompt), config.sample_tokens,
-                                        vocab_size=tokenizer.vocab_size, seed=config.seed, **SAMPLING)]
-    show(f"--- sample ---\n{config.sample_prompt}{tokenizer.decode(ids)}\n", raw=False)
+        ids = [new for new, in generate(run.model, start, config.sample_tokens, vocab_size=tokenizer.vocab_size,
+                                        seed=config.seed, **SAMPLING)]
+    show(f"--- sample ---\n{prompt}{tokenizer.decode(ids)}\n", raw=False)
 
 
 if __name__ == "__main__":

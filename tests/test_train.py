@@ -276,6 +276,28 @@ def test_a_validation_loss_that_is_not_finite_is_not_success(start, monkeypatch)
     assert start()[0] == 3
 
 
+def test_a_sample_prompt_the_vocabulary_lacks_is_told_and_left_out(start):
+    code, out, _ = start("sample_prompt=class X#", "sample_tokens=3", "max_iters=2", "eval_interval=0")
+    assert code == 0 and "starts from nothing, not with sample_prompt" in out and "--- sample ---\n" in out
+    code, out, _ = start("sample_prompt=the cat", "sample_tokens=3", "max_iters=2", "eval_interval=0", out="other")
+    assert code == 0 and "--- sample ---\nthe cat" in out
+
+
+def test_an_automatic_dtype_is_checked_again_on_a_resume_and_can_be_named(start, monkeypatch):
+    start("dtype=bfloat16", "max_iters=4")
+    choose = train.choose_dtype
+
+    def older(wanted, device):
+        if wanted == "bfloat16":
+            raise ValueError("dtype=bfloat16 needs a newer device")
+        return choose(wanted, device)
+
+    monkeypatch.setattr(train, "choose_dtype", older)
+    code, _, err = start("dtype=auto", "resume=yes", "max_iters=8")
+    assert code == 2 and "needs a newer device" in err
+    assert start("dtype=float32", "resume=yes", "max_iters=8")[0] == 0
+
+
 def test_resume_yes_needs_a_run_and_auto_does_not(start, tmp_path):
     code, _, err = start("resume=yes")
     assert code == 2 and "there is no checkpoint in" in err and not (tmp_path / "run").exists()
