@@ -167,6 +167,8 @@ def prune(folder: Path, keep: int, step: int) -> None:
 def build_model(state: dict[str, Any], device: str) -> Decoder:
     """The model that a checkpoint holds, with its weights, on `device`."""
     knobs = {name: state["config"][name] for name in ModelConfig.__dataclass_fields__}
+    if knobs["norm_impl"] == "triton":  # how norms were computed in training is no property of the weights
+        knobs["norm_impl"] = "eager"
     model = Decoder(ModelConfig(**knobs))
     load_weights(model, state["model"])
     return model.to(device)

@@ -93,6 +93,24 @@ def matmul_rate(device: str, dtype: str, seconds: float = 0.3) -> float:
     return best
 
 
+@cache
+def copy_rate(device: str, size: int = 2**28) -> float:
+    """Bytes/s, read plus written, of copies of `size` bytes on this device: the ceiling of what only moves memory.
+
+    The best of five, measured once. The size counts: a small block stays in a cache, which is faster than memory.
+    """
+    source = torch.ones(size, device=device, dtype=torch.uint8)  # untouched zeros may all be one page, in the cache
+    target, seconds = source.clone(), []
+    for _ in range(5):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(4):  # so that waiting for a CUDA device weighs little
+            target.copy_(source)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 4 * 2 * size / min(seconds)
+
+
 def versions() -> dict[str, str | None]:
     """Of Python, PyTorch and this program (its commit, where it is a git checkout): what a result depends on."""
     try:

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from checkpoint import write_atomically
 from config.schema import Config
+from cost import memory_estimate, parameter_count
 from data.loader import Dataset
 from device import peak_memory
-from model import memory_estimate, parameter_count
 
 FILE = "metrics.jsonl"
 
@@ -69,6 +69,10 @@ class Log:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # nor may the flush at exit fail
             self.stop(signal.SIGPIPE)
 
+    def is_due(self, step: int) -> bool:
+        """Whether optimizer step `step`, counted from 1, becomes a record."""
+        return step % self.interval == 0 or step in (1, self.last_step)
+
     def training(self, step: int, loss: float, lr: float, grad_norm: float, seconds: float) -> None:
         """After each optimizer step; every `interval` steps it becomes a record, with the mean time of those steps."""
         self.steps_timed += 1
@@ -76,7 +80,7 @@ class Log:
         rate = len(self.recent) / sum(self.recent)
         share = self.flops_per_step * rate / self.matmul_rate
         self.bar.update(1)
-        if step % self.interval and step not in (1, self.last_step):
+        if not self.is_due(step):
             return
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {self.tokens_per_step * rate:,.0f} tok/s, "
                                  f"{share:.0%} of matmul rate")
@@ -95,13 +99,18 @@ class Log:
                   f"perplexity {math.exp(min(val_loss, 700)):.2f}")
         self.write({"step": step, "val_loss": val_loss, "val_bpb": bits})
 
+    def watch(self, step: int, scales: dict[str, list[float]]) -> None:
+        """What was seen inside the model just before optimizer step `step`. JSON has no NaN and no Inf: null."""
+        self.write({"step": step, "watch": {name: [value if math.isfinite(value) else None for value in values]
+                                            for name, values in scales.items()}})
+
     def write(self, record: dict[str, Any]) -> None:
         self.records.append(record)
-        for name, sink in (("metrics.jsonl", self._to_file), ("tracker", self.tracker)):
+        for name, sink, form in (("metrics.jsonl", self._to_file, record), ("tracker", self.tracker, flat(record))):
             if sink is None:
                 continue
             try:
-                sink(record)
+                sink(form)
             except Exception as error:  # a full disk or a tracker's server is no reason to lose the training
                 left = " and is left alone from here on" if name == "tracker" else ", this record is not in it"
                 print(f"warning: {name} failed{left}: {error}", file=sys.stderr)
@@ -110,6 +119,13 @@ class Log:
 
     def _to_file(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
+
+
+def flat(record: dict[str, Any]) -> dict[str, float]:
+    """{"step": 3, "watch": {"rms": [1.0, None]}} -> {"step": 3, "watch/rms/0": 1.0}: trackers take numbers alone."""
+    numbers = {name: value for name, value in record.items() if name != "watch"}
+    return numbers | {f"watch/{name}/{i}": value for name, values in record.get("watch", {}).items()
+                      for i, value in enumerate(values) if value is not None}
 
 
 def summary(config: Config, data: Dataset, step: int, rate: float) -> str:

@@ -6,6 +6,7 @@ feed-forward, V vocabulary, S cache size. Reading order is from the configuratio
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from norm import Norm
+from norm import ELEMENTWISE, NORM_LEAVES, PARAMETERS, Norm, refusal
 
 
 def knob(default, help: str):
@@ -30,15 +31,25 @@ class ModelConfig:
     n_head: int = knob(6, "attention heads in a Block")
     n_kv_head: int = knob(0, "key/value heads; 0 = n_head (MHA), 1 = MQA, between = GQA")
     n_embd: int = knob(384, "channels of the residual stream")
-    n_hidden: int = knob(0, "hidden size of the feed-forward; 0 = LLaMA's rule: 8/3 n_embd, rounded up to 256s")
+    ffn: Literal["swiglu", "geglu", "gelu", "relu2"] = knob(
+        "swiglu", "the feed-forward: gated by silu (LLaMA) or gelu, or plain with gelu or squared relu")
+    n_hidden: int = knob(0, "hidden size of a gated feed-forward; 0 = LLaMA's rule: 8/3 n_embd, rounded up to 256s. A "
+                            "plain one gets 3/2 of it: as many parameters")
     block_size: int = knob(256, "context length in tokens")
     vocab_size: int = knob(0, "entries of the embedding; 0 = as many as the data set's tokenizer has")
     tie_embeddings: bool = knob(False, "one matrix for the embedding and the output head")
     dropout: float = knob(0.0, "dropout probability on embeddings, attention and both branches; LLaMA has none")
-    norm: Literal["rmsnorm", "layernorm"] = knob("rmsnorm", "kind of every norm")
+    norm: Literal[tuple(PARAMETERS)] = knob("rmsnorm", "kind of every norm; compare.py --list explains them")
+    norm_pos: Literal["pre", "post", "sandwich", "out", "deepnorm"] = knob(
+        "pre", "where norms stand around attention and feed-forward: before (LLaMA), after the sum (2017), before and "
+               "after the branch (Gemma 2), after the branch (OLMo 2), or post with DeepNet's constants")
+    qk_norm: bool = knob(False, "the same norm on each head's queries and keys, before RoPE (Qwen 3)")
     norm_eps: float = knob(1e-5, "added inside the root of every norm")
-    norm_impl: Literal["eager", "fused", "compile"] = knob("eager", "how norms are computed: plain PyTorch, "
-                                                           "PyTorch's kernel, or the function compiled by itself")
+    prms_p: float = knob(0.0625, "prmsnorm: share of the channels that the scale is judged by")
+    norm_alpha: float = knob(0.5, "dyt and derf: slope at the start; wider models want less")
+    norm_impl: Literal["eager", "fused", "compile", "triton"] = knob(
+        "eager", "how norms are computed: plain PyTorch, PyTorch's kernel, the function compiled by itself, or our "
+                 "kernel for CUDA")
     rope_theta: float = knob(10000.0, "base of the rotary frequencies; 500000 in Llama 3")
     rope_scaling: Literal["none", "llama3"] = knob("none", "Llama 3.1's stretching of the low rotary frequencies")
     rope_factor: float = knob(8.0, "llama3: how far the low frequencies are stretched")
@@ -52,15 +63,17 @@ class ModelConfig:
         problems += [f"{name} must be 0 (automatic) or more, got {getattr(self, name)}"
                      for name in ("n_kv_head", "n_hidden", "vocab_size") if getattr(self, name) < 0]
         problems += [f"{name} must be above 0, got {getattr(self, name)}"
-                     for name in ("norm_eps", "rope_theta", "rope_factor", "rope_original_context")
+                     for name in ("norm_eps", "norm_alpha", "rope_theta", "rope_factor", "rope_original_context")
                      if getattr(self, name) <= 0]
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout must be in [0, 1), got {self.dropout}")
         if not 0 < self.rope_low_freq < self.rope_high_freq:
             problems.append(f"rope_low_freq must be above 0 and below rope_high_freq, "
                             f"got {self.rope_low_freq} and {self.rope_high_freq}")
+        if not 0 < self.prms_p <= 1:
+            problems.append(f"prms_p must be in (0, 1], got {self.prms_p}")
         if not problems:
-            problems = self._head_problems()
+            problems = self._head_problems() + self._norm_problems()
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -74,7 +87,18 @@ class ModelConfig:
             divisors = [k for k in range(1, self.n_head + 1) if self.n_head % k == 0]
             return [f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}: "
                     f"choose n_kv_head from {', '.join(map(str, divisors))}"]
+        if self.ffn in UNGATED and (self.hidden_size * 2) % 3:
+            return [f"n_hidden={self.n_hidden} must be even for ffn={self.ffn}, which gets 3/2 of it"]
         return []
+
+    def _norm_problems(self) -> list[str]:
+        problems = [problem] if (problem := refusal(self.norm, self.norm_impl)) else []
+        if self.norm == "none" and (self.norm_pos != "pre" or self.qk_norm):
+            problems.append("norm=none has nothing to place: leave norm_pos=pre and qk_norm=false")
+        if self.norm_pos == "deepnorm" and self.norm in ELEMENTWISE:
+            problems.append(f"norm_pos=deepnorm is derived for a norm that resets the scale of the stream, and "
+                            f"norm={self.norm} does not: use norm_pos=post or another norm")
+        return problems
 
     @property
     def head_size(self) -> int:
@@ -86,9 +110,16 @@ class ModelConfig:
 
     @property
     def hidden_size(self) -> int:
-        return self.n_hidden or -(-int(8 * self.n_embd / 3) // 256) * 256
+        gated = self.n_hidden or -(-int(8 * self.n_embd / 3) // 256) * 256
+        return gated * 3 // 2 if self.ffn in UNGATED else gated
+
+    def norm_for(self, width: int) -> Norm:
+        """One of this model's norms, over `width` channels."""
+        return Norm(self.norm, width, self.norm_eps, self.norm_impl, self.prms_p, self.norm_alpha)
 
 
+UNGATED = ("gelu", "relu2")
+FINAL_NORM = ("pre", "sandwich", "out")  # post and deepnorm end in a norm anyway
 LARGEST = {"n_layer": 10_000, "n_head": 10_000, "n_embd": 1_000_000, "block_size": 100_000_000}
 
 
@@ -150,13 +181,20 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.n_embd, self.kv_heads * self.head_size, bias=False)
         self.v = nn.Linear(config.n_embd, self.kv_heads * self.head_size, bias=False)
         self.out = nn.Linear(self.heads * self.head_size, config.n_embd, bias=False)
+        self.q_norm, self.k_norm = (config.norm_for(self.head_size) if config.qk_norm else nn.Identity()
+                                    for _ in range(2))
+
+    def queries_and_keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, T, C] -> q [B, H, T, D] and k [B, K, T, D], normed if the model does that, and rotated."""
+        B, T, _ = x.shape
+        q = self.q_norm(self.q(x).view(B, T, self.heads, self.head_size)).transpose(1, 2)
+        k = self.k_norm(self.k(x).view(B, T, self.kv_heads, self.head_size)).transpose(1, 2)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        q = self.q(x).view(B, T, self.heads, self.head_size).transpose(1, 2)  # [B, H, T, D]
-        k = self.k(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2)  # [B, K, T, D]
-        v = self.v(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = self.queries_and_keys(x, cos, sin)
+        v = self.v(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2)  # [B, K, T, D]
         mask = None
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
@@ -170,32 +208,76 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)). Shazeer 2020, arXiv 2002.05202."""
+    """down(activation(gate(x)) * up(x)), or plain down(activation(up(x))). Shazeer 2020, arXiv 2002.05202.
 
-    def __init__(self, width: int, hidden: int):
+    swiglu is LLaMA's; relu2 is Primer's squared ReLU (So et al. 2021, arXiv 2109.08668).
+    """
+
+    def __init__(self, kind: str, width: int, hidden: int):
         super().__init__()
-        self.gate = nn.Linear(width, hidden, bias=False)
+        self.activation = ACTIVATIONS[kind]
+        self.gate = None if kind in UNGATED else nn.Linear(width, hidden, bias=False)
         self.up = nn.Linear(width, hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu2": lambda x: F.relu(x).square()}
 
 
 class Block(nn.Module):
-    """Pre-norm: the residual stream is never normalised, only what attention and feed-forward read from it."""
+    """Attention, then feed-forward, each joined to the residual stream with a norm where norm_pos says.
+
+    pre leaves the stream alone and normalises what a branch reads (Xiong et al. 2020, arXiv 2002.04745); post
+    normalises the stream after each sum (Vaswani et al. 2017, arXiv 1706.03762); deepnorm is post with the stream
+    weighted by (2 n_layer)^1/4 (Wang et al. 2022, arXiv 2203.00555); out normalises what a branch writes (OLMo 2,
+    arXiv 2501.00656); sandwich what it reads and what it writes (Gemma 2, arXiv 2408.00118).
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.attn_norm = Norm(config.norm, config.n_embd, config.norm_eps, config.norm_impl)
+        self.place, self.weight = config.norm_pos, (2 * config.n_layer) ** 0.25 if config.norm_pos == "deepnorm" else 1
+        self.fuse_sum = (config.norm_impl, config.norm, config.norm_pos) == ("triton", "rmsnorm", "pre")
+        self.attn_norm = config.norm_for(config.n_embd)
         self.attn = Attention(config, layer)
-        self.ffn_norm = Norm(config.norm, config.n_embd, config.norm_eps, config.norm_impl)
-        self.ffn = FeedForward(config.n_embd, config.hidden_size)
+        self.ffn_norm = config.norm_for(config.n_embd)
+        self.ffn = FeedForward(config.ffn, config.n_embd, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
+        self.attn_norm_out, self.ffn_norm_out = (
+            config.norm_for(config.n_embd) if config.norm_pos == "sandwich" else None for _ in range(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.dropout(self.attn(self.attn_norm(x), cos, sin, cache))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        if self.fuse_sum:
+            x, h = self.ffn_norm.of_sum(x, self.dropout(self.attn(self.attn_norm(x), cos, sin, cache)))
+            return x + self.dropout(self.ffn(h))
+        x = self.join(x, lambda h: self.attn(h, cos, sin, cache), self.attn_norm, self.attn_norm_out)
+        return self.join(x, self.ffn, self.ffn_norm, self.ffn_norm_out)
+
+    def join(self, x: Tensor, branch: Callable[[Tensor], Tensor], norm: Norm, norm_out: Norm | None) -> Tensor:
+        """The residual stream [B, T, C] after one branch."""
+        if self.place == "pre":
+            return x + self.dropout(branch(norm(x)))
+        if self.place == "sandwich":
+            return x + norm_out(self.dropout(branch(norm(x))))
+        if self.place == "out":
+            return x + norm(self.dropout(branch(x)))
+        return norm(self.weight * x + self.dropout(branch(x)))  # post, deepnorm
+
+
+class Scale(nn.Module):
+    """One learned factor for the whole embedding. DyT needs it: it does not bring the stream to a known size."""
+
+    def __init__(self, start: float):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([start]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
 
 
 class Decoder(nn.Module):
@@ -211,9 +293,10 @@ class Decoder(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed_scale = Scale(math.sqrt(config.n_embd)) if config.norm in ("dyt", "derf") else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = Norm(config.norm, config.n_embd, config.norm_eps, config.norm_impl)
+        self.norm = config.norm_for(config.n_embd) if config.norm_pos in FINAL_NORM else nn.Identity()
         self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         cos, sin = rope_table(config)
         self.register_buffer("cos", cos, persistent=False)
@@ -230,7 +313,7 @@ class Decoder(nn.Module):
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens are more than block_size={self.config.block_size}")
         cos, sin = self.cos[start:start + T], self.sin[start:start + T]
-        x = self.dropout(self.embed(ids))  # [B, T, C]
+        x = self.dropout(self.embed_scale(self.embed(ids)))  # [B, T, C]
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
@@ -248,17 +331,21 @@ def initialise(model: Decoder, seed: int) -> None:
     """Draws every matrix by its role; a parameter without a known role is an error.
 
     Each has a generator of its own, seeded by its name: the same seed gives the same weight whatever else is in the
-    model. Norms keep their ones and zeros. Matrices that write into the residual stream shrink with depth (GPT-2).
-    Embedding and head are small enough that the first loss is ln(V), tied or not.
+    model. Norms keep their constants. Matrices that write into the residual stream shrink with depth (GPT-2); deepnorm
+    has deviations of its own. Embedding and head are small enough that the first loss is ln(V), tied or not.
     """
-    C, L = model.config.n_embd, model.config.n_layer
-    inner = 0.02
-    std = dict.fromkeys(("q", "k", "v", "gate", "up"), inner)
-    std |= dict.fromkeys(("out", "down"), inner / math.sqrt(2 * L))
-    std |= dict.fromkeys(("embed", "head"), min(inner, 0.25 / math.sqrt(C)))
+    config = model.config
+    C, L = config.n_embd, config.n_layer
+    std = dict.fromkeys(("q", "k", "v", "gate", "up"), 0.02) | dict.fromkeys(("out", "down"), 0.02 / math.sqrt(2 * L))
+    std |= dict.fromkeys(("embed", "head"), min(0.02, 0.25 / math.sqrt(C)))
+    if config.norm_pos == "deepnorm":  # Xavier's, times (8 n_layer)^-1/4 in all that makes a branch large
+        K, F = config.kv_heads * config.head_size, config.hidden_size
+        small = (8 * L) ** -0.25
+        std |= {"q": math.sqrt(1 / C), "k": math.sqrt(2 / (C + K)), "v": small * math.sqrt(2 / (C + K)),
+                "out": small * math.sqrt(1 / C)} | dict.fromkeys(("gate", "up", "down"), small * math.sqrt(2 / (C + F)))
     for name, parameter in model.named_parameters():
         role, leaf = name.split(".")[-2:]
-        if leaf in ("gain", "bias"):
+        if leaf in NORM_LEAVES:
             continue
         if role not in std:
             raise ValueError(f"no initialisation is known for the parameter {name}: give its role one in initialise()")
@@ -267,35 +354,26 @@ def initialise(model: Decoder, seed: int) -> None:
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std[role], generator=generator))
 
 
-def parameter_count(config: ModelConfig) -> int:
-    """Parameters of Decoder(config), computed without building it."""
-    C, D, V = config.n_embd, config.head_size, config.vocab_size
-    attention = C * D * 2 * (config.n_head + config.kv_heads)
-    norm = C * (2 if config.norm == "layernorm" else 1)
-    block = attention + 3 * C * config.hidden_size + 2 * norm
-    return config.n_layer * block + norm + V * C * (1 if config.tie_embeddings else 2)
+@torch.no_grad()
+def fold_norms(model: Decoder) -> Decoder:
+    """Moves the gains of an RMSNorm model into the matrices that follow, in place. FlashNorm, arXiv 2407.09577.
 
-
-def flops_per_token(config: ModelConfig) -> float:
-    """Floating-point operations per trained token, forward and backward: PaLM's count (arXiv 2204.02311, appendix B).
-
-    6 per weight of a matrix product (the embedding is a look-up, not a product) and 12 n_layer C T for attention,
-    of which a causal kernel does half.
+    For inference: the same function, up to rounding, with less to compute. ValueError where no matrix follows a norm,
+    or a bias would be needed. The final norm keeps its gain where the head is tied: its matrix is the embedding too.
     """
-    lookup = 0 if config.tie_embeddings else config.vocab_size * config.n_embd
-    matrices = parameter_count(config) - lookup
-    return 6 * matrices + 12 * config.n_layer * config.n_embd * config.block_size
-
-
-def memory_estimate(config: ModelConfig, micro_batch: int, dtype: str,
-                    checkpointing: bool = False) -> tuple[float, float]:
-    """Bytes that training needs, about: (weights + gradient + two moments in fp32, activations of one micro-batch).
-
-    Counted from what each operation keeps for backward; a compiled or fused one keeps less.
-    """
-    s = 4 if dtype == "float32" else 2
-    C, F = config.n_embd, config.hidden_size
-    block = 4 * 8 * C + s * (8 * C + 4 * F)  # fp32: residual stream and norms; s: inputs of matrix products
-    per_token = block * (1 if checkpointing else config.n_layer) + 4 * C * config.n_layer * checkpointing
-    logits = config.vocab_size * (s + 3 * 4)  # as computed, in fp32, log-softmax and its gradient
-    return 16.0 * parameter_count(config), float(micro_batch * config.block_size * (per_token + logits))
+    config = model.config
+    if config.norm not in ("rmsnorm", "rmsnorm1p") or config.norm_pos != "pre":
+        raise ValueError(f"only rmsnorm and rmsnorm1p with norm_pos=pre can be folded, this model has {config.norm} "
+                         f"with {config.norm_pos}")
+    after: list[tuple[nn.Module, str, tuple[nn.Linear, ...]]] = []
+    if model.head is not None:
+        after.append((model, "norm", (model.head,)))
+    for block in model.blocks:
+        after.append((block, "attn_norm", (block.attn.q, block.attn.k, block.attn.v)))
+        after.append((block, "ffn_norm", tuple(m for m in (block.ffn.gate, block.ffn.up) if m is not None)))
+    for parent, name, matrices in after:
+        gain = getattr(parent, name).gain + (1 if config.norm == "rmsnorm1p" else 0)
+        for matrix in matrices:
+            matrix.weight *= gain  # [out, C] * [C]
+        setattr(parent, name, Norm("rmsnorm_noparam", config.n_embd, config.norm_eps, config.norm_impl))
+    return model

@@ -6,37 +6,93 @@ The contract, which tests/test_norm.py checks clause by clause:
   - autocast is off inside, so that no device policy changes the precision of one norm and not of another;
   - initialisation draws no random numbers: the same seed gives the same other weights for every norm.
 
-`eager` is the readable reference. `fused` is PyTorch's own kernel, `compile` the eager function through torch.compile
-(and simply inlined where the whole model is compiled). Each is tested against float64.
+A norm is one function of (x, *weights, *constants). `eager` is the readable reference and the specification; `fused` is
+PyTorch's own kernel, where it has one; `compile` the eager function through torch.compile (and simply inlined where the
+whole model is compiled); `triton` the CUDA kernel in norm_triton.py. Each is tested against float64.
 """
 
-from functools import cache
+import math
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def widen(x: Tensor) -> Tensor:
+    """fp32, or float64 where x is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def layernorm(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * gain + bias: re-centres and re-scales. Ba et al. 2016, arXiv 1607.06450.
+
+    x [..., C], gain and bias [C] -> [..., C] in x's dtype. The variance is the biased one (divided by C).
+    """
+    wide = widen(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return (centred * scale * gain + bias).to(x.dtype)
+
+
+def layernorm_nobias(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * gain: LayerNorm without its bias, as in nanoGPT's bias=False and ModernBERT."""
+    wide = widen(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    return (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * gain).to(x.dtype)
+
+
 def rmsnorm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * gain over the last dimension. Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4.
+    """x / sqrt(mean(x^2) + eps) * gain: re-scales only; LLaMA's norm. Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4.
 
     x [..., C], gain [C] -> [..., C] in x's dtype. LLaMA and Hugging Face cast to x's dtype before they multiply by the
     gain; here the gain is multiplied in fp32 and rounding happens once. In fp32 the two are the same.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale * gain).to(x.dtype)
+    wide = widen(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * gain).to(x.dtype)
 
 
-def layernorm(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * gain + bias over the last dimension. Ba et al. 2016, arXiv 1607.06450.
+def rmsnorm_noparam(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps): RMSNorm without a gain, which the next matrix can absorb. As in modded-nanogpt."""
+    wide = widen(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
-    x [..., C], gain and bias [C] -> [..., C] in x's dtype. The variance is the biased one (divided by C).
+
+def rmsnorm1p(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (1 + gain): RMSNorm whose gain starts at zero. Gemma, arXiv 2403.08295.
+
+    1 + gain is formed in fp32: in bfloat16 it would lose the small gains.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    centred = wide - wide.mean(-1, keepdim=True)
-    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    return (centred * scale * gain + bias).to(x.dtype)
+    return rmsnorm(x, 1 + gain, eps)
+
+
+def prmsnorm(x: Tensor, gain: Tensor, eps: float, p: float) -> Tensor:
+    """x / sqrt(mean(x[:k]^2) + eps) * gain, k = ceil(p C): the first k judge the scale. arXiv 1910.07467, sec. 4.
+
+    The authors' code rounds k down where the paper rounds up; here it is the paper.
+    """
+    wide = widen(x)
+    some = wide[..., :math.ceil(p * x.shape[-1])]
+    return (wide * torch.rsqrt(some.square().mean(-1, keepdim=True) + eps) * gain).to(x.dtype)
+
+
+def dyt(x: Tensor, gain: Tensor, alpha: Tensor) -> Tensor:
+    """tanh(alpha x) * gain: squashes each element by itself, no statistics. Zhu et al. 2025, arXiv 2503.10622.
+
+    alpha [1] is learned. No bias, as its authors leave it out in LLaMA; Decoder adds their scale of the embedding.
+    """
+    return (torch.tanh(alpha * widen(x)) * gain).to(x.dtype)
+
+
+def derf(x: Tensor, gain: Tensor, bias: Tensor, alpha: Tensor, shift: Tensor) -> Tensor:
+    """erf(alpha x + shift) * gain + bias: as dyt, with the error function. Chen et al. 2025, arXiv 2512.10938."""
+    return (torch.erf(alpha * widen(x) + shift) * gain + bias).to(x.dtype)
+
+
+def none(x: Tensor) -> Tensor:
+    """x: no norm at all; the control that tells what a norm costs and whether it is needed."""
+    return x
 
 
 def fused_rmsnorm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -44,42 +100,151 @@ def fused_rmsnorm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, gain.shape, gain.to(x.dtype), eps)
 
 
+def fused_rmsnorm1p(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """F.rms_norm with the gain that is added to one in fp32 first."""
+    return fused_rmsnorm(x, 1 + gain, eps)
+
+
+def fused_rmsnorm_noparam(x: Tensor, eps: float) -> Tensor:
+    """F.rms_norm without a weight."""
+    return F.rms_norm(x, x.shape[-1:], None, eps)
+
+
 def fused_layernorm(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
     """F.layer_norm, with gain and bias rounded to x's dtype for the same reason."""
     return F.layer_norm(x, gain.shape, gain.to(x.dtype), bias.to(x.dtype), eps)
 
 
-EAGER = {"rmsnorm": rmsnorm, "layernorm": layernorm}
-FUSED = {"rmsnorm": fused_rmsnorm, "layernorm": fused_layernorm}
+def fused_layernorm_nobias(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """F.layer_norm without a bias."""
+    return F.layer_norm(x, gain.shape, gain.to(x.dtype), None, eps)
+
+
+EAGER: dict[str, Callable[..., Tensor]] = {
+    "layernorm": layernorm, "layernorm_nobias": layernorm_nobias, "rmsnorm": rmsnorm,
+    "rmsnorm_noparam": rmsnorm_noparam, "rmsnorm1p": rmsnorm1p, "prmsnorm": prmsnorm, "dyt": dyt, "derf": derf,
+    "none": none}
+FUSED: dict[str, Callable[..., Tensor]] = {
+    "layernorm": fused_layernorm, "layernorm_nobias": fused_layernorm_nobias, "rmsnorm": fused_rmsnorm,
+    "rmsnorm_noparam": fused_rmsnorm_noparam, "rmsnorm1p": fused_rmsnorm1p, "none": none}
+TRITON = ("rmsnorm", "none")
+IMPLEMENTED = {"eager": tuple(EAGER), "fused": tuple(FUSED), "compile": tuple(EAGER), "triton": TRITON}
+PARAMETERS: dict[str, dict[str, float]] = {  # name -> initial value, in the order in which the function takes them
+    "layernorm": {"gain": 1.0, "bias": 0.0}, "layernorm_nobias": {"gain": 1.0}, "rmsnorm": {"gain": 1.0},
+    "rmsnorm_noparam": {}, "rmsnorm1p": {"gain": 0.0}, "prmsnorm": {"gain": 1.0}, "dyt": {"gain": 1.0, "alpha": 0.5},
+    "derf": {"gain": 1.0, "bias": 0.0, "alpha": 0.5, "shift": 0.0}, "none": {}}
+NORM_LEAVES = ("gain", "bias", "alpha", "shift")  # last parts of their parameters' names
+SCALARS = ("alpha", "shift")  # of all parameters these have one element, the others one per channel
+BLOCK = 2**21  # elements that a CPU's cache holds: 8 MiB of float32
+ELEMENTWISE = ("dyt", "derf", "none")  # without statistics, so without eps; the stream's scale passes through
+
+
+def refusal(kind: str, impl: str) -> str | None:
+    """Why there is no such norm; None if there is."""
+    if kind not in EAGER:
+        return f"norm must be one of {', '.join(EAGER)}, got {kind!r}"
+    if kind not in IMPLEMENTED[impl]:
+        return (f"norm_impl={impl} has no kernel for norm={kind}, only for {', '.join(IMPLEMENTED[impl])}: use "
+                f"norm_impl=compile or eager")
+    return None
 
 
 @cache
-def norm_function(kind: str, impl: str):
-    """The function that computes `kind` the way `impl` says: eager, fused or compile."""
-    if impl == "eager":
+def norm_function(kind: str, impl: str) -> Callable[..., Tensor]:
+    """The function that computes `kind` the way `impl` says; ValueError where there is no such way, or not here."""
+    if problem := refusal(kind, impl):
+        raise ValueError(problem)
+    if impl == "eager" or kind == "none":
         return EAGER[kind]
     if impl == "fused":
         return FUSED[kind]
-    # A plain function, not a method of each instance: one set of guards, so no recompilation per layer.
+    if impl == "compile":
+        return partial(compiled_norm, kind)
+    import norm_triton  # here, so that this file works without it
+
+    if problem := norm_triton.available():
+        raise ValueError(problem)
+    return norm_triton.rmsnorm
+
+
+def compiled_norm(kind: str, x: Tensor, *arguments) -> Tensor:
+    """The eager function through torch.compile; on a CPU with a backward of our own around it."""
+    if torch.compiler.is_compiling():  # part of a larger compilation already
+        return EAGER[kind](x, *arguments)
+    if x.device.type != "cpu" or not torch.is_grad_enabled():
+        return compiled(kind)(x, *arguments)
+    count = len(PARAMETERS[kind])
+    return RowBlocks.apply(kind, arguments[count:], x.contiguous(), *arguments[:count])
+
+
+@cache
+def compiled(kind: str) -> Callable[..., Tensor]:
+    """A plain function, not a method of each instance: one set of guards, so no recompilation per layer."""
     return torch.compile(EAGER[kind])
 
 
-class Norm(nn.Module):
-    """A norm over the last dimension of size `width`, with a gain (ones) and, for LayerNorm, a bias (zeros)."""
+@cache
+def compiled_gradient(kind: str, constants: tuple) -> Callable[..., list[Tensor]]:
+    """(dy, x, dx [M, C], *weights) -> the weights' gradients; dx is written to.
 
-    def __init__(self, kind: str, width: int, eps: float, impl: str = "eager"):
+    Rows are summed in small groups first, then the groups: a sum over all rows at once is slow in Inductor's CPU code.
+    """
+    def gradient(dy: Tensor, x: Tensor, dx: Tensor, *weights: Tensor) -> list[Tensor]:
+        groups = x.view(-1, math.gcd(len(x), 16), x.shape[1])  # [groups, rows, C]
+        each = [weight.expand(len(groups), 1, -1) for weight in weights]
+        _, pull_back = torch.func.vjp(lambda x, *w: EAGER[kind](x, *w, *constants), groups, *each)
+        of_x, *of_weights = pull_back(dy.view_as(groups))
+        dx.copy_(of_x.view_as(dx))
+        return [g.sum(0).flatten() for g in of_weights]
+
+    return torch.compile(gradient)
+
+
+class RowBlocks(torch.autograd.Function):
+    """Inductor's norm with a backward that goes through blocks of rows, so that x and dy are read from memory once.
+
+    Only on a CPU: left alone, Inductor reads them once for dx and once more for the gains, which takes twice as long
+    (LOG.md). On CUDA it fuses the two by itself.
+    """
+
+    @staticmethod
+    def forward(ctx, kind: str, constants: tuple, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        ctx.kind, ctx.constants = kind, constants
+        return compiled(kind)(x, *weights, *constants)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, *weights = ctx.saved_tensors
+        dx, rows = torch.empty_like(x), max(1, BLOCK // x.shape[-1])
+        blocks = zip(*(t.reshape(-1, x.shape[-1]).split(rows) for t in (dy, x, dx)), strict=True)
+        gradient = compiled_gradient(ctx.kind, ctx.constants)
+        parts = [gradient(*block, *weights) for block in blocks]
+        return None, None, dx, *(sum(part) for part in zip(*parts, strict=True))
+
+
+class Norm(nn.Module):
+    """A norm over the last dimension of size `width`. `p` is prmsnorm's share, `alpha` the start of dyt and derf."""
+
+    def __init__(self, kind: str, width: int, eps: float, impl: str = "eager", p: float = 0.0625, alpha: float = 0.5):
         super().__init__()
-        if kind not in EAGER:
-            raise ValueError(f"norm must be one of {', '.join(EAGER)}, got {kind!r}")
-        self.gain = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if kind == "layernorm" else None
-        self.kind, self.eps, self.function = kind, eps, norm_function(kind, impl)
+        self.kind, self.function = kind, norm_function(kind, impl)
+        self.constants = () if kind in ELEMENTWISE else (eps, p) if kind == "prmsnorm" else (eps,)
+        for name, initial in PARAMETERS[kind].items():
+            value = torch.full((1 if name in SCALARS else width,), alpha if name == "alpha" else initial)
+            self.register_parameter(name, nn.Parameter(value))
+        self.width = width
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            if self.bias is None:
-                return self.function(x, self.gain, self.eps)
-            return self.function(x, self.gain, self.bias, self.eps)
+            return self.function(x, *self._parameters.values(), *self.constants)
+
+    def of_sum(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + branch, its norm), both [..., C], by one kernel; for norm_impl=triton."""
+        import norm_triton
+
+        with torch.autocast(x.device.type, enabled=False):
+            return norm_triton.add_rmsnorm(x, branch, self.gain, *self.constants)
 
     def extra_repr(self) -> str:
-        return f"{self.kind}, {self.gain.numel()}, eps={self.eps}"
+        return ", ".join(map(str, (self.kind, self.width, *self.constants)))

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from norm import NORM_LEAVES
+
 HAVE_FUSED_ADAMW = ("cuda", "cpu", "mps")
 
 
@@ -27,9 +29,9 @@ def lr_at(step: int, *, schedule: str, peak: float, floor: float, warmup: int, t
 
 
 def group_of(name: str, parameter: Tensor) -> str:
-    """`hidden` (a Block's matrix), `head`, `embed` or `gain` (norms' gains and biases); an unknown name is an error."""
+    """`hidden` (a Block's matrix), `head`, `embed` or `gain` (all of a norm's own); an unknown name is an error."""
     *_, role, leaf = name.split(".")
-    if leaf in ("gain", "bias"):
+    if leaf in NORM_LEAVES:
         return "gain"
     if role in ("embed", "head"):
         return role

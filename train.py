@@ -19,22 +19,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
+import watch
 from config.schema import Config, help_text, load_config, user_errors
+from cost import fit_to_machine, flops_per_token, parameter_count
 from data.loader import Dataset, batch, open_dataset, read_windows, train_starts, val_starts
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer
-from device import (
-    autocast,
-    choose_device,
-    choose_dtype,
-    keep_freed_memory,
-    matmul_rate,
-    to_device,
-    total_memory,
-    versions,
-)
+from device import autocast, choose_device, choose_dtype, keep_freed_memory, matmul_rate, to_device, versions
 from metrics import Log, has_evaluation, open_tracker, plot_losses, read_metrics, summary
-from model import Decoder, ModelConfig, flops_per_token, memory_estimate, parameter_count
+from model import Decoder, ModelConfig
 from optim import Optimizers, lr_at
 from sample import generate, prompt_ids, show
 
@@ -114,7 +107,7 @@ def set_up(wanted: Config) -> Run:
     data = open_dataset(DATA / wanted.dataset)
     config = fit_to_data(config, data)
     config = keep_what_was_automatic(config, wanted, saved)
-    config = choose_the_rest(config)
+    config = fit_to_machine(config)
     if saved:
         for line in checkpoint.compare_with_run(saved, config.flat(), data.fingerprint):
             print(f"resuming with {line}")
@@ -155,27 +148,6 @@ def keep_what_was_automatic(config: Config, wanted: Config, saved: dict[str, Any
         choose_dtype(saved["config"]["dtype"], config.device)  # refuses it where the device is now an older one
     automatic = [name for name in ("dtype", "compile", "micro_batch_size") if getattr(wanted, name) in ("auto", 0)]
     return dataclasses.replace(config, **{name: saved["config"][name] for name in automatic})
-
-
-def choose_the_rest(config: Config) -> Config:
-    """The micro-batch and whether to compile, where they are automatic; refuses a model far beyond the memory."""
-    fixed, one = memory_estimate(config.model, 1, config.dtype, config.activation_checkpointing)
-    room = total_memory(config.device)
-    if fixed + one > 1.5 * room:
-        raise ValueError(f"{parameter_count(config.model) / 1e9:.1f} billion parameters need about "
-                         f"{(fixed + one) / 1e9:,.0f} GB to train, {config.device} has {room / 1e9:,.0f} GB: lower "
-                         f"n_embd, n_layer, block_size or vocab_size")
-    fits = [m for m in range(1, config.batch_size + 1) if config.batch_size % m == 0 and fixed + m * one < 0.8 * room]
-    return dataclasses.replace(config, micro_batch_size=config.micro_batch_size or max(fits, default=1),
-                               compile=pays_to_compile(config) if config.compile == "auto" else config.compile)
-
-
-def pays_to_compile(config: Config) -> bool:
-    """On CUDA always. On a CPU it saves a seventh of a step but takes most of a minute, so only where a run is long."""
-    if config.device.startswith("cuda"):
-        return True
-    work = flops_per_token(config.model) * config.batch_size * config.model.block_size * config.max_iters
-    return config.device == "cpu" and work / matmul_rate("cpu", config.dtype) > 150
 
 
 def build(config: Config, data: Dataset, saved: dict[str, Any] | None) -> Run:
@@ -229,9 +201,10 @@ def train(run: Run, tracker=None) -> int:
                     checkpoint.prune(run.folder, config.keep, run.step)
                 if last:
                     break
-                step = first_step if log.steps_timed == 0 else timed_step
-                results = step(run)
-                log.training(run.step, *results)
+                if config.watch and log.is_due(run.step + 1):
+                    log.watch(run.step + 1, observe(run))
+                step = timed_step if log.steps_timed else first_step
+                log.training(run.step + 1, *step(run))
         except FloatingPointError as error:
             good = [path.name for _, path in checkpoint.all_in(run.folder)]
             log.line(f"error: {error}. Last good checkpoint: {good[-1] if good else 'none yet'}. "
@@ -253,6 +226,14 @@ def open_log(run: Run, tracker, interrupts: Interrupts) -> Log:
               stop=interrupts.ask_to_stop)
     log.line(summary(config, run.data, run.step, rate))
     return log
+
+
+def observe(run: Run) -> watch.Scales:
+    """The scales that the next step will meet inside the model, on its first micro-batch; the run does not change."""
+    config = run.config
+    x, y = batch(run.data, run.step, config.batch_size, config.model.block_size, config.seed)
+    x, y = (to_device(part[:config.micro_batch_size], config.device) for part in (x, y))
+    return watch.observe(run.model, x, y, config.dtype, run.scaler.get_scale())
 
 
 def timed_step(run: Run) -> tuple[float, float, float, float]:
@@ -290,7 +271,8 @@ def train_step(run: Run) -> tuple[float, float, float]:
     are a function of (seed, step), so nothing random needs to be saved.
     """
     config, step = run.config, run.step
-    lr = learning_rate(config, step)
+    lr = lr_at(step, schedule=config.lr_schedule, peak=config.learning_rate, floor=config.min_lr,
+               warmup=config.warmup_iters, total=config.max_iters, decay_fraction=config.decay_fraction)
     run.optimizers.set_lr(lr)
     torch.manual_seed(config.seed * 1_000_003 + step)
     run.model.train()
@@ -347,11 +329,6 @@ def evaluation_is_due(run: Run, log: Log) -> bool:
     interval = run.config.eval_interval
     due = run.step >= run.config.max_iters or (interval and run.step and run.step % interval == 0)
     return bool(due) and not has_evaluation(log.records, run.step)
-
-
-def learning_rate(config: Config, step: int) -> float:
-    return lr_at(step, schedule=config.lr_schedule, peak=config.learning_rate, floor=config.min_lr,
-                 warmup=config.warmup_iters, total=config.max_iters, decay_fraction=config.decay_fraction)
 
 
 def save_if_best(run: Run, val_loss: float) -> None:

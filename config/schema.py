@@ -53,6 +53,7 @@ class Config:
     eval_interval: int = knob(250, "steps between evaluations; 0 = only at the end")
     eval_iters: int = knob(0, "validation windows per evaluation, evenly spread, always the same; 0 = the whole split")
     log_interval: int = knob(10, "steps between log lines")
+    watch: bool = knob(False, "with each log line, record the scales of every layer: costs one eager micro-batch")
     save_interval: int = knob(250, "steps between checkpoints; 0 = only at the end")
     keep: int = knob(2, "newest checkpoints to keep, beside the best one")
     sample_prompt: str = knob("", "what the sample printed at the end starts with")
@@ -165,7 +166,8 @@ def choose(key: str, value: Any, choices: tuple) -> Any:
                 return choice
         elif value == choice:
             return choice
-    raise ValueError(f"{key} must be {' or '.join(str(c).lower() for c in choices)}, got {value!r}")
+    *others, last = (str(choice).lower() for choice in choices)
+    raise ValueError(f"{key} must be {', '.join(others)} or {last}, got {value!r}")
 
 
 def typed(values: dict[str, Any], knobs: dict, where: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from device import (
     autocast,
     choose_device,
     choose_dtype,
+    copy_rate,
     keep_freed_memory,
     matmul_rate,
     peak_memory,
@@ -71,6 +72,15 @@ def test_the_measured_rate_is_what_a_product_reaches():
     rate = matmul_rate("cpu", "float32")
     assert 1e8 < rate < 1e14
     assert matmul_rate("cpu", "float32") == rate  # measured once
+
+
+def test_the_rate_of_a_copy_is_bytes_read_and_written_by_the_time(monkeypatch):
+    rate = copy_rate("cpu", 2**20)
+    assert 1e8 < rate < 1e13
+    assert copy_rate("cpu", 2**20) == rate  # measured once, for each size
+    ticks = iter([0.0, 3.0, 0.0, 2.0, *[0.0, 5.0] * 3])
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    assert copy_rate("cpu", 1000) == 4 * 2 * 1000 / 2.0  # the best of five times four copies
 
 
 def test_memory_is_told_in_bytes():

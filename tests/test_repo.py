@@ -18,16 +18,19 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("config/*.py"), *ROOT.glob("data/*.py")])
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 MAY_IMPORT = {  # module: what of ours it may import; a command may not be imported but where it says so
-    "norm": set(), "device": set(), "optim": set(), "model": {"norm"},
+    "norm_triton": set(), "norm": {"norm_triton"}, "device": set(), "optim": {"norm"}, "model": {"norm"},
+    "cost": {"config.schema", "device", "model", "norm"},
     "data": set(), "data.tokenizer": set(), "data.corpus": set(), "data.loader": {"data.tokenizer"},
     "data.prepare": {"data.tokenizer", "data.corpus"},
-    "config": set(), "config.schema": {"model"}, "checkpoint": {"model"}, 
-    "metrics": {"checkpoint", "config.schema", "data.loader", "device", "model"},
+    "config": set(), "config.schema": {"model"}, "checkpoint": {"model"},
+    "metrics": {"checkpoint", "config.schema", "cost", "data.loader", "device"},
+    "watch": {"config.schema", "device", "metrics", "model", "norm"},
     "sample": {"checkpoint", "config.schema", "data.tokenizer", "device", "model"},
-    "train": {"checkpoint", "config.schema", "data.loader", "data.prepare", "data.tokenizer", "device", "metrics",
-              "model", "optim", "sample"},
-    "bench": {"config.schema", "device", "model", "train"},
+    "train": {"checkpoint", "config.schema", "cost", "data.loader", "data.prepare", "data.tokenizer", "device",
+              "metrics", "model", "optim", "sample", "watch"},
+    "bench": {"config.schema", "cost", "device", "model", "norm", "norm_triton", "train"},
 }
+LAB = {"bench.py", "compare.py", "report.py", "watch.py", "norm_triton.py"}  # nothing that trains or samples needs it
 
 
 def name_of(path):
@@ -79,7 +82,9 @@ def lines_of_code(path):
 def test_files_are_short():
     lines = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCES}
     assert {p: n for p, n in lines.items() if n > 400} == {}
-    assert sum(map(lines_of_code, SOURCES)) <= 3000
+    code = {str(p.relative_to(ROOT)): lines_of_code(p) for p in SOURCES}
+    assert sum(n for p, n in code.items() if p not in LAB) <= 3000
+    assert sum(n for p, n in code.items() if p in LAB) <= 1500
 
 
 def test_functions_are_short():

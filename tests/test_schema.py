@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from config.schema import Config, convert, help_text, knobs_of, load_config, read_preset, split_arguments
-from model import Decoder, ModelConfig, parameter_count
+from cost import parameter_count
+from model import Decoder, ModelConfig
 
 CONFIG = Path(__file__).parent.parent / "config"
 PRESETS = sorted(p for p in CONFIG.glob("*.py") if p.stem not in ("schema", "__init__"))
@@ -82,7 +83,13 @@ def test_values_become_the_type_of_their_knob(value, kind, wanted):
     (["--n_layer"], "--n_layer has no value: write n_layer=VALUE"),
     # 4: booleans and choices
     (["tie_embeddings=maybe"], "tie_embeddings must be true or false, got 'maybe'"),
-    (["norm=rms"], "norm must be rmsnorm or layernorm, got 'rms'"),
+    (["norm_pos=middle"], "norm_pos must be pre, post, sandwich, out or deepnorm, got 'middle'"),
+    (["norm=none", "norm_pos=out"], "norm=none has nothing to place: leave norm_pos=pre and qk_norm=false"),
+    (["norm=none", "qk_norm=true"], "norm=none has nothing to place"),
+    (["norm=dyt", "norm_pos=deepnorm"], "norm=dyt does not: use norm_pos=post or another norm"),
+    (["norm=prmsnorm", "norm_impl=fused"], "norm_impl=fused has no kernel for norm=prmsnorm"),
+    (["prms_p=0"], "prms_p must be in (0, 1], got 0.0"), (["norm_alpha=0"], "norm_alpha must be above 0"),
+    (["ffn=gelu", "n_hidden=101"], "n_hidden=101 must be even for ffn=gelu, which gets 3/2 of it"),
     # 5: not finite
     (["learning_rate=nan"], "must be finite"), (["learning_rate=inf"], "must be finite"),
     (["learning_rate=1e400"], "must be finite"),
