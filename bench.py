@@ -31,6 +31,7 @@ from device import (
     keep_freed_memory,
     matmul_rate,
     peak_memory,
+    processor,
     synchronize,
     versions,
 )
@@ -77,9 +78,8 @@ def in_turn(names: list, rounds: int) -> Iterator:
 
 def machine(device: str, *details: str) -> str:
     """What a result depends on, in one line."""
-    name = f" ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else ""
-    return ", ".join([f"{device}{name}", *details, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}",
-                      f"commit {versions()['commit']}"])
+    return ", ".join([f"{device} ({processor(device)})", *details, f"{torch.get_num_threads()} threads",
+                      f"torch {torch.__version__}", f"commit {versions()['commit']}"])
 
 
 # -- train: the step of a run ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -109,6 +110,15 @@ def copy_rate(device: str, size: int = 2**28) -> float:
         synchronize(device)
         seconds.append(time.perf_counter() - start)
     return 4 * 2 * size / min(seconds)
+
+
+def processor(device: str) -> str:
+    """The name of the GPU, or of the processor."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    linux = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", linux.read_text() if linux.exists() else "")
+    return name[1] if name else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str | None]:

@@ -135,7 +135,7 @@ PARAMETERS: dict[str, dict[str, float]] = {  # name -> initial value, in the ord
     "derf": {"gain": 1.0, "bias": 0.0, "alpha": 0.5, "shift": 0.0}, "none": {}}
 NORM_LEAVES = ("gain", "bias", "alpha", "shift")  # last parts of their parameters' names
 SCALARS = ("alpha", "shift")  # of all parameters these have one element, the others one per channel
-BLOCK = 2**21  # elements that a CPU's cache holds: 8 MiB of float32
+CACHE, BLOCK = 2**25, 2**21  # bytes: about what a CPU's last cache holds; what is worked on at once if x is larger
 ELEMENTWISE = ("dyt", "derf", "none")  # without statistics, so without eps; the stream's scale passes through
 
 
@@ -168,59 +168,50 @@ def norm_function(kind: str, impl: str) -> Callable[..., Tensor]:
 
 
 def compiled_norm(kind: str, x: Tensor, *arguments) -> Tensor:
-    """The eager function through torch.compile; on a CPU with a backward of our own around it."""
+    """The eager function through torch.compile; a large RMSNorm on a CPU with a backward of our own."""
     if torch.compiler.is_compiling():  # part of a larger compilation already
         return EAGER[kind](x, *arguments)
-    if x.device.type != "cpu" or not torch.is_grad_enabled():
-        return compiled(kind)(x, *arguments)
-    count = len(PARAMETERS[kind])
-    return RowBlocks.apply(kind, arguments[count:], x.contiguous(), *arguments[:count])
+    if kind == "rmsnorm" and x.device.type == "cpu" and x.nbytes > CACHE and torch.is_grad_enabled():
+        return LargeRMSNorm.apply(x.contiguous(), *arguments)
+    return compiled(EAGER[kind])(x, *arguments)
 
 
 @cache
-def compiled(kind: str) -> Callable[..., Tensor]:
+def compiled(function: Callable) -> Callable:
     """A plain function, not a method of each instance: one set of guards, so no recompilation per layer."""
-    return torch.compile(EAGER[kind])
+    return torch.compile(function)
 
 
-@cache
-def compiled_gradient(kind: str, constants: tuple) -> Callable[..., list[Tensor]]:
-    """(dy, x, dx [M, C], *weights) -> the weights' gradients; dx is written to.
+def rmsnorm_gradient(dy: Tensor, x: Tensor, dx: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """Writes the gradient by x [M, C] into dx, and returns that by the gain as partial sums [groups, C].
 
-    Rows are summed in small groups first, then the groups: a sum over all rows at once is slow in Inductor's CPU code.
+    Rows are summed in groups of at most 16: a sum over all rows at once is slow in Inductor's CPU code.
     """
-    def gradient(dy: Tensor, x: Tensor, dx: Tensor, *weights: Tensor) -> list[Tensor]:
-        groups = x.view(-1, math.gcd(len(x), 16), x.shape[1])  # [groups, rows, C]
-        each = [weight.expand(len(groups), 1, -1) for weight in weights]
-        _, pull_back = torch.func.vjp(lambda x, *w: EAGER[kind](x, *w, *constants), groups, *each)
-        of_x, *of_weights = pull_back(dy.view_as(groups))
-        dx.copy_(of_x.view_as(dx))
-        return [g.sum(0).flatten() for g in of_weights]
-
-    return torch.compile(gradient)
+    scale = torch.rsqrt(widen(x).square().mean(-1, keepdim=True) + eps)
+    normed, inner = widen(x) * scale, dy * gain
+    dx.copy_((inner - normed * (inner * normed).mean(-1, keepdim=True)) * scale)
+    return (dy * normed).unflatten(0, (-1, math.gcd(len(x), 16))).sum(1)
 
 
-class RowBlocks(torch.autograd.Function):
-    """Inductor's norm with a backward that goes through blocks of rows, so that x and dy are read from memory once.
+class LargeRMSNorm(torch.autograd.Function):
+    """RMSNorm whose backward goes through blocks of rows that fit a cache, so x and dy are read from memory once.
 
-    Only on a CPU: left alone, Inductor reads them once for dx and once more for the gains, which takes twice as long
-    (LOG.md). On CUDA it fuses the two by itself.
+    Left alone, Inductor's CPU code reads them for dx and once more for the gain (LOG.md). On CUDA it fuses the two.
     """
 
     @staticmethod
-    def forward(ctx, kind: str, constants: tuple, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *weights)
-        ctx.kind, ctx.constants = kind, constants
-        return compiled(kind)(x, *weights, *constants)
+    def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, gain)
+        ctx.eps = eps
+        return compiled(rmsnorm)(x, gain, eps)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
-        x, *weights = ctx.saved_tensors
-        dx, rows = torch.empty_like(x), max(1, BLOCK // x.shape[-1])
-        blocks = zip(*(t.reshape(-1, x.shape[-1]).split(rows) for t in (dy, x, dx)), strict=True)
-        gradient = compiled_gradient(ctx.kind, ctx.constants)
-        parts = [gradient(*block, *weights) for block in blocks]
-        return None, None, dx, *(sum(part) for part in zip(*parts, strict=True))
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, gain = ctx.saved_tensors
+        dx, rows = torch.empty_like(x), max(1, BLOCK // (16 * x.element_size() * x.shape[-1])) * 16
+        blocks = zip(*(t.flatten(0, -2).split(rows) for t in (dy.contiguous(), x, dx)), strict=True)
+        parts = [compiled(rmsnorm_gradient)(*block, gain, ctx.eps) for block in blocks]
+        return dx, torch.cat(parts).sum(0), None
 
 
 class Norm(nn.Module):

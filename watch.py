@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -179,7 +180,7 @@ def plot(folders: list[Path], file: Path) -> None:
     figure = Figure(figsize=(2 + 4 * len(runs), 2.3 * len(PANELS)), layout="constrained")
     grid = figure.subplots(len(PANELS), len(runs), sharey="row", squeeze=False)
     for column, folder, (steps, values) in zip(grid.T, folders, runs, strict=True):
-        column[0].set_title(folder.resolve().name)
+        column[0].set_title(fill(folder.resolve().name, 30), fontsize="medium")
         draw_by_depth(column[0], steps, values["residual_rms"], by_step)
         draw_by_depth(column[1], steps, values["residual_mean_share"], by_step)
         draw_gains(column[2], steps[-1], values)

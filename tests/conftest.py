@@ -1,7 +1,10 @@
 """What the tests share: a small text, a data set made of it, and a way to train on it."""
 
+import contextlib
+import io
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +29,17 @@ def data_folder(tmp_path_factory):
     (folder / "words.txt").write_text(text, encoding="utf-8")
     prepare([str(folder / "words.txt")], folder / "words", tokenizer="char")
     return folder
+
+
+def launch_here(command, threads):
+    """Stands for compare.launch: train.py in this process, and done when it returns."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        try:
+            code = train.main(command)
+        except SystemExit as stop:
+            code = stop.code
+    return SimpleNamespace(stdout=io.BytesIO(out.getvalue().encode()), wait=lambda: code,
+                           send_signal=lambda number: None, terminate=lambda: None)
 
 
 @pytest.fixture

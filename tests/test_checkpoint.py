@@ -52,6 +52,11 @@ def test_the_model_in_it_is_rebuilt(folder):
     assert torch.equal(model.embed.weight, Decoder(MODEL, seed=9).embed.weight)
 
 
+def test_a_model_trained_with_the_cuda_kernel_is_rebuilt_without_it():
+    knobs = vars(MODEL) | {"norm_impl": "triton"}
+    assert checkpoint.build_model(state(config=knobs), "cpu").config.norm_impl == "eager"
+
+
 def test_newest_is_by_number(folder):
     assert [step for step, _ in all_in(folder)] == [9, 10, 100]
     assert load_newest(folder)["step"] == 100

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import norm
 import norm_triton
+from model import Decoder, ModelConfig
 from norm_triton import INTERPRETED, add_rmsnorm, backward_op, forward_op, rmsnorm, triton
 
 DEVICE, EPS = "cpu" if INTERPRETED else "cuda", 1e-5
@@ -272,6 +273,43 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(capability, C, monkeypat
             constexprs = constants | dict.fromkeys(absent & set(kernel.arg_names))
             source = ASTSource(kernel, given | dict.fromkeys(constexprs, "constexpr"), constexprs)
             assert "cubin" in triton.compile(source, GPUTarget("cuda", capability, 32), options).asm
+
+
+@kernels
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_computes_the_same_with_the_kernel(tied):
+    def loss_and_gradients(impl):
+        model = Decoder(ModelConfig(n_layer=2, n_head=2, n_embd=32, n_hidden=48, block_size=8, vocab_size=11,
+                                    tie_embeddings=tied, norm_impl=impl), seed=1).to(DEVICE)
+        ids = torch.arange(16, device=DEVICE).view(2, 8) % 11
+        loss = model(ids, ids.roll(1, 1))
+        loss.backward()
+        return loss, {name: p.grad for name, p in model.named_parameters()}
+
+    (loss, gradients), (wanted, references) = loss_and_gradients("triton"), loss_and_gradients("eager")
+    assert torch.allclose(loss, wanted, rtol=1e-6)
+    for name, reference in references.items():
+        assert torch.allclose(gradients[name], reference, atol=1e-6, rtol=1e-4), name
+
+
+@kernels
+def test_a_blocks_sum_goes_through_the_kernel(monkeypatch):
+    calls, original = [], norm_triton.add_rmsnorm
+    monkeypatch.setattr(norm_triton, "add_rmsnorm", lambda *a: calls.append(1) or original(*a))
+    model = Decoder(ModelConfig(n_layer=3, n_head=2, n_embd=32, block_size=8, vocab_size=11, norm_impl="triton"))
+    model.to(DEVICE)(torch.zeros(1, 4, dtype=torch.long, device=DEVICE))
+    assert len(calls) == 3
+
+
+@pytest.mark.skipif(norm_triton.available() is None, reason="it can run here")
+def test_without_a_gpu_a_model_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match="norm_impl=triton needs .*use norm_impl=compile"):
+        Decoder(ModelConfig(vocab_size=11, norm_impl="triton"))
+
+
+def test_only_rmsnorm_has_a_kernel():
+    with pytest.raises(ValueError, match="norm_impl=triton has no kernel for norm=layernorm, only for rmsnorm, none"):
+        ModelConfig(norm="layernorm", norm_impl="triton")
 
 
 @pytest.mark.skipif(triton is None, reason="triton is not installed")

@@ -9,7 +9,10 @@ import sys
 import tokenize
 from pathlib import Path
 
+from conftest import launch_here
+
 import bench
+import compare
 import data.prepare
 import sample
 import train
@@ -28,6 +31,8 @@ MAY_IMPORT = {  # module: what of ours it may import; a command may not be impor
     "sample": {"checkpoint", "config.schema", "data.tokenizer", "device", "model"},
     "train": {"checkpoint", "config.schema", "cost", "data.loader", "data.prepare", "data.tokenizer", "device",
               "metrics", "model", "optim", "sample", "watch"},
+    "report": {"metrics"},
+    "compare": {"checkpoint", "config.schema", "device", "metrics", "model", "norm", "report", "train", "watch"},
     "bench": {"config.schema", "cost", "device", "model", "norm", "norm_triton", "train"},
 }
 LAB = {"bench.py", "compare.py", "report.py", "watch.py", "norm_triton.py"}  # nothing that trains or samples needs it
@@ -155,7 +160,9 @@ def readme_commands():
 
 FEW = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "n_hidden": 16, "block_size": 16, "batch_size": 4,
        "micro_batch_size": 2, "max_iters": 2, "warmup_iters": 1, "eval_iters": 2, "sample_tokens": 4, "vocab_size": 0,
-       "dataset": "words", "device": "cpu", "dtype": "float32", "compile": "false", "resume": "auto", "steps": 1}
+       "dataset": "words", "device": "cpu", "dtype": "float32", "compile": "false", "resume": "auto", "steps": 2,
+       "seeds": 1}
+LEFT_OUT = {"train.py": ("steps", "seeds"), "bench.py": ("seeds",), "compare.py": ("resume", "sample_tokens")}
 
 
 def test_readme_commands_run_one_after_the_other(monkeypatch, tmp_path, data_folder, capsys):
@@ -168,17 +175,20 @@ def test_readme_commands_run_one_after_the_other(monkeypatch, tmp_path, data_fol
     for name in ("my.txt", "my_folder/a.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("some text of mine\n" * 99)
+    monkeypatch.setattr(compare, "launch", launch_here)
     prepared, ran = [], []
     for program, arguments in readme_commands():
         places = [str(ROOT / a) if a.startswith("config/") else a for a in arguments if "=" not in a]
         knobs = dict(a.removeprefix("--").split("=", 1) for a in arguments if "=" in a)
-        if program in ("train.py", "bench.py"):
-            few = FEW if program == "bench.py" else {k: v for k, v in FEW.items() if k != "steps"}
+        if places[:1] == ["norm"]:
+            knobs |= {"shapes": "8x16", "kinds": "rmsnorm", "impls": "eager", "steps": "2"}
+        elif program in ("train.py", "bench.py", "compare.py") and places[:1] != ["watch"] and "--list" not in places:
+            few = {k: v for k, v in FEW.items() if k in knobs or k not in LEFT_OUT[program]}
             knobs |= few | ({"resume": knobs["resume"]} if "resume" in knobs else {})
         elif program == "sample.py":
             knobs |= {"max_new_tokens": 3}
-        main = {"train.py": train.main, "sample.py": sample.main, "bench.py": bench.main,
+        main = {"train.py": train.main, "sample.py": sample.main, "bench.py": bench.main, "compare.py": compare.main,
                 "data/prepare.py": data.prepare.main}[program]
         assert main([*places, *(f"{k}={v}" for k, v in knobs.items())]) == 0, (program, arguments)
         ran.append(program)
-    assert {"train.py", "sample.py", "bench.py", "data/prepare.py"} == set(ran)
+    assert {"train.py", "sample.py", "bench.py", "compare.py", "data/prepare.py"} == set(ran)
