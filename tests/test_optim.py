@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model import Decoder, ModelConfig
+from norm import EAGER
 from optim import Optimizers, group_of, lr_at
 
 SCHEDULE = dict(peak=1.0, floor=0.1, warmup=10, total=110, decay_fraction=0.2)
@@ -38,6 +39,16 @@ def test_schedules_at_the_points_that_define_them(schedule, points):
 def test_wsd_that_decays_all_the_way_is_linear():
     knobs = SCHEDULE | {"decay_fraction": 1.0}
     assert all(lr_at(s, schedule="wsd", **knobs) == lr_at(s, schedule="linear", **knobs) for s in range(110))
+
+
+@pytest.mark.parametrize("kind", EAGER)
+def test_what_belongs_to_a_norm_is_never_decayed_nor_given_to_muon(kind):
+    model, optimizers = build("muon", norm=kind)
+    muon, adamw = optimizers
+    gains = {optimizers.names[p] for g in adamw.param_groups if g["weight_decay"] == 0 for p in g["params"]}
+    assert gains == {name for name, p in model.named_parameters() if p.ndim == 1} | {"embed.weight"}
+    assert all(p.ndim == 2 for g in muon.param_groups for p in g["params"])
+    step(model, optimizers)
 
 
 @pytest.mark.parametrize("tied", [False, True])
