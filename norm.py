@@ -135,7 +135,7 @@ PARAMETERS: dict[str, dict[str, float]] = {  # name -> initial value, in the ord
     "derf": {"gain": 1.0, "bias": 0.0, "alpha": 0.5, "shift": 0.0}, "none": {}}
 NORM_LEAVES = ("gain", "bias", "alpha", "shift")  # last parts of their parameters' names
 SCALARS = ("alpha", "shift")  # of all parameters these have one element, the others one per channel
-CACHE, BLOCK = 2**25, 2**21  # bytes: about what a CPU's last cache holds; what is worked on at once if x is larger
+CACHE, BLOCK = 2**25, 2**22  # bytes: about what a CPU's last cache holds; what is worked on at once if x is larger
 ELEMENTWISE = ("dyt", "derf", "none")  # without statistics, so without eps; the stream's scale passes through
 
 
