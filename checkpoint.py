@@ -27,8 +27,7 @@ ARCHITECTURE = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_s
                 "norm", "norm_eps", "rope_theta", "rope_scaling", "rope_factor", "rope_low_freq", "rope_high_freq",
                 "rope_original_context")
 FIXED = ARCHITECTURE + ("dataset", "batch_size", "seed", "optimizer")  # changing these is another run
-NEVER_COMPARED = ("out_dir", "resume", "log_interval", "keep", "sample_prompt", "sample_tokens", "tracker",
-                  "watch")
+NEVER_COMPARED = ("out_dir", "resume", "log_interval", "keep", "sample_prompt", "sample_tokens", "tracker", "watch")
 
 
 def path_of(folder: Path, step: int) -> Path:

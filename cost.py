@@ -4,7 +4,7 @@ import dataclasses
 
 from config.schema import Config
 from device import matmul_rate, total_memory
-from model import FINAL_NORM, UNGATED, ModelConfig
+from model import FINAL_NORM, SCALED_EMBEDDING, UNGATED, ModelConfig
 from norm import PARAMETERS, SCALARS
 
 
@@ -18,7 +18,7 @@ def parameter_count(config: ModelConfig) -> int:
     attention = C * D * 2 * (config.n_head + config.kv_heads) + 2 * norm(D) * config.qk_norm
     feed_forward = (2 if config.ffn in UNGATED else 3) * C * config.hidden_size
     block = attention + feed_forward + norm(C) * (4 if config.norm_pos == "sandwich" else 2)
-    ends = norm(C) * (config.norm_pos in FINAL_NORM) + (config.norm in ("dyt", "derf"))
+    ends = norm(C) * (config.norm_pos in FINAL_NORM) + (config.norm in SCALED_EMBEDDING)
     return config.n_layer * block + ends + V * C * (1 if config.tie_embeddings else 2)
 
 

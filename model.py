@@ -119,6 +119,7 @@ class ModelConfig:
 
 
 UNGATED = ("gelu", "relu2")
+SCALED_EMBEDDING = ("dyt", "derf")  # these norms do not bring the stream to a known size
 FINAL_NORM = ("pre", "sandwich", "out")  # post and deepnorm end in a norm anyway
 LARGEST = {"n_layer": 10_000, "n_head": 10_000, "n_embd": 1_000_000, "block_size": 100_000_000}
 
@@ -293,7 +294,7 @@ class Decoder(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.embed_scale = Scale(math.sqrt(config.n_embd)) if config.norm in ("dyt", "derf") else nn.Identity()
+        self.embed_scale = Scale(math.sqrt(config.n_embd)) if config.norm in SCALED_EMBEDDING else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = config.norm_for(config.n_embd) if config.norm_pos in FINAL_NORM else nn.Identity()
