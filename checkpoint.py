@@ -7,7 +7,9 @@ it: `verify` does, which is what turns a flipped bit from silently wrong weights
 State that could drift is not stored but derived: learning rate, data order and dropout are functions of (seed, step).
 """
 
+import itertools
 import os
+import pickletools
 import re
 import stat
 import sys
@@ -18,14 +20,17 @@ from typing import Any, BinaryIO
 
 import torch
 
+from cost import parameter_count
 from model import Decoder, ModelConfig
 
 FORMAT, VERSION = "rootllama checkpoint", 1
 FIELDS = {"format": str, "format_version": int, "step": int, "model": dict, "optimizer": dict, "scaler": dict,
-          "config": dict, "data": dict, "best_val_loss": float}
-ARCHITECTURE = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size", "vocab_size", "tie_embeddings",
-                "norm", "norm_eps", "rope_theta", "rope_scaling", "rope_factor", "rope_low_freq", "rope_high_freq",
-                "rope_original_context")
+          "config": dict, "data": dict, "best_val_loss": float, "grad_norms": list}
+ENTRY = re.compile(r"[^/]+/(data\.pkl|data/\d+|version|byteorder|\.format_version|\.storage_alignment|"
+                   r"\.data/serialization_id)")  # what torch.save puts into its zip files
+GLOBALS = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict"}  # all that ours look up
+LARGEST_PICKLE = 2**23  # bytes of names, shapes and numbers, about 150 for a tensor, whose own bytes are elsewhere
+ARCHITECTURE = tuple(name for name in ModelConfig.__dataclass_fields__ if name not in ("dropout", "norm_impl"))
 FIXED = ARCHITECTURE + ("dataset", "batch_size", "seed", "optimizer")  # changing these is another run
 NEVER_COMPARED = ("out_dir", "resume", "log_interval", "keep", "sample_prompt", "sample_tokens", "tracker", "watch")
 
@@ -34,13 +39,20 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"ckpt_{step:08d}.pt"
 
 
+def step_of(path: Path) -> int | None:
+    """The step in the name of a numbered checkpoint; None for any other file."""
+    match = re.fullmatch(r"ckpt_(\d{8,15})\.pt", path.name)
+    return int(match[1]) if match else None
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any],
                      check: Callable[[Path], None] | None = None) -> None:
     """Calls write(file), then commits the file as `path`: fsync, check, rename, fsync of the folder.
 
-    Whatever goes wrong, `path` still holds what it held before and no temporary file stays.
+    Whatever goes wrong, `path` still holds what it held before and no temporary file stays (after kill -9 until the
+    next lock.Lock). One process writes in a folder, so the temporary name can be the same each time.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -71,22 +83,54 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def verify(path: Path) -> None:
-    """ValueError unless `path` is a whole zip file whose every entry agrees with its CRC."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # before opening it: a FIFO would wait for ever
+    """ValueError unless `path` is a whole zip file as torch.save writes them, its entries agree with their CRC, and its
+    pickle looks up nothing but what puts tensors together."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # before opening it: a FIFO would wait for ever
         raise ValueError(f"{path} is not a regular file")
     with open(path, "rb") as file:
         magic = file.read(4)
+        file.seek(max(0, status.st_size - 22))
+        end = file.read(4)
     if not magic:
         raise ValueError(f"{path} is empty")
     if magic != b"PK\x03\x04":
         raise ValueError(f"{path} is not a checkpoint of this program")
     try:
         with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
+            foreign = foreign_entry(archive.infolist(), status.st_size)
+            broken = None if foreign else archive.testzip()
+            foreign = foreign or broken or foreign_global(archive)
     except Exception as error:  # zipfile raises a dozen kinds on damaged headers; all mean the same here
         raise ValueError(f"{path} is damaged or cut short ({error})") from error
     if broken:
         raise ValueError(f"{path} is damaged: {broken} does not agree with its checksum")
+    if foreign or end != b"PK\x05\x06":  # behind whose 22 bytes another reader might find another archive
+        raise ValueError(f"{path} is damaged or not a checkpoint of this program ({foreign or 'its end'!r:.200})")
+
+
+def foreign_entry(entries: list[zipfile.ZipInfo], size: int) -> str | None:
+    """The name of an entry that torch.save would not have written into a file of `size` bytes, where nothing is
+    compressed; None if there is no such."""
+    seen, first = set(), entries[0].filename.split("/")[0]
+    for entry in entries:
+        name, size = entry.filename, size - entry.file_size
+        small = size >= 0 and not (name.endswith(".pkl") and entry.file_size > LARGEST_PICKLE)
+        stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
+        if not (small and stored and ENTRY.fullmatch(name)) or name in seen or name.split("/")[0] != first:
+            return name
+        seen.add(name)
+    return None
+
+
+def foreign_global(archive: zipfile.ZipFile) -> str | None:
+    """What the pickle in it would look up beside GLOBALS, or None."""
+    pickles = (archive.read(entry) for entry in archive.infolist() if entry.filename.endswith(".pkl"))
+    for code, argument, _ in itertools.chain.from_iterable(map(pickletools.genops, pickles)):
+        looks_up = code.name in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4")
+        if looks_up and not (code.name == "GLOBAL" and argument in GLOBALS):
+            return str(argument)
+    return None
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -99,16 +143,49 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a checkpoint of this program ({reason})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this program")
-    if state.get("format_version") != VERSION:
-        raise ValueError(f"{path} has format version {state.get('format_version')}, this program reads {VERSION}: "
-                         f"use the version of the program that wrote it")
+    version = state.get("format_version")
+    if version != VERSION:
+        raise ValueError(f"{path} has format version {version if isinstance(version, int) else 'unknown'}, this "
+                         f"program reads {VERSION}: use the version of the program that wrote it")
     for name, kind in FIELDS.items():
-        if not isinstance(state.get(name), kind):
+        if type(state.get(name)) is not kind:
             raise ValueError(f"{path}: {name} must be {kind.__name__}, got {type(state.get(name)).__name__}")
+    bad = first_not_plain(state, os.path.getsize(path))
+    if bad:
+        raise ValueError(f"{path} is not a checkpoint of this program: {bad}")
     bad = first_non_finite(state)
     if bad:
         raise ValueError(f"{path}: {bad} holds NaN or Inf")
+    if step_of(path) not in (None, state["step"]):
+        raise ValueError(f"{path} holds step {state['step']}: it has been renamed")
     return state
+
+
+def first_not_plain(state: dict[str, Any], size: int) -> str | None:
+    """In words, what a file of ours with `size` bytes cannot hold, or None: only dense tensors in model and optimizer,
+    only numbers and texts elsewhere, and nothing that unfolds to more than the file."""
+    inside = [*state["model"].items()]
+    for state_of_one in state["optimizer"].values():
+        inside += state_of_one.items() if isinstance(state_of_one, dict) else [("", None)]
+    if not all(isinstance(name, str) for name in (*state["optimizer"], *(name for name, _ in inside))):
+        return "a tensor's name is not a text"
+    if not all(type(t) is torch.Tensor and t.layout is torch.strided and t.is_contiguous() for _, t in inside):
+        return "model or optimizer hold what is not a dense tensor"
+    if sum(t.nbytes for _, t in inside) > size:
+        return "its tensors are larger than the file"
+    waiting = [{name: value for name, value in state.items() if name not in ("model", "optimizer")}]
+    room = min(size, LARGEST_PICKLE)
+    for value in waiting:  # which grows as it is read
+        children = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        room -= len(children) + (len(value) if isinstance(value, str) else 0)
+        if room < 0:
+            return "it unfolds to more than the file"
+        if not isinstance(value, (dict, list, str, int, float, type(None))):
+            return f"a {type(value).__name__} stands where a number or a text belongs"
+        if isinstance(value, dict) and not all(isinstance(name, str) for name in value):
+            return "a name is not a text"
+        waiting += children
+    return None
 
 
 def first_non_finite(state: dict[str, Any]) -> str | None:
@@ -122,8 +199,7 @@ def all_in(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of every numbered checkpoint in `folder`, oldest first. Other files are not ours and not seen."""
     if not folder.is_dir():
         return []
-    found = ((re.fullmatch(r"ckpt_(\d{8,})\.pt", p.name), p) for p in folder.iterdir())
-    return sorted((int(match[1]), p) for match, p in found if match)
+    return sorted((step_of(path), path) for path in folder.iterdir() if step_of(path) is not None)
 
 
 def load_newest(folder: Path) -> dict[str, Any]:
@@ -159,17 +235,28 @@ def load_named(folder: Path, which: str) -> dict[str, Any]:
 
 def prune(folder: Path, keep: int, step: int) -> None:
     """Removes all but the newest `keep` numbered checkpoints up to `step`; a later one, left behind by a run that had
-    to go back, does not count."""
+    to go back, does not count. One that cannot be removed is named and stays."""
     for _, path in [(s, p) for s, p in all_in(folder) if s <= step][:-keep]:
-        path.unlink()
+        try:
+            path.unlink()
+        except OSError as error:
+            print(f"warning: {path} could not be removed ({error})", file=sys.stderr)
 
 
 def build_model(state: dict[str, Any], device: str) -> Decoder:
-    """The model that a checkpoint holds, with its weights, on `device`."""
-    knobs = {name: state["config"][name] for name in ModelConfig.__dataclass_fields__}
+    """The model that a checkpoint holds, with its weights, on `device`. ValueError if its parts do not fit together."""
+    knobs = {}
+    for name, field in ModelConfig.__dataclass_fields__.items():
+        knobs[name] = state["config"].get(name)
+        if type(knobs[name]) is not type(field.default):
+            raise ValueError(f"the checkpoint's {name} is {knobs[name]!r:.80}: it is damaged, or not from this program")
     if knobs["norm_impl"] == "triton":  # how norms were computed in training is no property of the weights
         knobs["norm_impl"] = "eager"
-    model = Decoder(ModelConfig(**knobs))
+    config = ModelConfig(**knobs)
+    wanted, there = parameter_count(config), sum(weight.numel() for weight in state["model"].values())
+    if wanted != there:  # before memory is asked for
+        raise ValueError(f"the checkpoint has {there:,} weights, a model of its config {wanted:,}: it is damaged")
+    model = Decoder(config)
     load_weights(model, state["model"])
     return model.to(device)
 
@@ -193,9 +280,9 @@ def compare_with_run(state: dict[str, Any], config: dict[str, Any], data: dict[s
     for name, now in config.items():
         if name in NEVER_COMPARED or saved.get(name) == now:
             continue
-        line = f"{name}: checkpoint={saved.get(name)}, now={now}"
+        line = f"{name}: checkpoint={saved.get(name)!s:.80}, now={now}"
         (refused if name in FIXED else allowed).append(line)
-    refused += [f"data {name}: checkpoint={state['data'].get(name)}, now={now}"
+    refused += [f"data {name}: checkpoint={state['data'].get(name)!s:.80}, now={now}"
                 for name, now in data.items() if state["data"].get(name) != now]
     if refused:
         raise ValueError("this is not the run in out_dir: " + "; ".join(refused) + " (put them back, or name another "

@@ -40,6 +40,7 @@ import watch
 from checkpoint import NEVER_COMPARED, all_in, write_atomically
 from config.schema import Config, convert, help_text, knobs_of, load_config, split_arguments, user_errors
 from device import processor
+from lock import Lock
 from metrics import read_metrics
 from model import ModelConfig
 from report import Study, best_cells, speed_section, time_ratio, write_report
@@ -98,16 +99,19 @@ def main(argv: list[str]) -> int:
         print("\n".join(f"{kind:18}{function.__doc__.splitlines()[0]}" for kind, function in norm.EAGER.items()))
         return 0
     with user_errors():
-        lab = Lab(read_plan(argv), shlex.join(["python", "compare.py", *argv]))
-        lab.plan.folder.mkdir(parents=True, exist_ok=True)
-        lab.results_file.touch()
-    with lab.interrupts:
-        try:
-            lab.run()
-        except SystemExit as stop:  # a number after a signal, a text after a fault
-            print(f"{stop.code if isinstance(stop.code, str) else 'stopped'}\nfinished cells are kept, and the same "
-                  f"command goes on from here", file=sys.stderr)
-            return 1 if isinstance(stop.code, str) else stop.code
+        plan = read_plan(argv)
+        lock = Lock(plan.folder)
+    with lock:
+        with user_errors():
+            lab = Lab(plan, shlex.join(["python", "compare.py", *argv]))
+            lab.results_file.touch()
+        with lab.interrupts:
+            try:
+                lab.run()
+            except SystemExit as stop:  # a number after a signal, a text after a fault
+                print(f"{stop.code if isinstance(stop.code, str) else 'stopped'}\nfinished cells are kept, and the "
+                      f"same command goes on from here", file=sys.stderr)
+                return 1 if isinstance(stop.code, str) else stop.code
     return 0
 
 

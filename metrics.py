@@ -21,10 +21,19 @@ FILE = "metrics.jsonl"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run, in order. A last line that a kill cut short is left out."""
-    path = folder / FILE
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The records of a run, in order. A line that is damaged, or that a kill cut short, is named and left out."""
+    path, records = folder / FILE, []
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line) if line.endswith(b"\n") else None
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
+        else:
+            print(f"warning: {path}:{number} is damaged and left out", file=sys.stderr)
+    return records
 
 
 def has_evaluation(records: list[dict[str, Any]], step: int) -> bool:
@@ -46,9 +55,7 @@ class Log:
         self.bytes_per_token, self.tracker, self.stop = bytes_per_token, tracker, stop
         self.steps_timed, self.recent = 0, []  # seconds of the steps since the last record
         self.records = [r for r in read_metrics(folder) if r["step"] <= first_step] if first_step else []
-        text = "".join(json.dumps(record) + "\n" for record in self.records)
-        write_atomically(folder / FILE, lambda file: file.write(text.encode()))
-        self.file = open(folder / FILE, "a", encoding="utf-8", buffering=1)
+        self._write_all()
         self.bar = tqdm(total=last_step, initial=first_step, disable=not sys.stderr.isatty(), unit="step",
                         dynamic_ncols=True, file=sys.stderr)
 
@@ -57,7 +64,6 @@ class Log:
 
     def __exit__(self, *_) -> None:
         self.bar.close()
-        self.file.close()
 
     def line(self, text: str, file=None) -> None:
         """Prints above the bar."""
@@ -65,7 +71,7 @@ class Log:
         try:
             self.bar.write(text, file=stream)
             stream.flush()
-        except BrokenPipeError:
+        except OSError:  # a closed pipe, or a terminal that has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # nor may the flush at exit fail
             self.stop(signal.SIGPIPE)
 
@@ -118,7 +124,24 @@ class Log:
                     self.tracker = None
 
     def _to_file(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        """Appends a whole line or nothing. A file that has vanished is written again."""
+        if not (self.folder / FILE).exists():
+            self._write_all()
+            return
+        line = (json.dumps(record) + "\n").encode()
+        with open(self.folder / FILE, "ab", buffering=0) as file:
+            before, written = file.tell(), 0
+            try:
+                written = file.write(line)
+            finally:
+                if written < len(line):
+                    file.truncate(before)
+        if written < len(line):
+            raise OSError(f"only {written} of {len(line)} bytes could be written, is the disk full?")
+
+    def _write_all(self) -> None:
+        text = "".join(json.dumps(record) + "\n" for record in self.records)
+        write_atomically(self.folder / FILE, lambda file: file.write(text.encode()))
 
 
 def flat(record: dict[str, Any]) -> dict[str, float]:

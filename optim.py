@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from norm import NORM_LEAVES
 
 HAVE_FUSED_ADAMW = ("cuda", "cpu", "mps")
+SPIKE_WINDOW, SPIKE_LEAST = 128, 32  # gradient norms that a spike is judged by, and the fewest that suffice
 
 
 def lr_at(step: int, *, schedule: str, peak: float, floor: float, warmup: int, total: int,
@@ -26,6 +27,19 @@ def lr_at(step: int, *, schedule: str, peak: float, floor: float, warmup: int, t
     done = min(1.0, max(0.0, (step - start) / max(1, total - start)))
     left = (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done
     return floor + (peak - floor) * left
+
+
+def is_spike(norm: float, recent: list[float], limit: float) -> bool:
+    """Whether a gradient norm is more than `limit` standard deviations above the mean of the `recent` ones; 0 = never.
+
+    The rule of OLMo-core's SkipStepOptimizer, for the gradient alone. Skipped norms count among the recent ones too,
+    so a level that has really risen is soon the normal one.
+    """
+    if not limit or len(recent) < SPIKE_LEAST:
+        return False
+    mean = math.fsum(recent) / len(recent)
+    deviation = math.sqrt(math.fsum((r - mean) ** 2 for r in recent) / len(recent))
+    return norm > mean + limit * deviation
 
 
 def group_of(name: str, parameter: Tensor) -> str:

@@ -231,7 +231,10 @@ def prompt_text(prompt: str) -> str:
         nobody = sys.stdin is None or sys.stdin.isatty()
         return "" if nobody else read_text(sys.stdin.buffer, "standard input")
     if prompt.startswith("FILE:"):
-        with open(prompt.removeprefix("FILE:"), "rb") as file:
+        path = Path(prompt.removeprefix("FILE:"))
+        if path.exists() and not path.is_file():  # a FIFO would wait for ever
+            raise ValueError(f"{path} is not a regular file: a pipe can come in by prompt=-")
+        with open(path, "rb") as file:
             return read_text(file, file.name)
     return prompt
 
@@ -253,7 +256,7 @@ def load_run(folder: Path, which: str, device: str) -> tuple[Decoder, Tokenizer]
     wanted = state["data"].get("tokenizer_sha256", found)  # a model that comes from elsewhere may not know its own
     if wanted != found:
         raise ValueError(f"the tokenizer in {folder} is not the one this model was trained with (SHA-256 {found[:12]} "
-                         f"instead of {wanted[:12]}): copy that of the data set there")
+                         f"instead of {wanted!s:.12}): copy that of the data set there")
     model = build_model(state, device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model knows only "

@@ -10,7 +10,7 @@ import math
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,16 @@ from torch import nn
 
 import checkpoint
 import watch
-from config.schema import Config, help_text, load_config, user_errors
+from config.schema import Config, catch_signals, help_text, load_config, restore_signals, user_errors
 from cost import fit_to_machine, flops_per_token, parameter_count
 from data.loader import Dataset, batch, open_dataset, read_windows, train_starts, val_starts
 from data.prepare import prepare
-from data.tokenizer import load_tokenizer
+from data.tokenizer import load_tokenizer, tokenizer_file
 from device import autocast, choose_device, choose_dtype, keep_freed_memory, matmul_rate, to_device, versions
+from lock import Lock
 from metrics import Log, has_evaluation, open_tracker, plot_losses, read_metrics, summary
 from model import Decoder, ModelConfig
-from optim import Optimizers, lr_at
+from optim import SPIKE_WINDOW, Optimizers, is_spike, lr_at
 from sample import generate, prompt_ids, show
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -50,6 +51,7 @@ class Run:
     scaler: torch.amp.GradScaler
     step: int = 0  # optimizer steps done
     best_val_loss: float = math.inf
+    grad_norms: list[float] = field(default_factory=list)  # of the last steps, to know a spike by
 
     @property
     def folder(self) -> Path:
@@ -57,23 +59,23 @@ class Run:
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM become a flag, looked at wherever stopping is safe; a second one quits at once."""
+    """Ctrl-C, SIGTERM and a closed terminal become a flag, looked at wherever stopping is safe; a second signal quits
+    at once."""
 
     def __init__(self):
         self.came = 0
 
     def __enter__(self) -> "Interrupts":
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = catch_signals(self.note)
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        restore_signals(self.before)
 
     def note(self, number: int, frame: Any = None) -> None:
-        if self.came:
+        if self.came and number != signal.SIGHUP:  # of which shell and kernel may each send one
             raise SystemExit(128 + number)
-        self.came = number
+        self.came = self.came or number
 
     def ask_to_stop(self, number: int) -> None:
         """As if the signal had come first, but never as a second one: for a reader of our output that has gone."""
@@ -81,18 +83,22 @@ class Interrupts:
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 done, 2 the user's error, 3 NaN or Inf, 130 and 143 after Ctrl-C and SIGTERM."""
+    """Returns the exit code: 0 done, 1 a fault on the way, 2 the user's error, 3 NaN or Inf, 128 + the signal's."""
     if {"-h", "--help"} & set(argv):
         print(help_text(USAGE, Config, ModelConfig))
         return 0
     with user_errors():
-        run = set_up(load_config(argv))
-        tracker = open_tracker(run.config.tracker, run.folder, run.config.flat())
-        claim_folder(run)
-    code = train(run, tracker)
-    if code == 0:
-        plot_losses(run.folder)
-        show_sample(run)
+        config = load_config(argv)
+        lock = Lock(Path(config.out_dir))
+    with lock:
+        with user_errors():
+            run = set_up(config)
+            tracker = open_tracker(run.config.tracker, run.folder, run.config.flat())
+            claim_folder(run)
+        code = train(run, tracker)
+        if code == 0:
+            plot_losses(run.folder)
+            show_sample(run)
     return code
 
 
@@ -117,8 +123,6 @@ def set_up(wanted: Config) -> Run:
 def find_saved(config: Config) -> dict[str, Any] | None:
     """The checkpoint to continue from, or None for a fresh run; a fresh run never overwrites another."""
     folder = Path(config.out_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out_dir={folder} is a file: name a folder")
     there = checkpoint.all_in(folder)
     if config.resume == "no" and (there or (folder / "best.pt").exists()):
         newest = there[-1][1].name if there else "best.pt"
@@ -168,17 +172,18 @@ def build(config: Config, data: Dataset, saved: dict[str, Any] | None) -> Run:
         optimizers.load_state_dict(saved["optimizer"])
         if saved["scaler"]:  # empty if the run was not in float16 so far
             scaler.load_state_dict(saved["scaler"])
-        run.step, run.best_val_loss = saved["step"], saved["best_val_loss"]
+        run.step, run.best_val_loss, run.grad_norms = saved["step"], saved["best_val_loss"], saved["grad_norms"]
     return run
 
 
 def claim_folder(run: Run) -> None:
-    """Makes out_dir, and proves that it can be written by putting config.json and the tokenizer there."""
-    run.folder.mkdir(parents=True, exist_ok=True)
+    """Puts config.json and the tokenizer into out_dir, which also proves that it can be written."""
+    run.folder.mkdir(exist_ok=True)  # it is there, but may vanish while the run goes on
     about = {"versions": versions(), "parameters": parameter_count(run.config.model), "data": run.data.fingerprint}
     text = json.dumps(run.config.flat() | about, indent=1) + "\n"
-    checkpoint.write_atomically(run.folder / "config.json", lambda file: file.write(text.encode()))
-    load_tokenizer(run.data.folder).save(run.folder)
+    tokenizer = tokenizer_file(run.data.folder)
+    for name, content in (("config.json", text.encode()), (tokenizer.name, tokenizer.read_bytes())):
+        checkpoint.write_atomically(run.folder / name, lambda file, content=content: file.write(content))
 
 
 def train(run: Run, tracker=None) -> int:
@@ -203,13 +208,15 @@ def train(run: Run, tracker=None) -> int:
                     break
                 if config.watch and log.is_due(run.step + 1):
                     log.watch(run.step + 1, observe(run))
-                step = timed_step if log.steps_timed else first_step
-                log.training(run.step + 1, *step(run))
-        except FloatingPointError as error:
-            good = [path.name for _, path in checkpoint.all_in(run.folder)]
-            log.line(f"error: {error}. Last good checkpoint: {good[-1] if good else 'none yet'}. "
-                     f"A lower learning_rate or more warmup_iters is the usual cure.", sys.stderr)
-            return NOT_FINITE
+                done = timed_step(run) if log.steps_timed else first_step(run, interrupts)
+                if done:
+                    log.training(run.step, *done)
+        except (FloatingPointError, OSError) as error:  # OSError: the last save failed, or the data changed
+            bad_numbers, good = isinstance(error, FloatingPointError), checkpoint.all_in(run.folder)
+            cure = " A lower learning_rate or more warmup_iters is the usual cure." if bad_numbers else ""
+            log.line(f"error: {error}. Last good checkpoint: {good[-1][1].name if good else 'none yet'}.{cure}",
+                     sys.stderr)
+            return NOT_FINITE if bad_numbers else 1
         if interrupts.came:
             log.line(f"{signal.Signals(interrupts.came).name}: saved at step {run.step}; resume=auto goes on from here")
             return 128 + interrupts.came
@@ -242,8 +249,11 @@ def timed_step(run: Run) -> tuple[float, float, float, float]:
     return *train_step(run), time.perf_counter() - start  # train_step has waited for the device
 
 
-def first_step(run: Run) -> tuple[float, float, float, float]:
-    """The first step of a process, where two things may turn out not to work here; they are mended, and said."""
+def first_step(run: Run, interrupts: Interrupts | None = None) -> tuple[float, float, float, float] | None:
+    """The first step of a process, where two things may turn out not to work here; they are mended, and said.
+
+    None if there was no step: a signal reached the compiler too, and it stopped.
+    """
     while True:
         try:
             return timed_step(run)
@@ -257,6 +267,8 @@ def first_step(run: Run) -> tuple[float, float, float, float]:
         except torch._dynamo.exc.TorchDynamoException as error:
             if not run.config.compile:
                 raise
+            if interrupts is not None and interrupts.came:
+                return None
             print(f"torch.compile does not work here, going on without: {str(error).strip().splitlines()[0]:.200}")
             run.forward, run.config = run.model, dataclasses.replace(run.config, compile=False)
         run.optimizers.zero_grad()
@@ -289,8 +301,9 @@ def train_step(run: Run) -> tuple[float, float, float]:
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
     loss, norm = torch.stack((total, norm)).tolist()  # the one wait for the device
     check_finite(run, loss, norm)
-    for optimizer in (run.optimizers if math.isfinite(norm) else ()):  # an overflow in float16 skips all of them
-        run.scaler.step(optimizer)
+    if math.isfinite(norm) and not skipped_as_spike(run, norm):  # not so: an overflow in float16, which update() notes
+        for optimizer in run.optimizers:
+            run.scaler.step(optimizer)
     run.scaler.update()
     run.optimizers.zero_grad()
     run.step += 1
@@ -304,10 +317,20 @@ def check_finite(run: Run, loss: float, norm: float) -> None:
         raise FloatingPointError(f"loss {loss}, gradient norm {norm} at step {run.step + 1}: stopped before the update")
 
 
+def skipped_as_spike(run: Run, norm: float) -> bool:
+    """Whether this update is to be left out, by the rule of skip_spikes; the norm is remembered either way."""
+    spike = is_spike(norm, run.grad_norms, run.config.skip_spikes)
+    if spike:
+        print(f"step {run.step + 1}: gradient norm {norm:.3g} is a spike, the update is skipped", file=sys.stderr)
+    run.grad_norms = [*run.grad_norms, norm][-SPIKE_WINDOW:]
+    return spike
+
+
 @torch.no_grad()
 def evaluate(run: Run, interrupts: Interrupts | None = None) -> float | None:
     """Mean loss (nats per token) over the validation windows, always the same ones; None if a signal came."""
     config = run.config
+    run.data.check_unchanged()
     run.model.eval()
     starts, total = val_starts(len(run.data.val), config.model.block_size, config.eval_iters), 0.0
     for i in range(0, len(starts), config.micro_batch_size):
@@ -339,16 +362,22 @@ def save_if_best(run: Run, val_loss: float) -> None:
 
 
 def save(run: Run, path: Path, optimizer: bool = True, must: bool = False) -> None:
-    """Saves a checkpoint. If the disk will not take it, training goes on with a warning, unless it `must`."""
+    """Saves a checkpoint. If the disk will not take it, training goes on with a warning; OSError if it `must`."""
     state = {"step": run.step, "model": {name: p.detach() for name, p in run.model.named_parameters()},
              "optimizer": run.optimizers.state_dict() if optimizer else {}, "scaler": run.scaler.state_dict(),
-             "config": run.config.flat(), "data": run.data.fingerprint, "best_val_loss": run.best_val_loss}
+             "config": run.config.flat(), "data": run.data.fingerprint, "best_val_loss": run.best_val_loss,
+             "grad_norms": run.grad_norms}
     try:
+        if not run.folder.is_dir():
+            print(f"warning: {run.folder} has vanished and is made again", file=sys.stderr)
+            claim_folder(run)
         checkpoint.save(path, state)
     except (OSError, RuntimeError, ValueError) as error:  # torch.save turns a full disk into a RuntimeError
+        first_line = str(error).partition("\n")[0]
+        reason = f"{path} could not be saved ({first_line:.200})"
         if must:
-            raise
-        print(f"warning: {path} could not be saved ({error}); training goes on", file=sys.stderr)
+            raise OSError(reason) from error
+        print(f"warning: {reason}; training goes on", file=sys.stderr)
 
 
 def show_sample(run: Run) -> None:

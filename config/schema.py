@@ -8,7 +8,9 @@ import ast
 import dataclasses
 import math
 import operator
+import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from model import ModelConfig, knob
 
 DEFAULT_PRESET = Path(__file__).with_name("small.py")
+LARGEST_PRESET = 100_000  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,8 @@ class Config:
     beta2: float = knob(0.95, "AdamW's second moment")
     muon_momentum: float = knob(0.95, "Muon's momentum")
     grad_clip: float = knob(1.0, "largest norm of the whole gradient; 0 = no clipping")
+    skip_spikes: float = knob(0.0, "leave out an update whose gradient norm is so many standard deviations above the "
+                                   "mean of the last 128; 6 is usual, 0 = never")
 
     eval_interval: int = knob(250, "steps between evaluations; 0 = only at the end")
     eval_iters: int = knob(0, "validation windows per evaluation, evenly spread, always the same; 0 = the whole split")
@@ -68,8 +73,8 @@ class Config:
 
     def __post_init__(self):
         positive = ("batch_size", "max_iters", "log_interval", "keep")
-        not_negative = ("micro_batch_size", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "eval_interval",
-                        "eval_iters", "save_interval", "sample_tokens", "seed")
+        not_negative = ("micro_batch_size", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "skip_spikes",
+                        "eval_interval", "eval_iters", "save_interval", "sample_tokens", "seed")
         problems = [f"{name} must be 1 or more, got {getattr(self, name)}" for name in positive
                     if getattr(self, name) < 1]
         problems += [f"{name} must be 0 or more, got {getattr(self, name)}" for name in not_negative
@@ -139,21 +144,22 @@ def convert(key: str, value: Any, kind: Any) -> Any:
         return choose(key, value, get_args(kind))
     if kind is str:
         if not isinstance(value, str):
-            raise ValueError(f"{key} must be text in quotes, got {value!r}")
+            raise ValueError(f"{key} must be text in quotes, got {value!r:.80}")
         return value
     if kind is bool:
         return choose(key, value, (True, False))
     parsed = value
     if isinstance(value, str):
         try:
-            parsed = kind(value)
+            parsed = kind(value) if len(value) <= 100 else None  # int() of a long text takes its time
         except ValueError:
             parsed = None
     wanted = {int: "a whole number", float: "a number"}[kind]
-    if isinstance(parsed, bool) or not isinstance(parsed, (int, kind)):
-        raise ValueError(f"{key} must be {wanted}, got {value!r}")
+    too_large = isinstance(parsed, int) and abs(parsed) >= 2**63  # for any knob, and for float()
+    if isinstance(parsed, bool) or not isinstance(parsed, (int, kind)) or too_large:
+        raise ValueError(f"{key} must be {wanted}, got {value!r:.80}")
     if isinstance(parsed, float) and not math.isfinite(parsed):
-        raise ValueError(f"{key} must be finite, got {value!r}")
+        raise ValueError(f"{key} must be finite, got {value!r:.80}")
     return kind(parsed)
 
 
@@ -167,7 +173,7 @@ def choose(key: str, value: Any, choices: tuple) -> Any:
         elif value == choice:
             return choice
     *others, last = (str(choice).lower() for choice in choices)
-    raise ValueError(f"{key} must be {', '.join(others)} or {last}, got {value!r}")
+    raise ValueError(f"{key} must be {', '.join(others)} or {last}, got {value!r:.80}")
 
 
 def typed(values: dict[str, Any], knobs: dict, where: str) -> dict[str, Any]:
@@ -188,12 +194,18 @@ def read_preset(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         known = sorted(p.stem for p in DEFAULT_PRESET.parent.glob("*.py") if p.stem not in ("schema", "__init__"))
         raise ValueError(f"{path} is not a file; presets are {', '.join(f'config/{name}.py' for name in known)}")
+    if path.stat().st_size > LARGEST_PRESET:
+        raise ValueError(f"{path} is larger than {LARGEST_PRESET:,} bytes: no preset")
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd but valid spelling
+            tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     except SyntaxError as error:
         raise ValueError(f"{path}:{error.lineno}:{error.offset}: {error.msg}") from error
     except (UnicodeDecodeError, ValueError) as error:
         raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
+    except (RecursionError, MemoryError) as error:  # the parser's own ways to say so
+        raise ValueError(f"{path} is nested too deeply") from error
     values = {}
     for line in tree.body:
         where = f"{path}:{line.lineno}:{line.col_offset + 1}"
@@ -204,7 +216,10 @@ def read_preset(path: str | Path) -> dict[str, Any]:
         key = line.targets[0].id
         if key in values:
             raise ValueError(f"{where}: {key} is given twice")
-        values[key] = literal(line.value, path)
+        try:
+            values[key] = literal(line.value, path)
+        except RecursionError as error:
+            raise ValueError(f"{where}: {key} is nested too deeply") from error
     return values
 
 
@@ -216,7 +231,7 @@ def literal(node: ast.expr, path: Path) -> int | float | str | bool:
     """The value of a literal, or of + - * / // ** on numbers."""
     where = f"{path}:{node.lineno}:{node.col_offset + 1}"
     match node:
-        case ast.Constant(value=int() | float() | str() as value):
+        case ast.Constant(value=int() | float() | str() as value) if not isinstance(value, int) or value < 2**63:
             return value
         case ast.UnaryOp(op=ast.USub(), operand=inner):
             value = literal(inner, path)
@@ -230,7 +245,8 @@ def literal(node: ast.expr, path: Path) -> int | float | str | bool:
                     return ARITHMETIC[type(op)](a, b)
                 except ArithmeticError as error:
                     raise ValueError(f"{where}: {error}") from error
-    raise ValueError(f"{where}: only numbers, strings, booleans and arithmetic of numbers are allowed; nothing was run")
+    raise ValueError(f"{where}: only numbers, strings, booleans and arithmetic of numbers (below 2**63) are allowed; "
+                     "nothing was run")
 
 
 def load_config(argv: list[str]) -> Config:
@@ -256,18 +272,42 @@ def help_text(usage: str, *classes: type) -> str:
     return "\n".join(lines)
 
 
+def one_line(error: Exception, most: int = 1500) -> str:
+    """What an error says, on one line of bounded length, without the control characters that a file may have put in."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    return text if len(text) <= most else f"{text[:most - 300]} ... {text[-295:]}"
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Around all that a user can get wrong: a ValueError or OSError becomes one line on stderr and exit code 2.
 
-    `python -X dev` shows where it rose instead.
+    `python -X dev` shows where it rose instead. A signal ends the program at once, since nothing has begun yet, but as
+    an exception, so that what is half made is cleaned up.
     """
+    before = catch_signals(end_at_once)
     try:
         yield
-    except KeyboardInterrupt:  # nothing has begun, so nothing is lost
-        raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from error
+    finally:
+        restore_signals(before)
+
+
+def catch_signals(handler: Callable) -> dict[int, Any]:
+    """handler(number, frame) for Ctrl-C, SIGTERM and a closed terminal. One that is ignored, as under nohup, stays so.
+    Returns the handlers before."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+
+
+def restore_signals(before: dict[int, Any]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def end_at_once(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)

@@ -158,9 +158,13 @@ def is_text(path: Path) -> bool:
 
 
 def folder_files(folder: Path) -> dict[str, Path]:
-    """The text files below a folder by relative name; hidden, empty and binary ones are left out, the last counted."""
+    """The text files below a folder by relative name; hidden and empty ones are left out, and, counted, binary ones and
+    links to what is outside: a folder from elsewhere must not bring this machine's private files into a data set."""
     found = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
-    names = {path.relative_to(folder).as_posix(): path for path in found}
+    inside = [path for path in found if path.resolve().is_relative_to(folder.resolve())]
+    if len(inside) < len(found):
+        print(f"{folder}: skipped {len(found) - len(inside)} links to files outside of it")
+    names = {path.relative_to(folder).as_posix(): path for path in inside}
     names = {name: path for name, path in names.items() if not any(part[0] == "." for part in name.split("/"))}
     kept = {name: path for name, path in names.items() if path.suffix in ROWS or is_text(path)}
     if len(kept) < len(names):

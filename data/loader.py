@@ -6,6 +6,7 @@ Tokens are read from disk as they are needed (memory maps). Global random genera
 import json
 import os
 import stat
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data import PART
 from data.tokenizer import tokenizer_sha256
 
 SPLITS = ("train", "val")
-FULL_SCAN = 200_000_000  # tokens; larger files have their ids checked in evenly spread parts that add up to this
+FULL_SCAN = 200_000_000  # tokens; a larger file is checked in evenly spread parts that add up to this
+LARGEST_META = 2**26  # bytes
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,24 @@ class Dataset:
     meta: dict
     train: np.ndarray
     val: np.ndarray
+    opened: dict[Path, os.stat_result]  # of the two files, when they were opened
 
     @property
     def fingerprint(self) -> dict:
         """What must not change between a run and its resumption."""
         keys = ("dtype", "vocab_size", "tokens", "content_sha256", "tokenizer_sha256")
         return {"name": self.folder.resolve().name} | {key: self.meta[key] for key in keys}
+
+    def check_unchanged(self) -> None:
+        """OSError if somebody has written to a file since it was opened: what is mapped would be other data, or nothing
+        at all. A file that was deleted or replaced is still there for us."""
+        for path, before in self.opened.items():
+            try:
+                now = os.stat(path)
+            except FileNotFoundError:
+                continue
+            if os.path.samestat(now, before) and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise OSError(f"{path} was changed while it was being read: prepare the data set again")
 
     def bytes_per_token(self, split: str) -> float:
         """UTF-8 bytes of text per token: bits per byte = loss in nats / ln 2 / this."""
@@ -46,14 +61,16 @@ def open_dataset(folder: str | Path) -> Dataset:
         raise FileNotFoundError(f"{folder}: no such data set; make it with: python data/prepare.py {folder.name} "
                                 f"(or YOUR-TEXT name={folder.name})")
     meta = read_meta(folder / "meta.json")
-    tokens = {split: map_tokens(folder / f"{split}.bin", meta, split) for split in SPLITS}
+    opened = {folder / f"{split}.bin": check_regular(folder / f"{split}.bin") for split in SPLITS}
+    tokens = {split: map_tokens(path, status.st_size, meta, split)
+              for split, (path, status) in zip(SPLITS, opened.items(), strict=True)}
     if tokenizer_sha256(folder) != meta["tokenizer_sha256"]:
         raise ValueError(f"{folder}: its tokenizer file is not the one the tokens were made with; prepare it again")
-    return Dataset(folder, meta, **tokens)
+    return Dataset(folder, meta, **tokens, opened=opened)
 
 
-def check_regular(path: Path) -> int:
-    """The size in bytes of a regular, readable file; opens nothing else, since opening a FIFO would wait for ever."""
+def check_regular(path: Path) -> os.stat_result:
+    """The status of a regular, readable file; opens nothing else, since opening a FIFO would wait for ever."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -63,7 +80,7 @@ def check_regular(path: Path) -> int:
         raise FileNotFoundError(f"{path}: no such file; prepare the data set again") from None
     except PermissionError:
         raise PermissionError(f"{path}: permission denied; make it readable") from None
-    return status.st_size
+    return status
 
 
 def is_count(value: object) -> bool:
@@ -74,18 +91,25 @@ def is_counts(value: object) -> bool:
     return isinstance(value, dict) and all(is_count(value.get(split)) for split in SPLITS)
 
 
+def is_checksums(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(split), list) and
+                                           all(type(crc) is int for crc in value[split]) for split in SPLITS)
+
+
 FIELDS = {  # of meta.json: the test that a value must pass, and its meaning
     "format_version": (lambda value: type(value) is int and value == 1, "1 (another version of this program made it?)"),
     "dtype": (lambda value: value in ("uint16", "uint32"), "'uint16' or 'uint32'"),
     "vocab_size": (lambda value: is_count(value) and value <= 2**32, "a whole number above 0"),
     "tokens": (is_counts, "a number of tokens above 0 for train and for val"),
     "bytes": (is_counts, "a number of bytes above 0 for train and for val"),
+    "crc32": (is_checksums, f"a list of checksums for train and for val, one for each {PART:,} tokens"),
 } | dict.fromkeys(("tokenizer", "tokenizer_sha256", "content_sha256"), (lambda value: isinstance(value, str), "a text"))
 
 
 def read_meta(path: Path) -> dict:
     """The checked content of meta.json."""
-    check_regular(path)
+    if check_regular(path).st_size > LARGEST_META:
+        raise ValueError(f"{path}: larger than {LARGEST_META:,} bytes, no meta.json is; prepare the data set again")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -102,9 +126,9 @@ def read_meta(path: Path) -> dict:
     return meta
 
 
-def map_tokens(path: Path, meta: dict, split: str) -> np.ndarray:
-    """The checked tokens of one split."""
-    size, dtype = check_regular(path), np.dtype(meta["dtype"]).newbyteorder("<")
+def map_tokens(path: Path, size: int, meta: dict, split: str) -> np.ndarray:
+    """The checked tokens of one split, a file of `size` bytes."""
+    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
     if size == 0:
         raise ValueError(f"{path}: empty; prepare the data set again")
     wanted = meta["tokens"][split] * dtype.itemsize
@@ -112,20 +136,25 @@ def map_tokens(path: Path, meta: dict, split: str) -> np.ndarray:
         raise ValueError(f"{path}: has {size} bytes, not the {wanted} of meta.json's {meta['tokens'][split]} tokens; "
                          "truncated? prepare the data set again")
     tokens = np.memmap(path, dtype=dtype, mode="r")
-    check_ids(path, tokens, meta["vocab_size"])
+    check_content(path, tokens, meta["vocab_size"], meta["crc32"][split])
     return tokens
 
 
-def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    """Raises ValueError if an id is not below vocab_size: on a GPU it would be a device-side assert, far from here."""
-    part = 2**20
-    parts = -(-len(tokens) // part)
-    for i in np.linspace(0, parts - 1, min(parts, FULL_SCAN // part)).astype(int).tolist():
-        block = tokens[i * part:(i + 1) * part]
-        if block.max() >= vocab_size:
-            at = i * part + int(np.argmax(block >= vocab_size))
+def check_content(path: Path, tokens: np.ndarray, vocab_size: int, checksums: list[int]) -> None:
+    """Raises ValueError if a token is not what was prepared, or an id is not below vocab_size: on a GPU that would be
+    a device-side assert, far from here."""
+    parts = -(-len(tokens) // PART)
+    if len(checksums) != parts:
+        raise ValueError(f"{path}: has {parts} parts, meta.json {len(checksums)} checksums; prepare the data set again")
+    for i in np.linspace(0, parts - 1, min(parts, FULL_SCAN // PART)).astype(int).tolist():
+        part = tokens[i * PART:(i + 1) * PART]
+        if part.max() >= vocab_size:
+            at = i * PART + int(np.argmax(part >= vocab_size))
             raise ValueError(f"{path}: id {tokens[at]} at byte {at * tokens.itemsize} is not below vocab_size="
                              f"{vocab_size}; prepare the data set again")
+        if zlib.crc32(part) != checksums[i]:
+            raise ValueError(f"{path}: the {part.nbytes:,} bytes from byte {i * PART * tokens.itemsize:,} on are not "
+                             f"what was prepared (their checksum differs): damaged or changed; prepare it again")
 
 
 def check_length(n_tokens: int, block_size: int) -> None:
@@ -177,7 +206,11 @@ def read_windows(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tup
 
 def batch(dataset: Dataset, step: int, batch_size: int, block_size: int, seed: int, rank: int = 0,
           world_size: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of step's global batch of batch_size sequences: x, y int64 [batch_size / world_size, T]."""
+    """This rank's part of step's global batch of batch_size sequences: x, y int64 [batch_size / world_size, T].
+
+    OSError if the files have been written to since they were opened.
+    """
+    dataset.check_unchanged()
     if batch_size % world_size:
         raise ValueError(f"batch_size={batch_size} must be a multiple of the {world_size} devices that share it")
     starts = train_starts(len(dataset.train), block_size, batch_size, seed, step)

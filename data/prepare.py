@@ -34,6 +34,7 @@ from tqdm import tqdm
 if not __package__:  # run as a script: import from the repository's root, not from data/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from data import PART
 from data.corpus import CHUNK, Corpus, Piece, open_corpus
 from data.tokenizer import (
     ByteTokenizer,
@@ -196,10 +197,10 @@ def write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: d
                 commit(folder, progress)
 
 
-def blocks(path: Path) -> Iterator[bytes]:
-    """The content of a file, a few megabytes at once."""
+def blocks(path: Path, size: int = 2**22) -> Iterator[bytes]:
+    """The content of a file, `size` bytes at once."""
     with open(path, "rb") as file:
-        while block := file.read(2**22):
+        while block := file.read(size):
             yield block
 
 
@@ -225,21 +226,40 @@ def xz_bits_per_byte(text: Iterable[bytes]) -> float | None:
 
 def describe(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: dict) -> dict:
     """The content of meta.json."""
-    content = hashlib.sha256()
+    content, part = hashlib.sha256(), PART * np.dtype(progress["dtype"]).itemsize
+    checksums: dict[str, list[int]] = {split: [] for split in SPLITS}
     for split in SPLITS:
-        for block in blocks(folder / f"{split}.bin"):
+        for block in blocks(folder / f"{split}.bin", part):
             content.update(block)
+            checksums[split].append(zlib.crc32(block))
     return {"format_version": 1, "dtype": progress["dtype"], "vocab_size": tokenizer.vocab_size,
             "bos_id": tokenizer.bos_id, "tokens": progress["tokens"], "bytes": progress["bytes"],
             "tokenizer": tokenizer.kind, "tokenizer_sha256": tokenizer_sha256(folder), "source": corpus.source,
-            "content_sha256": content.hexdigest()}
+            "content_sha256": content.hexdigest(), "crc32": checksums}
+
+
+def read_progress(folder: Path) -> dict:
+    """How far a stopped preparation has come. ValueError if that cannot be true of the files that it has left."""
+    path = folder / "progress.json"
+    try:
+        progress = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size < 100_000 else {}
+        itemsize = {"uint16": 2, "uint32": 4}[progress["dtype"]]
+        counts = [progress[name] for name in ("pieces", "val_crc32")]
+        counts += [progress[name][split] for name in ("tokens", "bytes") for split in SPLITS]
+        if not (isinstance(progress["asked"], dict) and all(type(count) is int and count >= 0 for count in counts)):
+            raise ValueError
+        if any((folder / f"{s}.bin").stat().st_size < progress["tokens"][s] * itemsize for s in SPLITS):
+            raise ValueError
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise ValueError(f"{path} is damaged, or does not belong to its .bin files; delete {folder}") from None
+    return progress
 
 
 def start(folder: Path, corpus: Corpus, choice: str, vocab_size: int | None) -> tuple[Tokenizer, dict]:
     """The tokenizer, saved in the folder, and the progress: none, or that of a stream which was stopped."""
     asked = {"source": corpus.source, "choice": choice, "vocab_size": vocab_size}
     if (folder / "progress.json").is_file():
-        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        progress = read_progress(folder)
         if progress["asked"] != asked:
             raise ValueError(f"{folder}: a preparation with other settings stopped there; delete it, or repeat those")
         print(f"going on after {progress['pieces']:,} documents")
@@ -347,8 +367,9 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:  # on one line of bounded length, and nothing in it that a terminal obeys
+        text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+        print(f"error: {text:.1500}", file=sys.stderr)
         return 2
     return 0
 

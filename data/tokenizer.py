@@ -8,10 +8,12 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import sentencepiece
@@ -23,8 +25,10 @@ SPACE = "\u2581"  # SentencePiece writes a space as this character
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 # Run on a user's model file in a child process, which a damaged one can crash
 PROBE = """import sys, sentencepiece
-model = sentencepiece.SentencePieceProcessor(model_file=sys.argv[1])
+model = sentencepiece.SentencePieceProcessor(model_proto=sys.stdin.buffer.read())
 model.decode(model.encode('a b')), [model.id_to_piece(i) for i in range(len(model))]"""
+LARGEST_FILE = 2**24  # bytes of a tokenizer's file, four times those of the largest known
+PATTERN_PROBE = "".join(map(chr, range(0x180))) + " words, of all  kinds\n\n\t \u4f60\U0001f600 12 " + 64 * "a" + "!"
 SPACE_RUN = 50_000  # characters; tiktoken overflows its stack on a run of white space some times as long
 
 
@@ -163,7 +167,12 @@ class TiktokenTokenizer(Tokenizer):
         runs = (run.span() for run in re.finditer(r"\s\s+", text))
         cuts = [at for begin, end in runs for at in range(begin + SPACE_RUN, end, SPACE_RUN)]
         parts = [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        return [i for part in parts for i in self.encoding.encode_ordinary(part)]
+        try:
+            return [i for part in parts for i in self.encoding.encode_ordinary(part)]
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # Rust's, on which nothing but BaseException is a base
+                raise
+            raise ValueError(f"its pattern cannot split this text ({error!s:.200})") from None
 
     def fields(self) -> dict:
         ranks = {base64.b64encode(piece).decode(): i for piece, i in self.encoding._mergeable_ranks.items()}
@@ -179,8 +188,25 @@ class TiktokenTokenizer(Tokenizer):
             raise ValueError("the ids must be distinct and from 0 up")
         if not all(bytes([byte]) in ranks for byte in range(256)):
             raise ValueError("the ranks must have every single byte")  # else tiktoken panics when it meets one
-        return cls(tiktoken.Encoding(str(fields["name"]), pat_str=fields["pattern"], mergeable_ranks=ranks,
+        made = cls(tiktoken.Encoding(str(fields["name"]), pat_str=fields["pattern"], mergeable_ranks=ranks,
                                      special_tokens=special))
+        with silent_panics():
+            if made.decode_bytes(made.encode(PATTERN_PROBE)) != PATTERN_PROBE.encode():
+                raise ValueError("its pattern leaves out a part of a text")
+        return made
+
+
+@contextmanager
+def silent_panics() -> Iterator[None]:
+    """Rust writes a panic to stderr, past Python and in several lines, even if it is then caught as an exception."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 FROM_JSON = {
@@ -200,13 +226,23 @@ def tokenizer_file(folder: str | Path) -> Path:
     return found[0]
 
 
+def read_capped(path: Path) -> bytes:
+    """The content of a tokenizer's file. ValueError if that is no file, or far larger than any tokenizer's."""
+    if not path.is_file():  # opening a FIFO would wait for ever
+        raise FileNotFoundError(f"{path}: no such tokenizer file; name an existing .model file")
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path}: has more than {LARGEST_FILE:,} bytes, no tokenizer needs as many")
+    return path.read_bytes()
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer saved in a data set's or a run's folder. Raises ValueError in one line if the file is damaged."""
     path = tokenizer_file(folder)
+    content = read_capped(path)
     try:
         if path.name == "tokenizer.model":
-            return SentencePieceTokenizer(path.read_bytes())
-        fields = json.loads(path.read_text(encoding="utf-8"))
+            return SentencePieceTokenizer(content)
+        fields = json.loads(content.decode())
         return FROM_JSON[fields["kind"]](fields)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
@@ -215,7 +251,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def tokenizer_sha256(folder: str | Path) -> str:
     """SHA-256 of the folder's tokenizer file, in hexadecimal: equal means the same ids for the same text."""
-    return hashlib.sha256(tokenizer_file(folder).read_bytes()).hexdigest()
+    return hashlib.sha256(read_capped(tokenizer_file(folder))).hexdigest()
 
 
 def train_sentencepiece(blocks: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
@@ -250,14 +286,13 @@ def train_sentencepiece(blocks: Iterable[str], vocab_size: int) -> SentencePiece
 
 def read_sentencepiece(path: str | Path) -> SentencePieceTokenizer:
     """A user's .model file, parsed in a child process first, since a damaged one can crash SentencePiece."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such tokenizer file; name an existing .model file")
-    done = subprocess.run([sys.executable, "-c", PROBE, str(path)], capture_output=True, timeout=120)
+    model = read_capped(Path(path))
     try:
+        done = subprocess.run([sys.executable, "-c", PROBE], input=model, capture_output=True, timeout=120)
         if done.returncode != 0:
             raise ValueError("not a SentencePiece model; name the .model file of one")
-        return SentencePieceTokenizer(Path(path).read_bytes())
-    except ValueError as error:
+        return SentencePieceTokenizer(model)
+    except (ValueError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"{path}: {error}") from None
 
 

@@ -19,7 +19,7 @@ def state(step=1, **changes):
     model = Decoder(MODEL, seed=step)
     whole = {"step": step, "model": {n: p.detach() for n, p in model.named_parameters()},
              "optimizer": {"norm.gain": {"exp_avg": torch.ones(8)}}, "scaler": {}, "config": vars(MODEL) | {"seed": 1},
-             "data": {"name": "x"}, "best_val_loss": 2.5}
+             "data": {"name": "x"}, "best_val_loss": 2.5, "grad_norms": [1.5]}
     return whole | changes
 
 
@@ -117,6 +117,106 @@ def test_a_malicious_pickle_does_not_run(tmp_path):
     with pytest.raises(ValueError, match="not a checkpoint of this program"):
         load(tmp_path / "x.pt")
     assert not (tmp_path / "ran").exists()
+
+
+def rewritten(path, change):
+    """The zip file once more, each entry as change(name, content) says: (name, content), or None to leave it out."""
+    with zipfile.ZipFile(path) as archive:
+        entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in filter(None, (change(*entry) for entry in entries)):
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize("change", [
+    lambda name, content: (name.replace("data.pkl", "DATA.PKL"), content),
+    lambda name, content: (name.replace("version", "../version"), content),
+    lambda name, content: ("other/data/0" if name.endswith("data/0") else name, content),
+    lambda name, content: (name, content + b" " * 2**23) if name.endswith("data.pkl") else (name, content),
+], ids=["case", "path", "prefix", "large"])
+def test_a_zip_file_that_torch_would_not_write_is_refused(folder, change):
+    path = path_of(folder, 9)
+    rewritten(path, lambda name, content: (name, content))
+    assert load(path)["step"] == 9
+    rewritten(path, change)
+    with pytest.raises(ValueError, match="not a checkpoint of this program"):
+        load(path)
+
+
+def test_compressed_repeated_and_appended_content_is_refused(folder):
+    with zipfile.ZipFile(path_of(folder, 9), "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", b"0" * 10**6)
+    with zipfile.ZipFile(path_of(folder, 10), "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("archive/version", b"3")
+    with open(path_of(folder, 100), "ab") as file:
+        file.write(b"more")
+    for step in (9, 10, 100):
+        with pytest.raises(ValueError, match="damaged or not a checkpoint of this program"):
+            load(path_of(folder, step))
+
+
+def view(*shape, stride):
+    return torch.zeros(1).as_strided(shape, stride)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"model": {"w": view(10**9, stride=(0,))}}, "model or optimizer hold what is not a dense tensor"),
+    ({"model": dict.fromkeys(map(str, range(9)), torch.zeros(9999))}, "its tensors are larger than the file"),
+    ({"model": {"w": "text"}}, "not a dense tensor"), ({"optimizer": {"w": 1}}, "not a dense tensor"),
+    ({"model": {1: torch.zeros(1)}}, "name is not a text"), ({"config": {"a": torch.zeros(1)}}, "a Tensor stands"),
+    ({"data": {("x",): 1}}, "a name is not a text"), ({"step": True}, "step must be int, got bool"),
+    ({"model": {"w": torch.zeros(1).to_sparse()}}, "not a checkpoint"), ({"extra": bytearray(9)}, "not a checkpoint"),
+    ({"model": {"w": torch.zeros(1, dtype=torch.float64)}}, "torch DoubleStorage"),
+], ids=str)
+def test_what_would_unfold_when_it_is_used_is_refused(tmp_path, changes, words):
+    torch.save({"format": checkpoint.FORMAT, "format_version": 1} | state() | changes, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path / "x.pt")
+
+
+def test_a_bomb_of_references_is_refused_at_once(tmp_path):
+    bomb = ["x" * 100]
+    for _ in range(9):
+        bomb = [bomb] * 100
+    torch.save({"format": checkpoint.FORMAT, "format_version": 1} | state(config={"n_layer": bomb}), tmp_path / "x.pt")
+    assert os.path.getsize(tmp_path / "x.pt") < 40_000
+    with pytest.raises(ValueError, match="it unfolds to more than the file"):
+        load(tmp_path / "x.pt")
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_another(folder):
+    path_of(folder, 9).rename(path_of(folder, 11))
+    with pytest.raises(ValueError, match="ckpt_00000011.pt holds step 9: it has been renamed"):
+        load(path_of(folder, 11))
+
+
+@pytest.mark.parametrize("config, words", [
+    ({"n_embd": None}, "the checkpoint's n_embd is None"), ({"n_layer": "1"}, "n_layer is '1'"),
+    ({"n_embd": 1_000_000, "n_head": 2}, "a model of its config"), ({"block_size": -1}, "block_size must be between")])
+def test_a_config_that_does_not_fit_the_weights_is_refused_before_a_model_is_built(monkeypatch, config, words):
+    monkeypatch.setattr(checkpoint, "Decoder", None)
+    with pytest.raises(ValueError, match=words):
+        checkpoint.build_model(state(config=vars(MODEL) | config), "cpu")
+
+
+def test_every_knob_of_the_model_but_two_is_fixed_for_a_run():
+    saved = {"config": vars(MODEL), "data": {}}
+    for name, value in vars(MODEL).items():
+        changed = vars(MODEL) | {name: "other"}
+        if name in ("dropout", "norm_impl"):
+            assert compare_with_run(saved, changed, {}) == [f"{name}: checkpoint={value}, now=other"]
+        else:
+            with pytest.raises(ValueError, match=f"{name}: checkpoint={value}, now=other"):
+                compare_with_run(saved, changed, {})
+
+
+def test_a_checkpoint_that_cannot_be_removed_stays_and_is_named(folder, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    prune(folder, 1, step=100)
+    assert "ckpt_00000009.pt could not be removed ([Errno 30] Read-only file system)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes, words", [

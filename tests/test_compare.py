@@ -18,6 +18,7 @@ import compare
 import norm
 import report
 import train
+from lock import Lock
 
 TINY = str(ROOT / "config" / "tiny.py")
 KNOBS = {a.split("=")[0]: a.split("=")[1] for a in SMALL} | {"max_iters": "4", "eval_interval": "0"}
@@ -389,3 +390,9 @@ def test_a_cell_saves_and_ends_when_nobody_reads_it_any_more(house, tmp_path):
     process.stdout.close()  # as when we are killed
     assert process.wait(timeout=60) == 128 + signal.SIGPIPE
     assert checkpoint.load_newest(tmp_path / "run")["step"] > 0
+
+
+def test_two_comparisons_never_write_into_one_folder(compared, tmp_path):
+    with Lock(tmp_path / "lab"):
+        code, _, err = compared("norm=rmsnorm,layernorm", "seeds=1")
+    assert code == 2 and "lab is in use by process" in err and not compared.cells

@@ -1,11 +1,13 @@
 import json
 import os
+import zlib
 
 import numpy as np
 import pytest
 import torch
 
 import data.loader as loader
+from data import PART
 from data.loader import batch, open_dataset, read_windows, train_starts, val_starts
 from data.tokenizer import ByteTokenizer, tokenizer_sha256
 
@@ -18,9 +20,11 @@ def write(folder, train=range(100), val=range(40), dtype="uint16", changes=None)
     for split in ids:
         ids[split].tofile(folder / f"{split}.bin")
     counts = {split: len(ids[split]) for split in ids}
+    checksums = {split: [zlib.crc32(ids[split][at:at + PART]) for at in range(0, counts[split], PART)] for split in ids}
     meta = {"format_version": 1, "dtype": dtype, "vocab_size": 257, "bos_id": 256, "tokens": counts,
             "bytes": {split: 3 * counts[split] for split in counts}, "tokenizer": "byte", "source": "test",
-            "tokenizer_sha256": tokenizer_sha256(folder), "content_sha256": "00"}
+            "tokenizer_sha256": tokenizer_sha256(folder), "content_sha256": "00",
+            "crc32": checksums}
     (folder / "meta.json").write_text(json.dumps(meta | (changes or {})))
     return folder
 
@@ -218,3 +222,53 @@ def test_a_split_shorter_than_one_window_is_refused(starts):
 def test_windows_are_read_where_they_start():
     x, y = read_windows(np.arange(50, dtype="uint16"), np.array([40, 0]), 9)
     assert x[0].tolist() == list(range(40, 49)) and y[0, -1] == 49 and x[1, 0] == 0
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_a_changed_token_is_found(tmp_path, dtype):
+    folder = write(tmp_path / "d", train=[7] * (2 * PART + 5), dtype=dtype)
+    size = np.dtype(dtype).itemsize
+    for token in (0, PART - 1, PART, 2 * PART + 4):
+        with open(folder / "train.bin", "r+b") as file:
+            file.seek(token * size)
+            file.write(b"\6")
+        refused(folder, f"train.bin: the .* from byte {token // PART * PART * size:,} on are not what was prepared")
+        with open(folder / "train.bin", "r+b") as file:
+            file.seek(token * size)
+            file.write(b"\7")
+    assert len(open_dataset(folder).train) == 2 * PART + 5
+
+
+def test_as_many_checksums_as_parts(tmp_path):
+    refused(write(tmp_path / "d", changes={"crc32": {"train": [], "val": []}}), "has 1 parts, meta.json 0 checksums")
+
+
+def test_a_meta_json_without_end_is_not_read(tmp_path):
+    with open(write(tmp_path / "d") / "meta.json", "r+b") as file:
+        file.truncate(2**30)
+    refused(tmp_path / "d", "larger than 67,108,864 bytes")
+
+
+def append(path):
+    with open(path, "ab") as file:
+        file.write(b"00")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("change", [append, lambda path: os.truncate(path, 10), lambda path: os.utime(path, (1, 1))],
+                         ids=["grown", "shrunk", "touched"])
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, split, change):
+    dataset = open_dataset(write(tmp_path / "d"))
+    batch(dataset, 0, 2, 8, seed=1)
+    change(tmp_path / "d" / f"{split}.bin")
+    with pytest.raises(OSError, match=f"{split}.bin was changed while it was being read"):
+        batch(dataset, 0, 2, 8, seed=1)
+
+
+def test_a_file_that_was_replaced_or_removed_is_still_there_for_the_reader(tmp_path):
+    dataset = open_dataset(write(tmp_path / "d"))
+    before = batch(dataset, 3, 2, 8, seed=1)
+    write(tmp_path / "other", train=[5] * 9)
+    os.replace(tmp_path / "other" / "train.bin", tmp_path / "d" / "train.bin")
+    (tmp_path / "d" / "val.bin").unlink()
+    assert all(torch.equal(a, b) for a, b in zip(before, batch(dataset, 3, 2, 8, seed=1), strict=True))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import sys
 
 import pytest
@@ -43,11 +44,40 @@ def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path):
         assert read_metrics(tmp_path) == []
 
 
-def test_a_full_disk_under_the_log_is_told_and_survived(tmp_path, capsys):
+@pytest.fixture
+def full_disk():
+    """full_disk(size) lets no file of this process grow beyond size bytes, until the test ends."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room", [0, 5])
+def test_a_full_disk_under_the_log_is_told_and_leaves_no_half_line(tmp_path, capsys, full_disk, room):
     with log(tmp_path) as lines:
-        lines.file.close()
         lines.evaluation(1, 2.0)
-    assert "warning: metrics.jsonl" in capsys.readouterr().err
+        before = (tmp_path / FILE).read_bytes()
+        full_disk(len(before) + room)
+        lines.evaluation(2, 2.0)
+    assert "warning: metrics.jsonl failed, this record is not in it" in capsys.readouterr().err
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_records_whose_file_has_vanished_are_written_again(tmp_path):
+    with log(tmp_path) as lines:
+        lines.evaluation(1, 2.0)
+        (tmp_path / FILE).unlink()
+        lines.evaluation(2, 1.5)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("line", [b'{"step": 2, "lo\n', b"\xff\xfe\n", b"[1, 2]\n", b'{"loss": 1}\n',
+                                  b"[" * 10**5 + b"\n", b'{"step": 2}'],
+                         ids=["cut", "binary", "list", "no step", "deep", "no end"])
+def test_a_damaged_line_is_named_and_left_out(tmp_path, capsys, line):
+    (tmp_path / FILE).write_bytes(b'{"step": 1}\n' + line)
+    assert read_metrics(tmp_path) == [{"step": 1}]
+    assert "metrics.jsonl:2 is damaged and left out" in capsys.readouterr().err
 
 
 def test_a_reader_that_left_asks_the_run_to_stop(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 
 from model import Decoder, ModelConfig
 from norm import EAGER
-from optim import Optimizers, group_of, lr_at
+from optim import SPIKE_LEAST, SPIKE_WINDOW, Optimizers, group_of, is_spike, lr_at
 
 SCHEDULE = dict(peak=1.0, floor=0.1, warmup=10, total=110, decay_fraction=0.2)
 
@@ -126,3 +126,14 @@ def test_state_of_the_wrong_shape_or_name_is_refused():
         build()[1].load_state_dict(wrong)
     with pytest.raises(ValueError, match="missing .*unknown"):
         build()[1].load_state_dict({("x" if n == "norm.gain" else n): s for n, s in state.items()})
+
+
+def test_a_spike_is_so_many_standard_deviations_above_the_recent_mean():
+    recent = [1.0, 3.0] * (SPIKE_LEAST // 2)  # mean 2, standard deviation 1
+    assert is_spike(8.01, recent, 6) and not is_spike(7.99, recent, 6)
+    assert is_spike(4.1, recent, 2) and not is_spike(-100, recent, 2)
+
+
+def test_nothing_is_a_spike_without_the_rule_or_without_a_past():
+    assert not is_spike(1e9, [1.0, 3.0] * SPIKE_WINDOW, 0)
+    assert not is_spike(1e9, [1.0] * (SPIKE_LEAST - 1), 6) and is_spike(1e9, [1.0] * SPIKE_LEAST, 6)

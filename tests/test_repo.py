@@ -23,16 +23,17 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 MAY_IMPORT = {  # module: what of ours it may import; a command may not be imported but where it says so
     "norm_triton": set(), "norm": {"norm_triton"}, "device": set(), "optim": {"norm"}, "model": {"norm"},
     "cost": {"config.schema", "device", "model", "norm"},
-    "data": set(), "data.tokenizer": set(), "data.corpus": set(), "data.loader": {"data.tokenizer"},
-    "data.prepare": {"data.tokenizer", "data.corpus"},
-    "config": set(), "config.schema": {"model"}, "checkpoint": {"model"},
+    "data": set(), "data.tokenizer": set(), "data.corpus": set(), "data.loader": {"data", "data.tokenizer"},
+    "data.prepare": {"data", "data.tokenizer", "data.corpus"},
+    "config": set(), "config.schema": {"model"}, "checkpoint": {"cost", "model"}, "lock": set(),
     "metrics": {"checkpoint", "config.schema", "cost", "data.loader", "device"},
     "watch": {"config.schema", "device", "metrics", "model", "norm"},
     "sample": {"checkpoint", "config.schema", "data.tokenizer", "device", "model"},
     "train": {"checkpoint", "config.schema", "cost", "data.loader", "data.prepare", "data.tokenizer", "device",
-              "metrics", "model", "optim", "sample", "watch"},
+              "lock", "metrics", "model", "optim", "sample", "watch"},
     "report": {"metrics"},
-    "compare": {"checkpoint", "config.schema", "device", "metrics", "model", "norm", "report", "train", "watch"},
+    "compare": {"checkpoint", "config.schema", "device", "lock", "metrics", "model", "norm", "report", "train",
+                "watch"},
     "bench": {"config.schema", "cost", "device", "model", "norm", "norm_triton", "train"},
 }
 LAB = {"bench.py", "compare.py", "report.py", "watch.py", "norm_triton.py"}  # nothing that trains or samples needs it

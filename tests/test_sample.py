@@ -275,7 +275,7 @@ def save_run(folder: Path, tokenizer, model: Decoder | None = None, step: int = 
     model = model or tiny(vocab_size=tokenizer.vocab_size, block_size=16)
     config = Config(model=model.config, out_dir=str(folder))
     state = {"step": step, "model": dict(model.state_dict()), "optimizer": {}, "scaler": {}, "config": config.flat(),
-             "data": {"tokenizer_sha256": tokenizer_sha256(folder)}, "best_val_loss": 1.0}
+             "data": {"tokenizer_sha256": tokenizer_sha256(folder)}, "best_val_loss": 1.0, "grad_norms": []}
     checkpoint.save(checkpoint.path_of(folder, step), state)
     return folder
 

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import sys
 
@@ -12,6 +14,7 @@ import torch
 import checkpoint
 import metrics
 import train
+from lock import Lock
 from model import Decoder
 
 TIMES = ("step_ms", "tok_per_s", "peak_memory_mb")
@@ -356,8 +359,10 @@ def test_a_save_that_fails_does_not_stop_the_training_but_the_last_one_counts(st
     code, _, err = start()
     assert code == 0 and "could not be saved (unexpected pos); training goes on" in err
     monkeypatch.setattr(checkpoint, "save", lambda path, state: full_disk(path, state, fails=(12,)))
-    with pytest.raises(RuntimeError):
-        start(out="other")
+    code, _, err = start(out="other")
+    *_, last = err.splitlines()
+    assert code == 1 and "Traceback" not in err
+    assert re.search(r"^error: .*ckpt_00000012.pt could not be saved \(unexpected pos\). Last good .*00000008.pt", last)
 
 
 def test_a_compiler_that_is_missing_means_eager_with_a_line(start, monkeypatch):
@@ -469,3 +474,136 @@ def test_float16_resumes_with_its_scaler(start, tmp_path, monkeypatch):
     assert checkpoint.load_newest(tmp_path / "run")["scaler"]["scale"] > 1
     start(*knobs, "resume=yes")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def spikes_at(monkeypatch, *steps, factor=1e3):
+    """The gradient of these optimizer steps is `factor` times too large."""
+    clip = torch.nn.utils.clip_grad_norm_
+    calls = []
+
+    def spiked(parameters, most):
+        parameters = list(parameters)
+        calls.append(1)
+        if len(calls) in steps:
+            for parameter in parameters:
+                parameter.grad *= factor
+        return clip(parameters, most)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spiked)
+
+
+LONG = ["max_iters=60", "eval_interval=0", "save_interval=10", "keep=9", "warmup_iters=0", "grad_clip=0"]
+
+
+def test_a_spike_is_left_out_where_that_is_wanted(start, tmp_path, monkeypatch):
+    weights, step = {}, train.train_step
+
+    def noted(run):
+        done = step(run)
+        weights[run.step] = run.model.embed.weight.detach().clone()
+        return done
+
+    monkeypatch.setattr(train, "train_step", noted)
+    spikes_at(monkeypatch, 5, 50)
+    code, _, err = start(*LONG, "skip_spikes=6")
+    assert code == 0 and err.count("is a spike, the update is skipped") == 1 and "step 50: gradient norm" in err
+    assert torch.equal(weights[49], weights[50]) and not torch.equal(weights[50], weights[51])
+    monkeypatch.undo()
+
+
+def test_a_run_without_spikes_is_the_same_with_the_rule(start, tmp_path):
+    start(*LONG)
+    _, _, err = start(*LONG, "skip_spikes=6", out="ruled")
+    assert err == ""
+    assert_same_run(tmp_path / "run", tmp_path / "ruled")
+
+
+def test_a_resumed_run_knows_a_spike_by_the_norms_before_it(start, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        spikes_at(patch, 50)
+        start(*LONG, "skip_spikes=6", out="whole")
+    with monkeypatch.context() as patch:
+        signal_after(patch, 47)
+        start(*LONG, "skip_spikes=6")
+    with monkeypatch.context() as patch:
+        spikes_at(patch, 3)
+        assert "step 50: gradient norm" in start(*LONG, "skip_spikes=6", "resume=yes")[2]
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_folder_that_vanished_is_made_again(start, tmp_path, monkeypatch):
+    start(out="whole")
+    batch = train.batch
+
+    def vanish(data, at, *rest):
+        if at == 6:
+            shutil.rmtree(tmp_path / "run")
+        return batch(data, at, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "batch", vanish)
+        code, _, err = start()
+    assert code == 0 and f"warning: {tmp_path / 'run'} has vanished and is made again" in err
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert {"config.json", "tokenizer.json"} <= {p.name for p in (tmp_path / "run").iterdir()}
+
+
+def test_data_that_change_while_they_are_read_end_the_run(start, tmp_path, monkeypatch, data_folder):
+    shutil.copytree(data_folder / "words", tmp_path / "data" / "words")
+    batch = train.batch
+
+    def touch(data, at, *rest):
+        if at == 6:
+            os.utime(tmp_path / "data" / "words" / "train.bin", (1, 1))
+        return batch(data, at, *rest)
+
+    monkeypatch.setattr(train, "DATA", tmp_path / "data")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "batch", touch)
+        code, _, err = start()
+    assert code == 1 and re.fullmatch(r"error: .*train.bin was changed while .* Last good .*00000004.pt.\n", err)
+
+
+def test_a_signal_that_ends_the_compiler_is_not_taken_for_a_broken_one(start, tmp_path, monkeypatch):
+    start("compile=true", "max_iters=4", out="whole")
+
+    class Killed(torch.nn.Module):
+        def forward(self, *_):
+            os.kill(os.getpid(), signal.SIGINT)
+            raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("killed"), None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda model, **_: Killed())
+        code, out, _ = start("compile=true", "max_iters=4")
+    assert code == 130 and "saved at step 0" in out and "does not work here" not in out
+    assert start("compile=auto", "max_iters=4", "resume=auto")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_first_step_leaves_nothing(start, tmp_path, monkeypatch, number):
+    handlers = signal.getsignal(number)
+    monkeypatch.setattr(train, "fit_to_machine", lambda config: os.kill(os.getpid(), number))
+    assert start()[0] == 128 + number
+    assert not (tmp_path / "run").exists() and signal.getsignal(number) == handlers
+
+
+def test_a_closed_terminal_saves_however_often_it_is_told(start, tmp_path, monkeypatch):
+    signal_after(monkeypatch, 6, signal.SIGHUP, times=2)
+    code, out, _ = start()
+    assert code == 129 and "SIGHUP: saved at step 6" in out
+
+
+def test_an_ignored_signal_stays_ignored(start, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        signal_after(monkeypatch, 6, signal.SIGHUP)
+        assert start()[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_two_runs_never_write_into_one_folder(start, tmp_path):
+    with Lock(tmp_path / "run"):
+        code, _, err = start()
+    assert code == 2 and re.fullmatch(r"error: .*run is in use by process \d+ on .*\n", err)

@@ -1,0 +1,197 @@
+"""What the faults share: the register, the count of tries, runs as processes that can be killed, and what equal means.
+
+Runs are children forked from a server that has imported everything, so that one takes a tenth of a second to start;
+apart from that they are processes like any other: what happens to one on kill -9 is done by the kernel.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import random
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch._dynamo  # AdamW would import it in every child
+
+import checkpoint
+import metrics
+import train
+from data.prepare import prepare
+
+ROOT = Path(__file__).parent.parent.parent
+TIMES = ("step_ms", "tok_per_s", "peak_memory_mb")  # of a record: what no two runs have equal
+MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_hidden": 64, "block_size": 32, "batch_size": 8, "max_iters": 12,
+         "warmup_iters": 2, "eval_interval": 5, "eval_iters": 4, "save_interval": 4, "log_interval": 1,
+         "sample_tokens": 0, "device": "cpu", "dtype": "float32", "compile": "false", "dataset": "words"}
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["faults.catalogue"])
+
+
+@dataclass
+class Report:
+    """The tries of one fault. A try fails with words that say how; silently wrong is the worst way to fail."""
+
+    tries: int = 0
+    passed: int = 0
+    silent: int = 0
+    lost: int | None = None  # most optimizer steps that had to be done again
+    recoveries: list[float] = field(default_factory=list)  # seconds from a fresh start to the first new step
+    failures: list[str] = field(default_factory=list)
+    note: str = ""  # a figure of the fault's own, for the table
+
+    def count(self, failure: str = "", *, silent: bool = False, lost: int | None = None,
+              recovery: float | None = None) -> None:
+        """One try; it passed if there is no failure to tell."""
+        self.tries += 1
+        self.passed += not failure
+        self.silent += silent
+        if failure:
+            self.failures.append(failure)
+        if lost is not None:
+            self.lost = max(lost, self.lost or 0)
+        if recovery is not None:
+            self.recoveries.append(recovery)
+
+    @property
+    def good(self) -> bool:
+        return self.tries > 0 and self.passed == self.tries and not self.silent
+
+    def row(self) -> dict:
+        """For the table and for JSON."""
+        seconds = statistics.median(self.recoveries) if self.recoveries else None
+        return asdict(self) | {"recovery": seconds, "good": self.good}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row of the table: run(tries, folder) makes that many tries in an empty folder."""
+
+    name: str
+    run: Callable[[int, Path], Report]
+    whole: int  # tries in `make faults`
+    few: int  # tries in `make test`; 0 = none, it would take too long
+
+
+FAULTS: list[Fault] = []
+
+
+def fault(name: str, whole: int, few: int) -> Callable:
+    """Registers a function (tries, folder) -> Report as a fault."""
+    def register(function: Callable[[int, Path], Report]) -> Callable[[int, Path], Report]:
+        FAULTS.append(Fault(name, function, whole, few))
+        return function
+    return register
+
+
+def words(folder: Path, name: str = "words") -> Path:
+    """A folder for train.DATA with the data set `name`: made-up prose, one token per character."""
+    data = folder / "data"
+    if not (data / name).exists():
+        pick = random.Random(0)
+        text = " ".join(pick.choice("the cat sat on a mat and saw the rat run to its hole".split())
+                        for _ in range(5000))
+        data.mkdir(parents=True, exist_ok=True)
+        (data / f"{name}.txt").write_text(text, encoding="utf-8")
+        prepare([str(data / f"{name}.txt")], data / name, tokenizer="char")
+    return data
+
+
+def command(out: Path, **knobs: object) -> list[str]:
+    """The arguments of train.py for a model that takes milliseconds, with `knobs` on top, for a run in `out`."""
+    return [str(ROOT / "config" / "tiny.py"), *(f"{k}={v}" for k, v in (MODEL | {"out_dir": out} | knobs).items())]
+
+
+def _child(arguments: list[str], data: Path, output: Path, before: Callable[[], None] | None) -> None:
+    os.setsid()  # so that a signal to its group reaches it and what it started, as Ctrl-C does
+    sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    train.DATA, train.plot_losses = data, lambda folder: None  # drawing takes longer than these runs
+    if before:
+        before()
+    sys.exit(train.main(arguments))
+
+
+class Child:
+    """train.py with these arguments, in a process of its own. `before` is called in it first: a top-level function of
+    a module here, or a functools.partial of one, that replaces what the fault is about."""
+
+    def __init__(self, arguments: list[str], data: Path, before: Callable[[], None] | None = None):
+        out = next(a.removeprefix("out_dir=") for a in reversed(arguments) if a.startswith("out_dir="))
+        self.folder, self.output = Path(out), Path(f"{out}.log")
+        self.output.unlink(missing_ok=True)
+        self.process = SERVER.Process(target=_child, args=(arguments, data, self.output, before))
+        self.process.start()
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit code; -9 after kill -9. TimeoutError, and the child killed, if it has not ended by then."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.signal(signal.SIGKILL)
+            self.process.join()
+            raise TimeoutError(f"still running after {seconds} s: {self.text()[-500:]}")
+        return self.process.exitcode
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def text(self) -> str:
+        """All that it has printed so far, both streams."""
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+    def wait_for(self, seen: Callable[[], object], seconds: float = 60) -> bool:
+        """Until seen() is true (True), or the child has ended, or the time is over (False)."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.exitcode is None:
+            if seen():
+                return True
+            time.sleep(0.002)
+        return bool(seen())
+
+
+def run(arguments: list[str], data: Path, before: Callable[[], None] | None = None) -> tuple[int, str]:
+    """A child from start to end: (exit code, all it printed)."""
+    child = Child(arguments, data, before)
+    return child.wait(), child.text()
+
+
+def traceback_in(text: str) -> str:
+    """What is wrong with a child's output, as a failure: a traceback where one clear line was wanted."""
+    return f"a traceback: {text[-600:]}" if "Traceback (most recent call last)" in text else ""
+
+
+def state_hash(folder: Path) -> str:
+    """SHA-256 over all that the newest checkpoint says about the state of the run: names, bits and numbers."""
+    state, digest = checkpoint.load_newest(folder), hashlib.sha256()
+    tensors = dict(state["model"]) | {f"{n} {k}": t for n, s in state["optimizer"].items() for k, t in s.items()}
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else
+                      repr(tensor.item()).encode())
+    rest = {k: v for k, v in state.items() if k not in ("model", "optimizer", "config", "data")}
+    digest.update(repr(sorted(rest.items())).encode())
+    return digest.hexdigest()
+
+
+def curve(folder: Path) -> list[str]:
+    """Every record of a run, numbers as hex, without the times."""
+    return [" ".join(f"{k}={v.hex() if isinstance(v, float) else v}" for k, v in record.items() if k not in TIMES)
+            for record in metrics.read_metrics(folder)]
+
+
+def difference(whole: Path, cut: Path) -> str:
+    """How the run in `cut` differs from the uncut one in `whole`, as a failure; empty if it is the same, bit for bit."""
+    if curve(whole) != curve(cut):
+        pairs = zip(curve(whole), curve(cut), strict=False)
+        return f"records differ, first {next((p for p in pairs if p[0] != p[1]), 'in their number')}"
+    return "" if state_hash(whole) == state_hash(cut) else "the final state differs"

@@ -1,0 +1,1 @@
+"""A run that was stopped and resumed is the run that was not."""

@@ -1,0 +1,106 @@
+"""A folder has one writer, and nobody has to clean up after it."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from lock import Lock
+
+
+def hold(folder, held):
+    with Lock(folder):
+        held.set()
+        signal.pause()
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that has tmp_path/run."""
+    spawn = multiprocessing.get_context("spawn")
+    held = spawn.Event()
+    process = spawn.Process(target=hold, args=(tmp_path / "run", held))
+    process.start()
+    assert held.wait(60)
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_a_second_writer_is_told_who_the_first_is(tmp_path, holder):
+    with pytest.raises(ValueError, match=f"run is in use by process {holder.pid} on .*: wait until it has ended, or"):
+        Lock(tmp_path / "run")
+
+
+def test_kill_9_leaves_no_lock(tmp_path, holder):
+    holder.kill()
+    holder.join()
+    assert (tmp_path / "run" / ".lock").exists()
+    with Lock(tmp_path / "run"):
+        pass
+
+
+def test_nothing_stays_of_a_lock(tmp_path):
+    with Lock(tmp_path / "new"):
+        assert (tmp_path / "new" / ".lock").exists()
+    assert not (tmp_path / "new").exists()
+    with Lock(tmp_path / "used"):
+        (tmp_path / "used" / "file").touch()
+    assert os.listdir(tmp_path / "used") == ["file"]
+    (tmp_path / "empty").mkdir()
+    with Lock(tmp_path / "empty"):
+        pass
+    assert (tmp_path / "empty").exists()
+
+
+def test_a_lock_whose_file_was_removed_by_the_one_before_is_taken_again(tmp_path, monkeypatch):
+    """Between our opening the file and locking it, the process that had it ends and removes it."""
+    taken, calls = Lock.taken, []
+
+    def late(self):
+        file = taken(self)
+        calls.append(file)
+        if len(calls) == 1:
+            self.path.unlink()
+        return file
+
+    monkeypatch.setattr(Lock, "taken", late)
+    with Lock(tmp_path / "run"):
+        assert len(calls) == 2
+        with pytest.raises(ValueError, match="in use"):
+            Lock(tmp_path / "run")
+
+
+def test_only_our_own_unfinished_files_are_removed(tmp_path):
+    ours = [".ckpt_00000004.pt.tmp", ".best.pt.tmp", ".metrics.jsonl.tmp", ".config.json.tmp", ".tokenizer.model.tmp"]
+    others = [".notes.tmp", "ckpt_00000004.pt", "x.json.tmp"]
+    for name in ours + others:
+        (tmp_path / name).touch()
+    with Lock(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == sorted([*others, ".lock"])
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("text")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError):
+        Lock(tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "text"
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(ValueError, match="is a file: name a folder"):
+        Lock(tmp_path / "run")
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with Lock(tmp_path / "run"):
+        pass
+    assert "cannot be locked here ([Errno 38] Function not implemented): let no other" in capsys.readouterr().err
