@@ -2,12 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint bench
+.PHONY: train test lint faults bench
 train: .venv/run.stamp
 	$(BIN)/python train.py config/small.py resume=auto
 
 test: .venv/dev.stamp lint
 	$(BIN)/python -m pytest
+
+faults: .venv/dev.stamp
+	PYTHONPATH=.:tests $(BIN)/python -m faults
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -37,7 +37,8 @@ from device import (
 )
 from model import ModelConfig, knob
 from norm import EAGER, IMPLEMENTED, Norm
-from train import Run, first_step, set_up, timed_step
+from run import Run, set_up
+from train import first_step, timed_step
 
 USAGE = """python bench.py train [config/PRESET.py] [steps=20] [key=value ...]
 python bench.py norm [key=value ...]

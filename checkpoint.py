@@ -12,7 +12,7 @@ import os
 import pickletools
 import re
 import stat
-import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from config.schema import Config, knobs_of, typed, warn
 from cost import parameter_count
 from model import Decoder, ModelConfig
 
@@ -30,6 +31,7 @@ ENTRY = re.compile(r"[^/]+/(data\.pkl|data/\d+|version|byteorder|\.format_versio
                    r"\.data/serialization_id)")  # what torch.save puts into its zip files
 GLOBALS = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict"}  # all that ours look up
 LARGEST_PICKLE = 2**23  # bytes of names, shapes and numbers, about 150 for a tensor, whose own bytes are elsewhere
+LARGEST_TABLE = 2**28  # angles of RoPE: 2 million tokens of context with heads of 128
 ARCHITECTURE = tuple(name for name in ModelConfig.__dataclass_fields__ if name not in ("dropout", "norm_impl"))
 FIXED = ARCHITECTURE + ("dataset", "batch_size", "seed", "optimizer")  # changing these is another run
 NEVER_COMPARED = ("out_dir", "resume", "log_interval", "keep", "sample_prompt", "sample_tokens", "tracker", "watch")
@@ -78,7 +80,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     assert state.keys() == FIELDS.keys(), state.keys() ^ FIELDS.keys()
     bad = first_non_finite(state)
     if bad:
-        raise FloatingPointError(f"{bad} holds NaN or Inf: not saved")
+        raise FloatingPointError(f"{bad} holds NaN or Inf after step {state['step']}: not saved")
     write_atomically(path, lambda file: torch.save(state, file), verify)
 
 
@@ -137,22 +139,24 @@ def load(path: Path) -> dict[str, Any]:
     """A verified checkpoint as plain tensors on the CPU and plain types. ValueError if it is not a sound one."""
     verify(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # the unpickler raises many kinds; nothing but plain data is ever accepted
         reason = str(error).strip().splitlines()[0][:200]
         raise ValueError(f"{path} is not a checkpoint of this program ({reason})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or type(state.get("format")) is not str or state["format"] != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this program")
-    version = state.get("format_version")
-    if version != VERSION:
-        raise ValueError(f"{path} has format version {version if isinstance(version, int) else 'unknown'}, this "
-                         f"program reads {VERSION}: use the version of the program that wrote it")
     for name, kind in FIELDS.items():
         if type(state.get(name)) is not kind:
             raise ValueError(f"{path}: {name} must be {kind.__name__}, got {type(state.get(name)).__name__}")
+        if name == "format_version" and state[name] != VERSION:
+            raise ValueError(f"{path} has format version {state[name]}, this program reads {VERSION}: use the version "
+                             f"of the program that wrote it")
     bad = first_not_plain(state, os.path.getsize(path))
     if bad:
         raise ValueError(f"{path} is not a checkpoint of this program: {bad}")
+    state["config"] = typed(state["config"], knobs_of(Config, ModelConfig), str(path))
     bad = first_non_finite(state)
     if bad:
         raise ValueError(f"{path}: {bad} holds NaN or Inf")
@@ -210,10 +214,10 @@ def load_newest(folder: Path) -> dict[str, Any]:
             state = load(path)
         except (ValueError, OSError) as error:
             problems.append(str(error))
-            print(f"warning: {error}", file=sys.stderr)
+            warn(str(error))
             continue
         if problems:
-            print(f"warning: going on from the one before: {path} (step {step})", file=sys.stderr)
+            warn(f"going on from the one before: {path} (step {step})")
         return state
     raise ValueError(f"no sound checkpoint in {folder}: {'; '.join(problems) or 'it holds none'}")
 
@@ -240,22 +244,23 @@ def prune(folder: Path, keep: int, step: int) -> None:
         try:
             path.unlink()
         except OSError as error:
-            print(f"warning: {path} could not be removed ({error})", file=sys.stderr)
+            warn(f"{path} could not be removed ({error})")
 
 
 def build_model(state: dict[str, Any], device: str) -> Decoder:
     """The model that a checkpoint holds, with its weights, on `device`. ValueError if its parts do not fit together."""
-    knobs = {}
-    for name, field in ModelConfig.__dataclass_fields__.items():
-        knobs[name] = state["config"].get(name)
-        if type(knobs[name]) is not type(field.default):
-            raise ValueError(f"the checkpoint's {name} is {knobs[name]!r:.80}: it is damaged, or not from this program")
+    knobs = {name: state["config"].get(name) for name in ModelConfig.__dataclass_fields__}
+    missing = [name for name, value in knobs.items() if value is None]
+    if missing:
+        raise ValueError(f"the checkpoint does not say its {', '.join(missing)}: it is not from this program")
     if knobs["norm_impl"] == "triton":  # how norms were computed in training is no property of the weights
         knobs["norm_impl"] = "eager"
     config = ModelConfig(**knobs)
     wanted, there = parameter_count(config), sum(weight.numel() for weight in state["model"].values())
     if wanted != there:  # before memory is asked for
         raise ValueError(f"the checkpoint has {there:,} weights, a model of its config {wanted:,}: it is damaged")
+    if config.block_size * config.head_size > LARGEST_TABLE:
+        raise ValueError(f"the checkpoint's block_size={config.block_size:,} asks for more memory than any model needs")
     model = Decoder(config)
     load_weights(model, state["model"])
     return model.to(device)

@@ -44,7 +44,8 @@ from lock import Lock
 from metrics import read_metrics
 from model import ModelConfig
 from report import Study, best_cells, speed_section, time_ratio, write_report
-from train import NOT_FINITE, Interrupts, Run, first_step, set_up, timed_step
+from run import Run, set_up
+from train import NOT_FINITE, Interrupts, first_step, timed_step
 
 OPTIONS = {"seeds": ("5", int, 0), "jobs": ("1", int, 1), "steps": ("30", int, 2), "equal_time": ("true", bool, False)}
 AUTOMATIC = ("device", "dtype", "compile")  # decided once, so that no two cells can differ in them
@@ -104,14 +105,13 @@ def main(argv: list[str]) -> int:
     with lock:
         with user_errors():
             lab = Lab(plan, shlex.join(["python", "compare.py", *argv]))
-            lab.results_file.touch()
         with lab.interrupts:
             try:
                 lab.run()
             except SystemExit as stop:  # a number after a signal, a text after a fault
-                print(f"{stop.code if isinstance(stop.code, str) else 'stopped'}\nfinished cells are kept, and the "
-                      f"same command goes on from here", file=sys.stderr)
-                return 1 if isinstance(stop.code, str) else stop.code
+                fault = stop.code if isinstance(stop.code, str) else "stopped"
+                print(f"{fault}\nfinished cells are kept, and the same command goes on from here", file=sys.stderr)
+                return stop.code if fault == "stopped" else 1
     return 0
 
 

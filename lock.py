@@ -2,10 +2,11 @@
 
 import os
 import socket
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
+
+from config.schema import warn
 
 try:
     import fcntl
@@ -48,8 +49,7 @@ class Lock:
             raise ValueError(f"{self.folder} is in use by {holder}: wait until it has ended, or name another out_dir") \
                 from None
         except (OSError, AttributeError) as error:  # a file system, or a system, without such locks
-            print(f"warning: {self.folder} cannot be locked here ({error}): let no other run write there",
-                  file=sys.stderr)
+            warn(f"{self.folder} cannot be locked here ({error}): let no other run write there")
         file.truncate(0)
         return file
 
@@ -63,9 +63,8 @@ class Lock:
         return self
 
     def __exit__(self, *_) -> None:
-        if self.is_at_path():
-            self.path.unlink()
-        self.file.close()
-        if self.made:
-            with suppress(OSError):  # it stays if anything has come into it
-                self.folder.rmdir()
+        with self.file, suppress(OSError):  # where nothing can be removed any more, it stays, but nobody holds it
+            if self.is_at_path():
+                self.path.unlink()
+            if self.made:
+                self.folder.rmdir()  # it stays if anything has come into it

@@ -1,8 +1,10 @@
 """What a run tells: a summary, then records for the bar or log lines, metrics.jsonl, a tracker and loss.png."""
 
+import errno
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from checkpoint import write_atomically
-from config.schema import Config
+from config.schema import Config, warn
 from cost import memory_estimate, parameter_count
 from data.loader import Dataset
 from device import peak_memory
@@ -32,7 +34,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
         else:
-            print(f"warning: {path}:{number} is damaged and left out", file=sys.stderr)
+            warn(f"{path}:{number} is damaged and left out")
     return records
 
 
@@ -71,9 +73,12 @@ class Log:
         try:
             self.bar.write(text, file=stream)
             stream.flush()
-        except OSError:  # a closed pipe, or a terminal that has gone
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # nor may the flush at exit fail
-            self.stop(signal.SIGPIPE)
+            if error.errno in (errno.EPIPE, errno.EIO):  # a closed pipe, or a terminal that has gone
+                self.stop(signal.SIGPIPE)
+            else:
+                warn(f"nothing more is printed here: {error}")
 
     def is_due(self, step: int) -> bool:
         """Whether optimizer step `step`, counted from 1, becomes a record."""
@@ -119,7 +124,7 @@ class Log:
                 sink(form)
             except Exception as error:  # a full disk or a tracker's server is no reason to lose the training
                 left = " and is left alone from here on" if name == "tracker" else ", this record is not in it"
-                print(f"warning: {name} failed{left}: {error}", file=sys.stderr)
+                warn(f"{name} failed{left}: {error}")
                 if name == "tracker":
                     self.tracker = None
 
@@ -172,7 +177,19 @@ def summary(config: Config, data: Dataset, step: int, rate: float) -> str:
         f"{kept / 1e9:.2f} activations",
         f"machine  {config.device}, {config.dtype} at {rate / 1e9:,.0f} GFLOP/s (measured), "
         f"{'compiled' if config.compile else 'not compiled'}",
-        f"out      {config.out_dir} from step {step}"))
+        f"out      {config.out_dir} from step {step}{disk_warning(config, parameters)}"))
+
+
+def disk_warning(config: Config, parameters: int) -> str:
+    """A line if the checkpoints of a run will not fit on the disk of out_dir, those already there counted."""
+    whole = 3 * 4 * parameters  # weights and two moments in fp32
+    there = sum(path.stat().st_size for path in Path(config.out_dir).glob("*.pt"))
+    needed = (config.keep + 1) * whole + 2 * whole // 3  # one more while it is written; best.pt twice, of weights alone
+    room = there + shutil.disk_usage(config.out_dir).free
+    if room > needed:
+        return ""
+    return (f"\nwarning: the checkpoints of this run need up to {needed / 1e9:.3f} GB, the disk of {config.out_dir} "
+            f"has {room / 1e9:.3f} GB for them")
 
 
 def clock(seconds: float) -> str:

@@ -29,17 +29,17 @@ def lr_at(step: int, *, schedule: str, peak: float, floor: float, warmup: int, t
     return floor + (peak - floor) * left
 
 
-def is_spike(norm: float, recent: list[float], limit: float) -> bool:
-    """Whether a gradient norm is more than `limit` standard deviations above the mean of the `recent` ones; 0 = never.
+def spike_threshold(recent: list[float], limit: float) -> float:
+    """The gradient norm above which an update is a spike: the mean of the `recent` norms and `limit` of their standard
+    deviations; inf if limit is 0, or while too few are known.
 
-    The rule of OLMo-core's SkipStepOptimizer, for the gradient alone. Skipped norms count among the recent ones too,
-    so a level that has really risen is soon the normal one.
+    As OLMo-core's SkipStepOptimizer has it for the gradient. Remember a spike as the threshold, not as itself: then it
+    does not hide the next one, and where the level has really risen, the threshold follows by an eighth each time.
     """
     if not limit or len(recent) < SPIKE_LEAST:
-        return False
+        return math.inf
     mean = math.fsum(recent) / len(recent)
-    deviation = math.sqrt(math.fsum((r - mean) ** 2 for r in recent) / len(recent))
-    return norm > mean + limit * deviation
+    return mean + limit * math.sqrt(math.fsum((norm - mean) ** 2 for norm in recent) / len(recent))
 
 
 def group_of(name: str, parameter: Tensor) -> str:

@@ -1,61 +1,38 @@
 """Train a decoder:  python train.py config/small.py [key=value ...]
 
-Reading order: main; set_up, which checks all that a user can get wrong before anything is created; train, the loop;
+Reading order: main, which has run.py check all that a user can get wrong before anything is created; train, the loop;
 train_step and evaluate, one step of it; and last what surrounds them.
 """
 
 import dataclasses
-import json
 import math
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import checkpoint
 import watch
-from config.schema import Config, catch_signals, help_text, load_config, restore_signals, user_errors
-from cost import fit_to_machine, flops_per_token, parameter_count
-from data.loader import Dataset, batch, open_dataset, read_windows, train_starts, val_starts
-from data.prepare import prepare
-from data.tokenizer import load_tokenizer, tokenizer_file
-from device import autocast, choose_device, choose_dtype, keep_freed_memory, matmul_rate, to_device, versions
+from config.schema import Config, catch_signals, help_text, load_config, restore_signals, user_errors, warn
+from cost import flops_per_token
+from data.loader import batch, read_windows, val_starts
+from data.tokenizer import load_tokenizer
+from device import autocast, matmul_rate, to_device
 from lock import Lock
 from metrics import Log, has_evaluation, open_tracker, plot_losses, read_metrics, summary
-from model import Decoder, ModelConfig
-from optim import SPIKE_WINDOW, Optimizers, is_spike, lr_at
+from model import ModelConfig
+from optim import SPIKE_WINDOW, lr_at, spike_threshold
+from run import Run, claim_folder, set_up
 from sample import generate, prompt_ids, show
 
-DATA = Path(__file__).resolve().parent / "data"
 USAGE = ("python train.py [config/PRESET.py] [key=value ...]\n\nWithout a preset, config/small.py is run. Every knob, "
          "and what it is where the preset is silent:")
 NOT_FINITE = 3  # exit code after NaN or Inf
 SAMPLING = dict(temperature=0.8, top_p=0.9, repetition_penalty=1.15)  # small models repeat themselves otherwise
-
-
-@dataclass
-class Run:
-    """The parts of one training run. `model` is the plain module; `forward` is it or its compiled twin."""
-
-    config: Config  # resolved: nothing is auto any more
-    data: Dataset
-    model: Decoder
-    forward: nn.Module
-    optimizers: Optimizers
-    scaler: torch.amp.GradScaler
-    step: int = 0  # optimizer steps done
-    best_val_loss: float = math.inf
-    grad_norms: list[float] = field(default_factory=list)  # of the last steps, to know a spike by
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.out_dir)
 
 
 class Interrupts:
@@ -102,94 +79,11 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def set_up(wanted: Config) -> Run:
-    """Checks everything, prepares the embedded data set if it is missing, builds or restores the run."""
-    saved = find_saved(wanted)
-    device = choose_device(wanted.device)
-    config = dataclasses.replace(wanted, device=device, dtype=choose_dtype(wanted.dtype, device))
-    if wanted.dataset == "python" and not (DATA / "python").exists():
-        print("data/python is not there yet: preparing it from this Python's standard library")
-        prepare(["python"], DATA / "python")
-    data = open_dataset(DATA / wanted.dataset)
-    config = fit_to_data(config, data)
-    config = keep_what_was_automatic(config, wanted, saved)
-    config = fit_to_machine(config)
-    if saved:
-        for line in checkpoint.compare_with_run(saved, config.flat(), data.fingerprint):
-            print(f"resuming with {line}")
-    return build(config, data, saved)
-
-
-def find_saved(config: Config) -> dict[str, Any] | None:
-    """The checkpoint to continue from, or None for a fresh run; a fresh run never overwrites another."""
-    folder = Path(config.out_dir)
-    there = checkpoint.all_in(folder)
-    if config.resume == "no" and (there or (folder / "best.pt").exists()):
-        newest = there[-1][1].name if there else "best.pt"
-        raise ValueError(f"{folder} already holds a run ({newest}): continue it with resume=auto, or name "
-                         f"another out_dir")
-    if not there and config.resume == "yes":
-        raise ValueError(f"resume=yes, but there is no checkpoint in {folder}: resume=auto would start afresh")
-    return checkpoint.load_newest(folder) if there else None
-
-
-def fit_to_data(config: Config, data: Dataset) -> Config:
-    """vocab_size 0 becomes the tokenizer's, a larger one pads, a smaller one is refused. Short splits are refused."""
-    vocab, wanted = data.meta["vocab_size"], config.model.vocab_size
-    if 0 < wanted < vocab:
-        raise ValueError(f"vocab_size={wanted} is below the {vocab} tokens of data/{config.dataset}: "
-                         f"leave it 0 (automatic) or choose a larger one")
-    train_starts(len(data.train), config.model.block_size, config.batch_size, config.seed, step=0)
-    val_starts(len(data.val), config.model.block_size, config.eval_iters)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=wanted or vocab))
-
-
-def keep_what_was_automatic(config: Config, wanted: Config, saved: dict[str, Any] | None) -> Config:
-    """On the same device a resumed run keeps what auto chose at its start, so that it stays bitwise the same run."""
-    if saved is None or saved["config"]["device"] != config.device:
-        return config
-    if wanted.dtype == "auto":
-        choose_dtype(saved["config"]["dtype"], config.device)  # refuses it where the device is now an older one
-    automatic = [name for name in ("dtype", "compile", "micro_batch_size") if getattr(wanted, name) in ("auto", 0)]
-    return dataclasses.replace(config, **{name: saved["config"][name] for name in automatic})
-
-
-def build(config: Config, data: Dataset, saved: dict[str, Any] | None) -> Run:
-    """Model, optimizers and scaler, at their first step or at the saved one."""
-    if config.device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
-    elif config.device == "cpu":
-        keep_freed_memory()
-    model = Decoder(config.model, seed=config.seed).to(config.device)
-    model.activation_checkpointing = config.activation_checkpointing
-    optimizers = Optimizers(model, optimizer=config.optimizer, weight_decay=config.weight_decay,
-                            betas=(config.beta1, config.beta2), momentum=config.muon_momentum,
-                            embed_lr=config.embed_lr)
-    scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
-    run = Run(config, data, model, torch.compile(model, dynamic=False) if config.compile else model, optimizers, scaler)
-    if saved:
-        checkpoint.load_weights(model, saved["model"])
-        optimizers.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:  # empty if the run was not in float16 so far
-            scaler.load_state_dict(saved["scaler"])
-        run.step, run.best_val_loss, run.grad_norms = saved["step"], saved["best_val_loss"], saved["grad_norms"]
-    return run
-
-
-def claim_folder(run: Run) -> None:
-    """Puts config.json and the tokenizer into out_dir, which also proves that it can be written."""
-    run.folder.mkdir(exist_ok=True)  # it is there, but may vanish while the run goes on
-    about = {"versions": versions(), "parameters": parameter_count(run.config.model), "data": run.data.fingerprint}
-    text = json.dumps(run.config.flat() | about, indent=1) + "\n"
-    tokenizer = tokenizer_file(run.data.folder)
-    for name, content in (("config.json", text.encode()), (tokenizer.name, tokenizer.read_bytes())):
-        checkpoint.write_atomically(run.folder / name, lambda file, content=content: file.write(content))
-
-
 def train(run: Run, tracker=None) -> int:
     """The loop: evaluate, save, step. Returns the exit code."""
     config = run.config
     if run.step >= config.max_iters and has_evaluation(read_metrics(run.folder), run.step):
+        checkpoint.prune(run.folder, config.keep, run.step)  # a kill may have come before it
         print(f"already at step {run.step} of {config.max_iters}: nothing to do (a larger max_iters would go on)")
         return 0
     with Interrupts() as interrupts, open_log(run, tracker, interrupts) as log:
@@ -319,10 +213,11 @@ def check_finite(run: Run, loss: float, norm: float) -> None:
 
 def skipped_as_spike(run: Run, norm: float) -> bool:
     """Whether this update is to be left out, by the rule of skip_spikes; the norm is remembered either way."""
-    spike = is_spike(norm, run.grad_norms, run.config.skip_spikes)
+    threshold = spike_threshold(run.grad_norms, run.config.skip_spikes)
+    run.grad_norms = [*run.grad_norms, min(norm, threshold)][-SPIKE_WINDOW:]
+    spike = norm > threshold
     if spike:
-        print(f"step {run.step + 1}: gradient norm {norm:.3g} is a spike, the update is skipped", file=sys.stderr)
-    run.grad_norms = [*run.grad_norms, norm][-SPIKE_WINDOW:]
+        warn(f"step {run.step + 1}: the gradient norm {norm:.3g} is above {threshold:.3g}, its update is skipped")
     return spike
 
 
@@ -356,20 +251,22 @@ def evaluation_is_due(run: Run, log: Log) -> bool:
 
 def save_if_best(run: Run, val_loss: float) -> None:
     """best.pt is for sampling and export: it holds no optimizer state."""
-    if val_loss < run.best_val_loss:
+    before = run.best_val_loss
+    if val_loss < before:
         run.best_val_loss = val_loss
-        save(run, run.folder / "best.pt", optimizer=False)
+        if not save(run, run.folder / "best.pt", optimizer=False):
+            run.best_val_loss = before
 
 
-def save(run: Run, path: Path, optimizer: bool = True, must: bool = False) -> None:
-    """Saves a checkpoint. If the disk will not take it, training goes on with a warning; OSError if it `must`."""
+def save(run: Run, path: Path, optimizer: bool = True, must: bool = False) -> bool:
+    """Saves a checkpoint. If the disk will not take it, there is a warning (and False), or an OSError if it `must`."""
     state = {"step": run.step, "model": {name: p.detach() for name, p in run.model.named_parameters()},
              "optimizer": run.optimizers.state_dict() if optimizer else {}, "scaler": run.scaler.state_dict(),
              "config": run.config.flat(), "data": run.data.fingerprint, "best_val_loss": run.best_val_loss,
              "grad_norms": run.grad_norms}
     try:
         if not run.folder.is_dir():
-            print(f"warning: {run.folder} has vanished and is made again", file=sys.stderr)
+            warn(f"{run.folder} has vanished and is made again")
             claim_folder(run)
         checkpoint.save(path, state)
     except (OSError, RuntimeError, ValueError) as error:  # torch.save turns a full disk into a RuntimeError
@@ -377,7 +274,9 @@ def save(run: Run, path: Path, optimizer: bool = True, must: bool = False) -> No
         reason = f"{path} could not be saved ({first_line:.200})"
         if must:
             raise OSError(reason) from error
-        print(f"warning: {reason}; training goes on", file=sys.stderr)
+        warn(f"{reason}; training goes on")
+        return False
+    return True
 
 
 def show_sample(run: Run) -> None:

@@ -12,7 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -184,6 +184,8 @@ def typed(values: dict[str, Any], knobs: dict, where: str) -> dict[str, Any]:
             near = [OTHERS_NAMES[key]] if OTHERS_NAMES.get(key) in knobs else get_close_matches(key, knobs, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else "--help lists all"
             raise ValueError(f"{where}: unknown knob {key!r}; {hint}")
+        if not isinstance(value, (str, int, float)):  # only a foreign checkpoint can hold such; it may be deep
+            raise ValueError(f"{where}: {key} must be a number or a text, got {type(value).__name__}")
         result[key] = convert(key, value, knobs[key][0])
     return result
 
@@ -272,10 +274,17 @@ def help_text(usage: str, *classes: type) -> str:
     return "\n".join(lines)
 
 
-def one_line(error: Exception, most: int = 1500) -> str:
-    """What an error says, on one line of bounded length, without the control characters that a file may have put in."""
+def one_line(error: object, most: int = 1500) -> str:
+    """What an error or a text says, on one line of bounded length, without control characters, which a file may have
+    put in."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
     return text if len(text) <= most else f"{text[:most - 300]} ... {text[-295:]}"
+
+
+def warn(text: str) -> None:
+    """One line on stderr; where that cannot be written to either, there is nobody to tell."""
+    with suppress(OSError):
+        print(f"warning: {one_line(text)}", file=sys.stderr)
 
 
 @contextmanager

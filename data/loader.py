@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import PART
+from data import PART, checksum
 from data.tokenizer import tokenizer_sha256
 
 SPLITS = ("train", "val")
@@ -123,6 +123,8 @@ def read_meta(path: Path) -> dict:
     if not (bos_id is None or type(bos_id) is int and 0 <= bos_id < meta["vocab_size"]):
         raise ValueError(f"{path}: bos_id is {bos_id!r:.80}, must be null or an id below vocab_size; "
                          "prepare the data again")
+    if meta.get("checksum") != checksum(meta):
+        raise ValueError(f"{path}: its checksum says that it was changed or damaged; prepare the data again")
     return meta
 
 

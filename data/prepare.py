@@ -34,7 +34,7 @@ from tqdm import tqdm
 if not __package__:  # run as a script: import from the repository's root, not from data/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data import PART
+from data import PART, checksum
 from data.corpus import CHUNK, Corpus, Piece, open_corpus
 from data.tokenizer import (
     ByteTokenizer,
@@ -305,6 +305,7 @@ def prepare(sources: list[str] | Corpus, out: str | Path, tokenizer: str | None 
                 raise ValueError(f"{corpus.source}: too little text, none is left for {split}; give more")
         meta = describe(folder, corpus, made, progress)
         meta["val_xz_bits_per_byte"] = xz_bits_per_byte(val_text(folder, made, progress)) if made.exact else None
+        meta["checksum"] = checksum(meta)
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         (folder / "progress.json").unlink(missing_ok=True)
         for path in [*folder.iterdir(), folder]:

@@ -45,7 +45,7 @@ def launch_here(command, threads):
 @pytest.fixture
 def start(tmp_path, monkeypatch, data_folder, capsys):
     """start('key=value', ...) trains a very small model in tmp_path/run: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(train, "DATA", data_folder)
+    monkeypatch.setattr("run.DATA", data_folder)
 
     def run(*arguments, out="run"):
         knobs = {a.split("=")[0]: a for a in [*SMALL, f"out_dir={tmp_path / out}", *arguments]}  # later ones win

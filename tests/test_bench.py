@@ -17,7 +17,7 @@ from norm import EAGER, FUSED, Norm
 
 @pytest.fixture
 def measure(monkeypatch, tmp_path, data_folder, capsys):
-    monkeypatch.setattr(train, "DATA", data_folder)
+    monkeypatch.setattr("run.DATA", data_folder)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):

@@ -191,8 +191,9 @@ def test_a_renamed_checkpoint_is_not_taken_for_another(folder):
 
 
 @pytest.mark.parametrize("config, words", [
-    ({"n_embd": None}, "the checkpoint's n_embd is None"), ({"n_layer": "1"}, "n_layer is '1'"),
-    ({"n_embd": 1_000_000, "n_head": 2}, "a model of its config"), ({"block_size": -1}, "block_size must be between")])
+    ({"n_embd": None}, "the checkpoint does not say its n_embd"),
+    ({"n_embd": 1_000_000, "n_head": 2}, "a model of its config"), ({"block_size": -1}, "block_size must be between"),
+    ({"block_size": 10**8}, "block_size=100,000,000 asks for more memory")])
 def test_a_config_that_does_not_fit_the_weights_is_refused_before_a_model_is_built(monkeypatch, config, words):
     monkeypatch.setattr(checkpoint, "Decoder", None)
     with pytest.raises(ValueError, match=words):
@@ -222,7 +223,9 @@ def test_a_checkpoint_that_cannot_be_removed_stays_and_is_named(folder, monkeypa
 @pytest.mark.parametrize("changes, words", [
     ({"format": "other"}, "not a checkpoint of this program"),
     ({"format_version": 2}, "has format version 2, this program reads 1"),
-    ({"step": "1"}, "step must be int, got str"), ({"optimizer": None}, "optimizer must be dict, got NoneType"),
+    ({"step": "1"}, "step must be int, got str"), ({"config": {"n_layer": "x"}}, "n_layer must be a whole number, got"),
+    ({"config": {"n_layers": 2}}, "unknown knob 'n_layers'; did you mean n_layer"),
+    ({"optimizer": None}, "optimizer must be dict, got NoneType"),
     ({"model": {"w": torch.tensor([1.0, float("nan")])}}, "w holds NaN or Inf"),
 ])
 def test_foreign_and_broken_contents_are_refused(tmp_path, changes, words):

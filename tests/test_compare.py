@@ -18,6 +18,8 @@ import compare
 import norm
 import report
 import train
+from data.prepare import prepare
+from device import choose_dtype
 from lock import Lock
 
 TINY = str(ROOT / "config" / "tiny.py")
@@ -35,7 +37,7 @@ def compared(tmp_path, monkeypatch, data_folder, capsys):
 
     compared.cells has the knobs of every cell started, as a dict.
     """
-    monkeypatch.setattr(train, "DATA", data_folder)
+    monkeypatch.setattr("run.DATA", data_folder)
     monkeypatch.setattr(train, "plot_losses", lambda folder: None)
     monkeypatch.setattr(report, "draw", lambda study: [])
 
@@ -58,7 +60,8 @@ def compared(tmp_path, monkeypatch, data_folder, capsys):
 
 
 def results(folder):
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    path = folder / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def plan(*arguments):
@@ -247,8 +250,8 @@ def test_arms_that_are_the_same_do_not_differ(compared):
 def test_a_cell_that_fails_stops_all_and_shows_its_log(compared, tmp_path, monkeypatch):
     """In processes of their own, which do not see the data set of the tests."""
     monkeypatch.undo()
-    monkeypatch.setattr(train, "DATA", tmp_path / "data")
-    train.prepare([str(ROOT / "LICENSE")], tmp_path / "data" / "words", tokenizer="char")
+    monkeypatch.setattr("run.DATA", tmp_path / "data")
+    prepare([str(ROOT / "LICENSE")], tmp_path / "data" / "words", tokenizer="char")
     code, out, err = compared(*BOTH, "block_size=8", "seeds=1")
     assert code == 1 and results(compared.folder) == []
     assert "no such data set" in err and "ended with exit code 2" in err and "Traceback" not in err
@@ -317,12 +320,12 @@ def test_an_arm_of_the_same_speed_has_no_cells_of_its_own(compared, monkeypatch)
 
 def test_what_is_automatic_is_chosen_once_for_all_cells(compared, monkeypatch):
     arguments = (*BOTH, "dtype=auto", "compile=auto", "device=auto")
-    choose = train.choose_dtype
-    monkeypatch.setattr(train, "choose_dtype", lambda wanted, device: choose(
+    choose = choose_dtype
+    monkeypatch.setattr("run.choose_dtype", lambda wanted, device: choose(
         "float32" if wanted == "auto" else wanted, device))
     compared(*arguments, "seeds=1")
     assert [(c["dtype"], c["compile"]) for c in compared.cells] == [("float32", "false")] * 2
-    monkeypatch.setattr(train, "choose_dtype", lambda wanted, device: "bfloat16" if wanted == "auto" else wanted)
+    monkeypatch.setattr("run.choose_dtype", lambda wanted, device: "bfloat16" if wanted == "auto" else wanted)
     compared(*arguments, "seeds=2")  # on a machine that would choose otherwise
     assert [(c["dtype"], c["seed"]) for c in compared.cells] == [("float32", "1338")] * 2
 
@@ -361,7 +364,7 @@ def house(tmp_path, monkeypatch, data_folder):
     shutil.copytree(ROOT, tmp_path / "house", ignore=lambda folder, names: {
         n for n in names if not n.endswith(".py") and not (folder == str(ROOT) and n in ("config", "data"))})
     shutil.copytree(data_folder / "words", tmp_path / "house" / "data" / "words")
-    monkeypatch.setattr(train, "DATA", data_folder)
+    monkeypatch.setattr("run.DATA", data_folder)
     monkeypatch.setattr(train, "__file__", str(tmp_path / "house" / "train.py"))
 
 

@@ -100,6 +100,17 @@ def test_binary_hidden_and_empty_files_of_a_folder_are_skipped(tmp_path, capsys)
     assert "skipped 1 binary file" in capsys.readouterr().out
 
 
+def test_links_out_of_a_folder_are_left_out(tmp_path, capsys):
+    (tmp_path / "secret.txt").write_text("the key")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "a.txt").write_text("mine")
+    (folder / "inside.txt").symlink_to(folder / "a.txt")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    assert "".join(piece.text for piece in open_corpus([str(folder)]).pieces()) == "minemine"
+    assert "skipped 1 links to files outside of it" in capsys.readouterr().out
+
+
 def test_each_line_of_jsonl_is_a_document(tmp_path):
     texts = [f"row {i}\n\u4f60" for i in range(200)]
     pieces = list(open_corpus([str(write_jsonl(tmp_path / "r.jsonl", texts))]).pieces())

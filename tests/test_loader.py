@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import data.loader as loader
-from data import PART
+from data import PART, checksum
 from data.loader import batch, open_dataset, read_windows, train_starts, val_starts
 from data.tokenizer import ByteTokenizer, tokenizer_sha256
 
@@ -24,8 +24,8 @@ def write(folder, train=range(100), val=range(40), dtype="uint16", changes=None)
     meta = {"format_version": 1, "dtype": dtype, "vocab_size": 257, "bos_id": 256, "tokens": counts,
             "bytes": {split: 3 * counts[split] for split in counts}, "tokenizer": "byte", "source": "test",
             "tokenizer_sha256": tokenizer_sha256(folder), "content_sha256": "00",
-            "crc32": checksums}
-    (folder / "meta.json").write_text(json.dumps(meta | (changes or {})))
+            "crc32": checksums} | (changes or {})
+    (folder / "meta.json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
     return folder
 
 
@@ -107,10 +107,7 @@ def test_a_file_of_another_size_is_refused(tmp_path, content, match):
 
 
 def test_uint32_data_called_uint16_is_refused(tmp_path):
-    folder = write(tmp_path / "d", dtype="uint32")
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(meta | {"dtype": "uint16"}))
-    refused(folder, "400 bytes, not the 200")
+    refused(write(tmp_path / "d", dtype="uint32", changes={"dtype": "uint16"}), "400 bytes, not the 200")
 
 
 def test_an_id_outside_the_vocabulary_is_found_with_its_place(tmp_path):
@@ -272,3 +269,9 @@ def test_a_file_that_was_replaced_or_removed_is_still_there_for_the_reader(tmp_p
     os.replace(tmp_path / "other" / "train.bin", tmp_path / "d" / "train.bin")
     (tmp_path / "d" / "val.bin").unlink()
     assert all(torch.equal(a, b) for a, b in zip(before, batch(dataset, 3, 2, 8, seed=1), strict=True))
+
+
+def test_a_flipped_bit_in_meta_json_is_found(tmp_path):
+    path = write(tmp_path / "d") / "meta.json"
+    path.write_text(path.read_text().replace('"bytes": {"train": 300', '"bytes": {"train": 100'))
+    refused(tmp_path / "d", "meta.json: its checksum says that it was changed or damaged")

@@ -1,11 +1,13 @@
 """The schedule at the points that define it, the groups, and the optimizers' state by name."""
 
+import math
+
 import pytest
 import torch
 
 from model import Decoder, ModelConfig
 from norm import EAGER
-from optim import SPIKE_LEAST, SPIKE_WINDOW, Optimizers, group_of, is_spike, lr_at
+from optim import SPIKE_LEAST, SPIKE_WINDOW, Optimizers, group_of, lr_at, spike_threshold
 
 SCHEDULE = dict(peak=1.0, floor=0.1, warmup=10, total=110, decay_fraction=0.2)
 
@@ -130,10 +132,17 @@ def test_state_of_the_wrong_shape_or_name_is_refused():
 
 def test_a_spike_is_so_many_standard_deviations_above_the_recent_mean():
     recent = [1.0, 3.0] * (SPIKE_LEAST // 2)  # mean 2, standard deviation 1
-    assert is_spike(8.01, recent, 6) and not is_spike(7.99, recent, 6)
-    assert is_spike(4.1, recent, 2) and not is_spike(-100, recent, 2)
+    assert spike_threshold(recent, 6) == pytest.approx(8) and spike_threshold(recent, 2) == pytest.approx(4)
 
 
 def test_nothing_is_a_spike_without_the_rule_or_without_a_past():
-    assert not is_spike(1e9, [1.0, 3.0] * SPIKE_WINDOW, 0)
-    assert not is_spike(1e9, [1.0] * (SPIKE_LEAST - 1), 6) and is_spike(1e9, [1.0] * SPIKE_LEAST, 6)
+    assert spike_threshold([1.0, 3.0] * 64, 0) == spike_threshold([1.0] * (SPIKE_LEAST - 1), 6) == math.inf
+    assert spike_threshold([1.0] * SPIKE_LEAST, 6) == 1
+
+
+def test_spikes_do_not_hide_the_next_but_a_new_level_is_accepted():
+    recent, skipped = [1.0, 3.0] * 64, 0
+    for _ in range(100):
+        skipped += 1000.0 > (threshold := spike_threshold(recent, 6))
+        recent = [*recent, min(1000.0, threshold)][-SPIKE_WINDOW:]
+    assert 20 < skipped < 60

@@ -202,6 +202,32 @@ def test_a_stopped_stream_goes_on_to_the_same_result(tmp_path, monkeypatch, stop
     assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "tokenizer.model", "train.bin", "val.bin"]
 
 
+SOUND = {"asked": {"source": "test stream", "choice": "byte", "vocab_size": None}, "dtype": "uint16", "pieces": 0,
+         "tokens": {"train": 0, "val": 0}, "bytes": {"train": 0, "val": 0}, "val_crc32": 0}
+
+
+@pytest.mark.parametrize("content", [
+    "", "{}", "[]", "[" * 100_000, "\0", " " * 100_001, *(json.dumps(SOUND | change) for change in (
+        {"dtype": "u1"}, {"dtype": []}, {"pieces": -1}, {"pieces": True}, {"asked": 3}, {"bytes": None},
+        {"tokens": {"train": 10**15, "val": 0}}, {"tokens": {"train": 1, "val": 0}}, {"val_crc32": "0"}))])
+def test_progress_that_cannot_be_is_refused(tmp_path, content):
+    stream = Corpus("s", "test stream", lambda: iter([]), stream=True, tokenizer="byte")
+    folder = tmp_path / ".out.partial"
+    folder.mkdir()
+    for name in ("train.bin", "val.bin"):
+        (folder / name).touch()
+    (folder / "progress.json").write_text(content)
+    with pytest.raises(ValueError, match="progress.json is damaged, or does not belong to its .bin files; delete"):
+        prepare(stream, tmp_path / "out")
+    assert (folder / "train.bin").stat().st_size == 0
+
+
+def test_an_error_is_one_line_that_no_terminal_obeys(run, tmp_path):
+    name = "x\x1b]0;owned\x07\n.txt"
+    assert run(tmp_path / name) == (2, f"error: {tmp_path}/x ]0;owned .txt is not a file or folder, nor one of "
+                                       f"{', '.join(command.open_corpus.__globals__['NAMED'])}\n")
+
+
 def test_a_stream_of_hugging_face_is_prepared(tmp_path):
     pytest.importorskip("datasets", reason="datasets streams from Hugging Face")
     rows = [f"row {i} of the stream" for i in range(400)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -359,6 +360,8 @@ def test_prompts_that_cannot_be_read_are_refused(run, capsys, monkeypatch):
     assert "not UTF-8 text (at byte 2)" in refused(capsys, run, f"prompt=FILE:{path}")
     path.write_bytes(b"a" * 1_000_001)
     assert "longer than 1,000,000 bytes" in refused(capsys, run, f"prompt=FILE:{path}")
+    os.mkfifo(run / "fifo")
+    assert "is not a regular file: a pipe can come in by prompt=-" in refused(capsys, run, f"prompt=FILE:{run}/fifo")
     give_input(monkeypatch, b"\xff")
     assert "standard input is not UTF-8" in refused(capsys, run)
     assert "'xz'" in refused(capsys, run, "prompt=azax")

@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from config.schema import Config, convert, help_text, knobs_of, load_config, read_preset, split_arguments
+from config.schema import (
+    Config,
+    convert,
+    help_text,
+    knobs_of,
+    load_config,
+    read_preset,
+    split_arguments,
+    typed,
+    user_errors,
+)
 from cost import parameter_count
 from model import Decoder, ModelConfig
 
@@ -113,13 +123,17 @@ def test_values_become_the_type_of_their_knob(value, kind, wanted):
     (["batch_size=12", "micro_batch_size=5"], "the nearest is 4"),
     # 12: intervals
     (["eval_interval=-1"], "eval_interval must be 0 or more"), (["log_interval=0"], "log_interval must be 1 or more"),
+    (["n_layer=" + "9" * 5000], "n_layer must be a whole number, got '999"),
+    (["seed=" + "9" * 50], "seed must be a whole number, got '999"),
+    (["learning_rate=" + "9" * 101], "learning_rate must be a number, got '999"),
+    (["norm=" + "x" * 9999], "or none, got 'xxx"),
     # paths
     (["dataset=../secret"], "dataset must be the bare name"),
 ])
 def test_bad_command_lines_are_refused_in_one_line(arguments, words):
     with pytest.raises(ValueError) as error:
         load_config(arguments)
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize("text, words", [
@@ -139,6 +153,12 @@ def test_bad_command_lines_are_refused_in_one_line(arguments, words):
     ("n_layer = '2x'", "n_layer must be a whole number, got '2x'"),
     ("out_dir = 3", "out_dir must be text in quotes, got 3"),
     ("n_layer = 2.0", "n_layer must be a whole number, got 2.0"),
+    ("n_layer = " + "+".join("1" * 20_000), "is nested too deeply"),
+    ("n_layer = " + "+".join("1" * 1500), "nested too deeply"),
+    ("n_layer = " + "-" * 90_000 + "1", "is nested too deeply"),
+    ("seed = 0x" + "f" * 9000, "arithmetic of numbers (below 2**63)"), ("learning_rate = " + "9" * 4000, "below 2**63"),
+    ("out_dir = " + "9" * 5000, "4300 digits"), ("seed = 10 ** 17 * 1000", "seed must be a whole number, got 1000"),
+    ("#" * 100_001, "is larger than 100,000 bytes"), ("n_layer = 1is 1", "only numbers, strings"),
 ])
 def test_bad_presets_are_refused_with_their_place_and_not_run(tmp_path, text, words):
     with pytest.raises(ValueError) as error:
@@ -153,5 +173,21 @@ def test_binary_presets_are_refused(tmp_path, content):
         read_preset(tmp_path / "x.py")
 
 
+def test_a_value_that_no_preset_can_hold_is_refused_unread():
+    deep = []
+    for _ in range(10_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="x.pt: n_layer must be a number or a text, got list"):
+        typed({"n_layer": deep}, knobs_of(ModelConfig), "x.pt")
+
+
 def test_a_value_may_hold_an_equals_sign():
     assert split_arguments(["a=b=c", "--d=e"]) == ([], {"a": "b=c", "d": "e"})
+
+
+@pytest.mark.parametrize("said, shown", [
+    ("a\nb\x1b]0;x\x07\u202e\ud800c", "a b ]0;x c"), ("x" * 9999, "x" * 1200 + " ... " + "x" * 295)])
+def test_an_error_is_one_line_that_no_terminal_obeys(capsys, said, shown):
+    with pytest.raises(SystemExit) as stop, user_errors():
+        raise ValueError(said)
+    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {shown}\n"

@@ -191,13 +191,33 @@ def test_a_damaged_tokenizer_file_is_one_error_line(text, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("change", [{"pattern": "(("}, {"pattern": 5}, {"special": {"a": -1}}, {"special": {"a": 7}},
-                                    {"special": {"a": 2**40}}, {"special": 3}])
-def test_a_damaged_tiktoken_file_is_one_error_line(change, tmp_path):
+@pytest.mark.parametrize("change", [
+    {"pattern": "(("}, {"pattern": 5}, {"pattern": ""}, {"pattern": "x*"}, {"pattern": r"\w+"},
+    {"pattern": r"(?:(a+)\1?)+$|[^a]"}, {"special": {"a": -1}}, {"special": {"a": 7}}, {"special": {"a": 2**40}},
+    {"special": 3}])
+def test_a_damaged_tiktoken_file_is_one_error_line(change, tmp_path, capfd):
     fields = {"kind": "tiktoken", **small_tiktoken().fields(), **change}
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match="damaged tokenizer file"):
         load_tokenizer(tmp_path)
+    assert capfd.readouterr().err == ""  # where Rust would write of a panic
+
+
+def test_a_pattern_that_fails_on_a_later_text_is_an_error_and_no_panic():
+    fields = small_tiktoken().fields() | {"pattern": r"(?:(b+)\1?)+$|[\s\S]"}
+    tokenizer = TiktokenTokenizer.from_fields(fields)
+    assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
+    with pytest.raises(ValueError, match="its pattern cannot split this text"):
+        tokenizer.encode("b" * 99 + "!")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_tokenizer_file_far_too_large_is_not_read(name, tmp_path):
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(tokenizer_module.LARGEST_FILE + 1)
+    for read in (load_tokenizer, tokenizer_sha256):
+        with pytest.raises(ValueError, match=f"{name}: has more than"):
+            read(tmp_path)
 
 
 def test_a_folder_must_have_exactly_one_tokenizer(made, tmp_path):

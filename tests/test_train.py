@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import torch
 import checkpoint
 import metrics
 import train
+from data.loader import open_dataset
+from device import choose_dtype
 from lock import Lock
 from model import Decoder
 
@@ -198,10 +201,10 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss(start, tmp_path)
     assert best["optimizer"] == {}
 
 
-def test_evaluation_is_the_mean_over_all_windows(start, tmp_path):
+def test_evaluation_is_the_mean_over_all_windows(start, tmp_path, data_folder):
     start("eval_iters=0", "micro_batch_size=8", "dropout=0.5")  # the last micro-batch of windows is not full
     state = checkpoint.load_newest(tmp_path / "run")
-    model, data = checkpoint.build_model(state, "cpu").eval(), train.open_dataset(train.DATA / "words")
+    model, data = checkpoint.build_model(state, "cpu").eval(), open_dataset(data_folder / "words")
     starts = train.val_starts(len(data.val), 32, 0)
     assert len(starts) % 8
     with torch.no_grad():
@@ -288,14 +291,14 @@ def test_a_sample_prompt_the_vocabulary_lacks_is_told_and_left_out(start):
 
 def test_an_automatic_dtype_is_checked_again_on_a_resume_and_can_be_named(start, monkeypatch):
     start("dtype=bfloat16", "max_iters=4")
-    choose = train.choose_dtype
+    choose = choose_dtype
 
     def older(wanted, device):
         if wanted == "bfloat16":
             raise ValueError("dtype=bfloat16 needs a newer device")
         return choose(wanted, device)
 
-    monkeypatch.setattr(train, "choose_dtype", older)
+    monkeypatch.setattr("run.choose_dtype", older)
     code, _, err = start("dtype=auto", "resume=yes", "max_iters=8")
     assert code == 2 and "needs a newer device" in err
     assert start("dtype=float32", "resume=yes", "max_iters=8")[0] == 0
@@ -332,7 +335,7 @@ def test_a_resume_on_changed_data_is_refused(start, data_folder, tmp_path, monke
     start("max_iters=4")
     (tmp_path / "words.txt").write_text((data_folder / "words.txt").read_text()[:-1] + "h")
     prepare([str(tmp_path / "words.txt")], tmp_path / "words", tokenizer="char")
-    monkeypatch.setattr(train, "DATA", tmp_path)
+    monkeypatch.setattr("run.DATA", tmp_path)
     code, _, err = start("resume=yes", "max_iters=8")
     assert code == 2 and "data content_sha256: checkpoint=" in err
 
@@ -440,8 +443,8 @@ def test_the_python_data_set_is_prepared_when_it_is_missing(start, tmp_path, mon
         asked.append(sources)
         shutil.copytree(data_folder / "words", out)
 
-    monkeypatch.setattr(train, "prepare", prepare)
-    monkeypatch.setattr(train, "DATA", tmp_path / "empty")
+    monkeypatch.setattr("run.prepare", prepare)
+    monkeypatch.setattr("run.DATA", tmp_path / "empty")
     assert start("dataset=python")[0] == 0 and asked == [["python"]]
     assert start("dataset=python", "resume=auto")[0] == 0 and len(asked) == 1
 
@@ -506,7 +509,7 @@ def test_a_spike_is_left_out_where_that_is_wanted(start, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_step", noted)
     spikes_at(monkeypatch, 5, 50)
     code, _, err = start(*LONG, "skip_spikes=6")
-    assert code == 0 and err.count("is a spike, the update is skipped") == 1 and "step 50: gradient norm" in err
+    assert code == 0 and err.count("its update is skipped") == 1 and "step 50: the gradient norm" in err
     assert torch.equal(weights[49], weights[50]) and not torch.equal(weights[50], weights[51])
     monkeypatch.undo()
 
@@ -527,7 +530,7 @@ def test_a_resumed_run_knows_a_spike_by_the_norms_before_it(start, tmp_path, mon
         start(*LONG, "skip_spikes=6")
     with monkeypatch.context() as patch:
         spikes_at(patch, 3)
-        assert "step 50: gradient norm" in start(*LONG, "skip_spikes=6", "resume=yes")[2]
+        assert "step 50: the gradient norm" in start(*LONG, "skip_spikes=6", "resume=yes")[2]
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
@@ -557,7 +560,7 @@ def test_data_that_change_while_they_are_read_end_the_run(start, tmp_path, monke
             os.utime(tmp_path / "data" / "words" / "train.bin", (1, 1))
         return batch(data, at, *rest)
 
-    monkeypatch.setattr(train, "DATA", tmp_path / "data")
+    monkeypatch.setattr("run.DATA", tmp_path / "data")
     with monkeypatch.context() as patch:
         patch.setattr(train, "batch", touch)
         code, _, err = start()
@@ -583,7 +586,7 @@ def test_a_signal_that_ends_the_compiler_is_not_taken_for_a_broken_one(start, tm
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_before_the_first_step_leaves_nothing(start, tmp_path, monkeypatch, number):
     handlers = signal.getsignal(number)
-    monkeypatch.setattr(train, "fit_to_machine", lambda config: os.kill(os.getpid(), number))
+    monkeypatch.setattr("run.fit_to_machine", lambda config: os.kill(os.getpid(), number))
     assert start()[0] == 128 + number
     assert not (tmp_path / "run").exists() and signal.getsignal(number) == handlers
 
@@ -607,3 +610,10 @@ def test_two_runs_never_write_into_one_folder(start, tmp_path):
     with Lock(tmp_path / "run"):
         code, _, err = start()
     assert code == 2 and re.fullmatch(r"error: .*run is in use by process \d+ on .*\n", err)
+
+
+def test_too_little_disk_for_the_checkpoints_is_told_before_the_first_step(start, monkeypatch):
+    assert "warning" not in start("max_iters=2")[1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**5))
+    assert re.search(r"warning: the checkpoints of this run need up to 0.001 GB, the disk of .* has 0.000 GB for",
+                     start("max_iters=2", out="other")[1])

@@ -5,7 +5,7 @@ apart from that they are processes like any other: what happens to one on kill -
 """
 
 import hashlib
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import signal
@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch._dynamo  # AdamW would import it in every child
 
 import checkpoint
 import metrics
+import run as run_module
 import train
 from data.prepare import prepare
 
@@ -91,7 +93,7 @@ def fault(name: str, whole: int, few: int) -> Callable:
 
 
 def words(folder: Path, name: str = "words") -> Path:
-    """A folder for train.DATA with the data set `name`: made-up prose, one token per character."""
+    """A folder for run.DATA with the data set `name`: made-up prose, one token per character."""
     data = folder / "data"
     if not (data / name).exists():
         pick = random.Random(0)
@@ -115,7 +117,8 @@ def _child(arguments: list[str], data: Path, output: Path, before: Callable[[], 
     os.dup2(sink, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
-    train.DATA, train.plot_losses = data, lambda folder: None  # drawing takes longer than these runs
+    run_module.DATA = data
+    train.plot_losses, train.matmul_rate = lambda folder: None, lambda device, dtype: 1e9  # both take longer than a run
     if before:
         before()
     sys.exit(train.main(arguments))
@@ -123,12 +126,16 @@ def _child(arguments: list[str], data: Path, output: Path, before: Callable[[], 
 
 class Child:
     """train.py with these arguments, in a process of its own. `before` is called in it first: a top-level function of
-    a module here, or a functools.partial of one, that replaces what the fault is about."""
+    a module here, or a functools.partial of one, that replaces what the fault is about. What it prints goes to
+    `output`, which is beside its out_dir unless it is named."""
 
-    def __init__(self, arguments: list[str], data: Path, before: Callable[[], None] | None = None):
+    def __init__(self, arguments: list[str], data: Path, before: Callable[[], None] | None = None,
+                 output: Path | None = None):
         out = next(a.removeprefix("out_dir=") for a in reversed(arguments) if a.startswith("out_dir="))
-        self.folder, self.output = Path(out), Path(f"{out}.log")
+        self.folder, self.output = Path(out), output or Path(f"{out}.log")
         self.output.unlink(missing_ok=True)
+        with patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"):  # it is not told our sys.path
+            multiprocessing.forkserver.ensure_running()
         self.process = SERVER.Process(target=_child, args=(arguments, data, self.output, before))
         self.process.start()
 
@@ -169,8 +176,9 @@ def traceback_in(text: str) -> str:
     return f"a traceback: {text[-600:]}" if "Traceback (most recent call last)" in text else ""
 
 
-def state_hash(folder: Path) -> str:
-    """SHA-256 over all that the newest checkpoint says about the state of the run: names, bits and numbers."""
+def state_hash(folder: Path, but: str = "") -> str:
+    """SHA-256 over all that the newest checkpoint says about the state of the run (`but` one field): names, bits and
+    numbers."""
     state, digest = checkpoint.load_newest(folder), hashlib.sha256()
     tensors = dict(state["model"]) | {f"{n} {k}": t for n, s in state["optimizer"].items() for k, t in s.items()}
     for name in sorted(tensors):
@@ -178,7 +186,7 @@ def state_hash(folder: Path) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else
                       repr(tensor.item()).encode())
-    rest = {k: v for k, v in state.items() if k not in ("model", "optimizer", "config", "data")}
+    rest = {k: v for k, v in state.items() if k not in ("model", "optimizer", "config", "data", but)}
     digest.update(repr(sorted(rest.items())).encode())
     return digest.hexdigest()
 
@@ -190,7 +198,7 @@ def curve(folder: Path) -> list[str]:
 
 
 def difference(whole: Path, cut: Path) -> str:
-    """How the run in `cut` differs from the uncut one in `whole`, as a failure; empty if it is the same, bit for bit."""
+    """How the run in `cut` differs from the uncut one in `whole`, as a failure; empty if it is bit for bit the same."""
     if curve(whole) != curve(cut):
         pairs = zip(curve(whole), curve(cut), strict=False)
         return f"records differ, first {next((p for p in pairs if p[0] != p[1]), 'in their number')}"
