@@ -73,9 +73,10 @@ def main(argv: list[str]) -> int:
             tracker = open_tracker(run.config.tracker, run.folder, run.config.flat())
             claim_folder(run)
         code = train(run, tracker)
-        if code == 0:
-            plot_losses(run.folder)
-            show_sample(run)
+        with user_errors():  # the run is over and saved, so a signal may end the rest at once
+            if code == 0:
+                plot_losses(run.folder)
+                show_sample(run)
     return code
 
 

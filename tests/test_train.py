@@ -617,3 +617,9 @@ def test_too_little_disk_for_the_checkpoints_is_told_before_the_first_step(start
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**5))
     assert re.search(r"warning: the checkpoints of this run need up to 0.001 GB, the disk of .* has 0.000 GB for",
                      start("max_iters=2", out="other")[1])
+
+
+def test_a_signal_while_the_sample_is_printed_ends_at_once_and_leaves_the_run(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "show_sample", lambda run: os.kill(os.getpid(), signal.SIGINT))
+    assert start()[0] == 130
+    assert checkpoint.load_newest(tmp_path / "run")["step"] == 12

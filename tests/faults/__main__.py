@@ -1,7 +1,7 @@
 """Runs the faults and prints their table:  make faults, or  PYTHONPATH=.:tests python -m faults [words of a name ...]
 
 Each fault runs in a process and a temporary folder of its own, as many at once as there are cores. The exit code is 1
-unless every fault passed every try. few=true makes only as many tries as `make test` does.
+unless every fault passed every try. few=true makes only as many tries as `make test` does, tries=N so many.
 """
 
 import json
@@ -24,7 +24,10 @@ HEADER = ("fault", "tries", "passed", "silently wrong", "most steps lost", "reco
 def main(argv: list[str]) -> int:
     if argv[:1] == ["one"]:
         return one(int(argv[1]), int(argv[2]))
-    few, words = "few=true" in argv, [w.lower() for w in argv if "=" not in w]
+    options = {w for w in argv if w.startswith(("few=", "tries="))}
+    words = [w.lower() for w in argv if w not in options]
+    tries = next((int(w.removeprefix("tries=")) for w in options if w.startswith("tries=")), 0)
+    few = "few=true" in options
     chosen = [f for f in FAULTS if all(w in f.name.lower() for w in words) and (f.few or not few)]
     if not chosen:
         print(f"error: no fault has {' and '.join(words)} in its name; there are: "
@@ -32,7 +35,7 @@ def main(argv: list[str]) -> int:
         return 2
     begin = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        rows = list(pool.map(lambda fault: in_process(fault, fault.few if few else fault.whole), chosen))
+        rows = list(pool.map(lambda fault: in_process(fault, tries or (fault.few if few else fault.whole)), chosen))
     print("\n" + table(rows))
     print(f"\n{len(rows)} faults, {sum(row['tries'] for row in rows):,} tries, {(time.monotonic() - begin) / 60:.0f} "
           f"minutes; torch {torch.__version__}, Python {sys.version.split()[0]}, {os.cpu_count()} cores")

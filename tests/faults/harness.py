@@ -115,7 +115,8 @@ def _child(arguments: list[str], data: Path, output: Path, before: Callable[[], 
     sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the faults themselves were started under
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     torch.set_num_threads(1)
     run_module.DATA = data
     train.plot_losses, train.matmul_rate = lambda folder: None, lambda device, dtype: 1e9  # both take longer than a run

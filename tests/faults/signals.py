@@ -447,7 +447,7 @@ def stop_prepare(script: list[str], folder: Path, number: int, delay: float) -> 
         text = printed.read()
     made = (data_sets / "words").exists()
     failure = traceback_in(text) or half_prepared(data_sets, "words")
-    if not failure and code != (0 if made else 128 + number):
+    if not failure and code not in ((0, 128 + number, -number) if made else (128 + number,)):  # made: it was at its end
         failure = f"exit code {code}, and the data set is {'there' if made else 'not there'}: {text[-300:]}"
     if not failure and seconds > PATIENCE:
         failure = f"it took {seconds:.1f} s to stop"
