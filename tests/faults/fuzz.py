@@ -112,7 +112,7 @@ COMMAND_LINES = st.lists(ARGUMENTS | st.sampled_from(["config/tiny.py", "config"
 
 NUMBERS = st.integers(-10**20, 10**20).map(str) | st.floats().map(repr) | GOOD | st.sampled_from(
     ["0x" + "f" * 9000, "1j", "1_000", "007", "9" * 4500, "1is 1", "...", "b'x'", "f'{1}'", "-" * 300 + "1",
-     "(" * 150 + "1"])
+     "(" * 150 + "1", "-" * 9000 + "1", "1" + "+1" * 1500, "1" + "+1" * 20_000])
 EXPRESSIONS = st.recursive(NUMBERS | TEXTS.map(ascii) | TEXTS, lambda inner: st.builds(
     "{} {} {}".format, inner, st.sampled_from(("+", "-", "*", "/", "//", "**", "%", "@", "if", ",", ":=")), inner)
     | inner.map("({})".format) | inner.map("[{}]".format) | inner.map("-{}".format) | inner.map("open({})".format)

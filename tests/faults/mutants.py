@@ -106,7 +106,7 @@ MUTANTS = (
 
 def main(argv: list[str]) -> int:
     chosen = [m for m in MUTANTS if all(word in m.what for word in argv)]
-    print("| taken out | found by | |\n| --- | --- | --- |", flush=True)
+    print("| taken out | the fault | passed |\n| --- | --- | --- |", flush=True)
     found = [(one, found_by(one)) for one in chosen]
     return 0 if chosen and all(words for _, words in found) else 1
 
