@@ -3,6 +3,7 @@
 import contextlib
 import io
 import random
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,15 +21,32 @@ SMALL = ["n_layer=2", "n_head=2", "n_embd=32", "n_hidden=64", "block_size=32", "
          "device=cpu", "dtype=float32", "compile=false", "dataset=words"]
 
 
-@pytest.fixture(scope="session")
-def data_folder(tmp_path_factory):
-    """A folder with the data set `words`: made-up prose, one token per character."""
-    folder = tmp_path_factory.mktemp("data")
+def prepare_words(folder, name="words"):
+    """Makes the data set folder/name: made-up prose, one token per character."""
     pick = random.Random(0)
     text = " ".join(pick.choice("the cat sat on a mat and saw the rat run to its hole".split()) for _ in range(5000))
-    (folder / "words.txt").write_text(text, encoding="utf-8")
-    prepare([str(folder / "words.txt")], folder / "words", tokenizer="char")
+    (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    prepare([str(folder / f"{name}.txt")], folder / name, tokenizer="char")
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory):
+    """A folder with the data set `words`."""
+    folder = tmp_path_factory.mktemp("data")
+    prepare_words(folder)
     return folder
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """No file of this process grows beyond `size` bytes meanwhile: a write ends there, and the next one fails, as on a
+    full disk. Not for a whole test, whose own output may be a file."""
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
 
 
 def launch_here(command, threads):

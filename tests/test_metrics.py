@@ -3,11 +3,10 @@
 import json
 import math
 import os
-import resource
 import sys
-from contextlib import contextmanager
 
 import pytest
+from conftest import largest_file
 
 from metrics import FILE, Log, clock, open_tracker, plot_losses, read_metrics
 
@@ -45,23 +44,12 @@ def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path):
         assert read_metrics(tmp_path) == []
 
 
-@contextmanager
-def full_disk(size):
-    """No file of this process can grow beyond `size` bytes; not for a whole test, whose own output may be a file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("room", [0, 5])
 def test_a_full_disk_under_the_log_is_told_and_leaves_no_half_line(tmp_path, capsys, room):
     with log(tmp_path) as lines:
         lines.evaluation(1, 2.0)
         before = (tmp_path / FILE).read_bytes()
-        with full_disk(len(before) + room):
+        with largest_file(len(before) + room):
             lines.evaluation(2, 2.0)
     assert "warning: metrics.jsonl failed, this record is not in it" in capsys.readouterr().err
     assert (tmp_path / FILE).read_bytes() == before

@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+from conftest import largest_file
 
 import checkpoint
 import data.prepare
@@ -36,17 +36,6 @@ MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
 def sizes(most: int, count: int) -> list[int]:
     """From 1 to most - 1, each the same factor above the one before."""
     return [round((most - 1) ** (i / max(1, count - 1))) for i in range(count)]
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file grows beyond `size` bytes meanwhile: a write ends there, and the next one fails, as on a full disk."""
-    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -7,7 +7,6 @@ apart from that they are processes like any other: what happens to one on kill -
 import hashlib
 import multiprocessing.forkserver
 import os
-import random
 import signal
 import statistics
 import sys
@@ -19,19 +18,14 @@ from unittest.mock import patch
 
 import torch
 import torch._dynamo  # AdamW would import it in every child
+from conftest import ROOT, SMALL, prepare_words
 
 import checkpoint
 import metrics
 import run as run_module
 import train
-from data.prepare import prepare
 
-ROOT = Path(__file__).parent.parent.parent
 TIMES = ("step_ms", "tok_per_s", "peak_memory_mb")  # of a record: what no two runs have equal
-MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_hidden": 64, "block_size": 32, "batch_size": 8, "max_iters": 12,
-         "warmup_iters": 2, "eval_interval": 5, "eval_iters": 4, "save_interval": 4, "log_interval": 1,
-         "sample_tokens": 0, "device": "cpu", "dtype": "float32", "compile": "false", "dataset": "words"}
-
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["faults.catalogue"])
 
@@ -93,21 +87,18 @@ def fault(name: str, whole: int, few: int) -> Callable:
 
 
 def words(folder: Path, name: str = "words") -> Path:
-    """A folder for run.DATA with the data set `name`: made-up prose, one token per character."""
+    """A folder for run.DATA with the data set `name`."""
     data = folder / "data"
     if not (data / name).exists():
-        pick = random.Random(0)
-        text = " ".join(pick.choice("the cat sat on a mat and saw the rat run to its hole".split())
-                        for _ in range(5000))
         data.mkdir(parents=True, exist_ok=True)
-        (data / f"{name}.txt").write_text(text, encoding="utf-8")
-        prepare([str(data / f"{name}.txt")], data / name, tokenizer="char")
+        prepare_words(data, name)
     return data
 
 
 def command(out: Path, **knobs: object) -> list[str]:
     """The arguments of train.py for a model that takes milliseconds, with `knobs` on top, for a run in `out`."""
-    return [str(ROOT / "config" / "tiny.py"), *(f"{k}={v}" for k, v in (MODEL | {"out_dir": out} | knobs).items())]
+    small = dict(argument.split("=") for argument in SMALL)
+    return [str(ROOT / "config" / "tiny.py"), *(f"{k}={v}" for k, v in (small | {"out_dir": out} | knobs).items())]
 
 
 def _child(arguments: list[str], data: Path, output: Path, before: Callable[[], None] | None) -> None:
