@@ -24,16 +24,17 @@ from config.schema import Config, knobs_of, typed, warn
 from cost import parameter_count
 from model import Decoder, ModelConfig
 
-FORMAT, VERSION = "rootllama checkpoint", 1
+FORMAT, VERSION = "rootllama checkpoint", 2
 FIELDS = {"format": str, "format_version": int, "step": int, "model": dict, "optimizer": dict, "scaler": dict,
-          "config": dict, "data": dict, "best_val_loss": float, "grad_norms": list}
+          "config": dict, "data": dict, "base": dict, "best_val_loss": float, "grad_norms": list}
 ENTRY = re.compile(r"[^/]+/(data\.pkl|data/\d+|version|byteorder|\.format_version|\.storage_alignment|"
                    r"\.data/serialization_id)")  # what torch.save puts into its zip files
 GLOBALS = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict"}  # all that ours look up
 LARGEST_PICKLE = 2**23  # bytes of names, shapes and numbers, about 150 for a tensor, whose own bytes are elsewhere
 LARGEST_TABLE = 2**28  # angles of RoPE: 2 million tokens of context with heads of 128
 ARCHITECTURE = tuple(name for name in ModelConfig.__dataclass_fields__ if name not in ("dropout", "norm_impl"))
-FIXED = ARCHITECTURE + ("dataset", "batch_size", "seed", "optimizer")  # changing these is another run
+FIXED = (*ARCHITECTURE, "init_from", "lora_rank", "lora_alpha", "dataset", "batch_size", "seed",
+         "optimizer")  # changing these is another run
 NEVER_COMPARED = ("out_dir", "resume", "log_interval", "keep", "sample_prompt", "sample_tokens", "tracker", "watch")
 
 
@@ -247,28 +248,32 @@ def prune(folder: Path, keep: int, step: int) -> None:
             warn(f"{path} could not be removed ({error})")
 
 
-def build_model(state: dict[str, Any], device: str) -> Decoder:
-    """The model that a checkpoint holds, with its weights, on `device`. ValueError if its parts do not fit together."""
+def model_config(state: dict[str, Any]) -> ModelConfig:
+    """The configuration of a checkpoint's model. ValueError if it does not say all of it."""
     knobs = {name: state["config"].get(name) for name in ModelConfig.__dataclass_fields__}
     missing = [name for name, value in knobs.items() if value is None]
     if missing:
         raise ValueError(f"the checkpoint does not say its {', '.join(missing)}: it is not from this program")
     if knobs["norm_impl"] == "triton":  # how norms were computed in training is no property of the weights
         knobs["norm_impl"] = "eager"
-    config = ModelConfig(**knobs)
-    wanted, there = parameter_count(config), sum(weight.numel() for weight in state["model"].values())
+    return ModelConfig(**knobs)
+
+
+def build_model(config: ModelConfig, weights: dict[str, torch.Tensor], device: str) -> Decoder:
+    """The model of a configuration with these weights, on `device`. ValueError if they do not fit together."""
+    wanted, there = parameter_count(config), sum(weight.numel() for weight in weights.values())
     if wanted != there:  # before memory is asked for
         raise ValueError(f"the checkpoint has {there:,} weights, a model of its config {wanted:,}: it is damaged")
     if config.block_size * config.head_size > LARGEST_TABLE:
         raise ValueError(f"the checkpoint's block_size={config.block_size:,} asks for more memory than any model needs")
     model = Decoder(config)
-    load_weights(model, state["model"])
+    load_weights(model, weights)
     return model.to(device)
 
 
 def load_weights(model: Decoder, weights: dict[str, torch.Tensor]) -> None:
-    """Copies weights by name; a missing, surplus or wrongly shaped one is named."""
-    own = dict(model.named_parameters())
+    """Copies weights by name into all that is not frozen; a missing, surplus or wrongly shaped one is named."""
+    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name in sorted(own.keys() ^ weights.keys()):
         raise ValueError(f"the checkpoint {'lacks' if name in own else 'has a surplus'} {name}")
     with torch.no_grad():

@@ -38,13 +38,13 @@ import norm
 import train
 import watch
 from checkpoint import NEVER_COMPARED, all_in, write_atomically
-from config.schema import Config, convert, help_text, knobs_of, load_config, split_arguments, user_errors
+from config.schema import Config, convert, help_text, knobs_of, split_arguments, user_errors
 from device import processor
 from lock import Lock
 from metrics import read_metrics
 from model import ModelConfig
 from report import Study, best_cells, speed_section, time_ratio, write_report
-from run import Run, set_up
+from run import Run, read_config, set_up
 from train import NOT_FINITE, Interrupts, first_step, timed_step
 
 OPTIONS = {"seeds": ("5", int, 0), "jobs": ("1", int, 1), "steps": ("30", int, 2), "equal_time": ("true", bool, False)}
@@ -132,7 +132,7 @@ def read_plan(argv: list[str]) -> Plan:
     for name, values in lists.items():
         if len({convert(name, value, kinds[name]) for value in values}) < len(values):
             raise ValueError(f"{name}={pairs[name]} has a value twice: keep one")
-    base = load_config([*preset, *arguments(pairs | {name: values[0] for name, values in lists.items()})])
+    base = read_config([*preset, *arguments(pairs | {name: values[0] for name, values in lists.items()})])
     stem = Path(preset[0]).stem if preset else "small"
     rates = lists.pop("learning_rate", [pairs.get("learning_rate", repr(base.learning_rate))])
     arms = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
@@ -155,7 +155,7 @@ def cell_of(plan: Plan, arm: str, rate: str, seed: int, **more: str) -> Cell:
     """ValueError names the cell whose knobs do not go together."""
     knobs = plan.fixed | plan.arms[arm] | {"learning_rate": rate, "seed": str(seed)} | more
     try:
-        return Cell(arm, knobs, load_config([*plan.preset, *arguments(knobs)]))
+        return Cell(arm, knobs, read_config([*plan.preset, *arguments(knobs)]))
     except ValueError as error:
         raise ValueError(f"{arm}, learning_rate={rate}, seed={seed}: {error}") from error
 

@@ -4,6 +4,7 @@ import dataclasses
 
 from config.schema import Config
 from device import matmul_rate, total_memory
+from lora import adapter_count
 from model import FINAL_NORM, SCALED_EMBEDDING, UNGATED, ModelConfig
 from norm import PARAMETERS, SCALARS
 
@@ -25,31 +26,34 @@ def parameter_count(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig) -> float:
     """Floating-point operations per trained token, forward and backward: PaLM's count (arXiv 2204.02311, appendix B).
 
-    6 per weight of a matrix product (the embedding is a look-up, not a product) and 12 n_layer C T for attention,
+    6 per weight of a matrix product (the embedding is a look-up, not a product) and 12 n_layer H D T for attention,
     of which a causal kernel does half.
     """
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.n_embd
     matrices = parameter_count(config) - lookup
-    return 6 * matrices + 12 * config.n_layer * config.n_embd * config.block_size
+    return 6 * matrices + 12 * config.n_layer * config.n_head * config.head_size * config.block_size
 
 
-def memory_estimate(config: ModelConfig, micro_batch: int, dtype: str,
-                    checkpointing: bool = False) -> tuple[float, float]:
+def memory_estimate(config: ModelConfig, micro_batch: int, dtype: str, checkpointing: bool = False,
+                    lora_rank: int = 0) -> tuple[float, float]:
     """Bytes that training needs, about: (weights + gradient + two moments in fp32, activations of one micro-batch).
 
-    Counted from what each operation keeps for backward; a compiled or fused one keeps less.
+    Counted from what each operation keeps for backward; a compiled or fused one keeps less. With adapters, gradient and
+    moments are theirs alone.
     """
     s = 4 if dtype == "float32" else 2
     C, F = config.n_embd, config.hidden_size
     block = 4 * 8 * C + s * (8 * C + 4 * F)  # fp32: residual stream and norms; s: inputs of matrix products
     per_token = block * (1 if checkpointing else config.n_layer) + 4 * C * config.n_layer * checkpointing
     logits = config.vocab_size * (s + 3 * 4)  # as computed, in fp32, log-softmax and its gradient
-    return 16.0 * parameter_count(config), float(micro_batch * config.block_size * (per_token + logits))
+    whole, adapters = parameter_count(config), adapter_count(config, lora_rank)
+    fixed = 4.0 * whole + 16.0 * adapters if lora_rank else 16.0 * whole
+    return fixed, float(micro_batch * config.block_size * (per_token + logits))
 
 
 def fit_to_machine(config: Config) -> Config:
     """The micro-batch and whether to compile, where they are automatic; refuses a model far beyond the memory."""
-    fixed, one = memory_estimate(config.model, 1, config.dtype, config.activation_checkpointing)
+    fixed, one = memory_estimate(config.model, 1, config.dtype, config.activation_checkpointing, config.lora_rank)
     room = total_memory(config.device)
     if fixed + one > 1.5 * room:
         raise ValueError(f"{parameter_count(config.model) / 1e9:.1f} billion parameters need about "

@@ -18,6 +18,7 @@ from config.schema import Config, warn
 from cost import memory_estimate, parameter_count
 from data.loader import Dataset
 from device import peak_memory
+from lora import adapter_count
 
 FILE = "metrics.jsonl"
 
@@ -160,13 +161,17 @@ def summary(config: Config, data: Dataset, step: int, rate: float) -> str:
     """What is about to happen, and what auto chose."""
     model = config.model
     tokens, parameters = config.batch_size * model.block_size, parameter_count(model)
-    fixed, kept = memory_estimate(model, config.micro_batch_size, config.dtype, config.activation_checkpointing)
+    fixed, kept = memory_estimate(model, config.micro_batch_size, config.dtype, config.activation_checkpointing,
+                                  config.lora_rank)
+    begun = f", begun with the weights of {config.init_from}" if config.init_from else ""
+    learn = adapter_count(model, config.lora_rank)
+    share = f", beside which {learn:,} ({learn / parameters:.2%}) are trained" if config.lora_rank else ""
     xz = data.meta.get("val_xz_bits_per_byte")  # a model that needs more bits than xz has learned little
     yardstick = f"; xz -9e needs {xz:.3f} bits per byte of the latter" if xz else ""
     return "\n".join((
         f"model    {model.n_layer} blocks, {model.n_embd} wide, {model.n_head} heads ({model.kv_heads} kv), "
         f"feed-forward {model.hidden_size}, {model.norm} ({model.norm_impl}), vocab {model.vocab_size:,}: "
-        f"{parameters:,} parameters",
+        f"{parameters:,} parameters{share}",
         f"data     {config.dataset}: {len(data.train):,} training and {len(data.val):,} validation tokens of "
         f"{data.bytes_per_token('train'):.2f} bytes{yardstick}",
         f"steps    {config.max_iters:,} of {config.batch_size} x {model.block_size} = {tokens:,} tokens in "
@@ -177,7 +182,7 @@ def summary(config: Config, data: Dataset, step: int, rate: float) -> str:
         f"{kept / 1e9:.2f} activations",
         f"machine  {config.device}, {config.dtype} at {rate / 1e9:,.0f} GFLOP/s (measured), "
         f"{'compiled' if config.compile else 'not compiled'}",
-        f"out      {config.out_dir} from step {step}{disk_warning(config, parameters)}"))
+        f"out      {config.out_dir} from step {step}{begun}{disk_warning(config, learn or parameters)}"))
 
 
 def disk_warning(config: Config, parameters: int) -> str:

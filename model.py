@@ -1,6 +1,6 @@
 """A LLaMA-style decoder in one file; with norm.py beside it, it works alone.
 
-Legend: B batch, T time, C channels (n_embd), H heads, K key/value heads, D head size (C / H), F hidden size of the
+Legend: B batch, T time, C channels (n_embd), H heads, K key/value heads, D head size, F hidden size of the
 feed-forward, V vocabulary, S cache size. Reading order is from the configuration through the leaves to the root.
 """
 
@@ -31,6 +31,7 @@ class ModelConfig:
     n_head: int = knob(6, "attention heads in a Block")
     n_kv_head: int = knob(0, "key/value heads; 0 = n_head (MHA), 1 = MQA, between = GQA")
     n_embd: int = knob(384, "channels of the residual stream")
+    head_dim: int = knob(0, "channels of a head; 0 = n_embd / n_head")
     ffn: Literal["swiglu", "geglu", "gelu", "relu2"] = knob(
         "swiglu", "the feed-forward: gated by silu (LLaMA) or gelu, or plain with gelu or squared relu")
     n_hidden: int = knob(0, "hidden size of a gated feed-forward; 0 = LLaMA's rule: 8/3 n_embd, rounded up to 256s. A "
@@ -61,7 +62,7 @@ class ModelConfig:
         problems = [f"{name} must be between 1 and {most:,}, got {getattr(self, name):,}"
                     for name, most in LARGEST.items() if not 1 <= getattr(self, name) <= most]
         problems += [f"{name} must be 0 (automatic) or more, got {getattr(self, name)}"
-                     for name in ("n_kv_head", "n_hidden", "vocab_size") if getattr(self, name) < 0]
+                     for name in ("n_kv_head", "head_dim", "n_hidden", "vocab_size") if getattr(self, name) < 0]
         problems += [f"{name} must be above 0, got {getattr(self, name)}"
                      for name in ("norm_eps", "norm_alpha", "rope_theta", "rope_factor", "rope_original_context")
                      if getattr(self, name) <= 0]
@@ -78,11 +79,14 @@ class ModelConfig:
             raise ValueError("; ".join(problems))
 
     def _head_problems(self) -> list[str]:
-        if self.n_embd % (2 * self.n_head):  # an even head size: RoPE rotates pairs
+        if self.head_dim % 2 or self.head_dim > LARGEST["n_embd"]:
+            return [f"head_dim must be even for RoPE, which rotates pairs, and at most {LARGEST['n_embd']:,}, got "
+                    f"{self.head_dim:,}"]
+        if not self.head_dim and self.n_embd % (2 * self.n_head):
             step = 2 * self.n_head
             below, above = self.n_embd // step * step, -(-self.n_embd // step) * step
             return [f"n_embd={self.n_embd} must be a multiple of 2 * n_head={self.n_head} (an even head size for "
-                    f"RoPE): nearest are {f'{below} and ' if below else ''}{above}"]
+                    f"RoPE): nearest are {f'{below} and ' if below else ''}{above}; or set head_dim"]
         if self.n_head % self.kv_heads:
             divisors = [k for k in range(1, self.n_head + 1) if self.n_head % k == 0]
             return [f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}: "
@@ -102,7 +106,7 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
 
     @property
     def kv_heads(self) -> int:
@@ -193,7 +197,7 @@ class Attention(nn.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q, k = self.queries_and_keys(x, cos, sin)
         v = self.v(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2)  # [B, K, T, D]
         mask = None
@@ -205,7 +209,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask is None and k.shape[2] == T, enable_gqa=self.kv_heads != self.heads)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))  # [B, H, T, D] -> [B, T, H * D]
+        return self.out(y.transpose(1, 2).flatten(2))  # [B, H, T, D] -> [B, T, H * D] -> [B, T, C]
 
 
 class FeedForward(nn.Module):
@@ -322,7 +326,8 @@ class Decoder(nn.Module):
                 x = block(x, cos, sin, cache)
         if cache is not None:
             cache.length += T
-        logits = F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
+        x = self.norm(x)
+        logits = F.linear(x, self.embed.weight) if self.head is None else self.head(x)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -340,10 +345,11 @@ def initialise(model: Decoder, seed: int) -> None:
     std = dict.fromkeys(("q", "k", "v", "gate", "up"), 0.02) | dict.fromkeys(("out", "down"), 0.02 / math.sqrt(2 * L))
     std |= dict.fromkeys(("embed", "head"), min(0.02, 0.25 / math.sqrt(C)))
     if config.norm_pos == "deepnorm":  # Xavier's, times (8 n_layer)^-1/4 in all that makes a branch large
-        K, F = config.kv_heads * config.head_size, config.hidden_size
+        H, K, F = config.n_head * config.head_size, config.kv_heads * config.head_size, config.hidden_size
         small = (8 * L) ** -0.25
-        std |= {"q": math.sqrt(1 / C), "k": math.sqrt(2 / (C + K)), "v": small * math.sqrt(2 / (C + K)),
-                "out": small * math.sqrt(1 / C)} | dict.fromkeys(("gate", "up", "down"), small * math.sqrt(2 / (C + F)))
+        std |= {"q": math.sqrt(2 / (C + H)), "k": math.sqrt(2 / (C + K)), "v": small * math.sqrt(2 / (C + K)),
+                "out": small * math.sqrt(2 / (C + H))}
+        std |= dict.fromkeys(("gate", "up", "down"), small * math.sqrt(2 / (C + F)))
     for name, parameter in model.named_parameters():
         role, leaf = name.split(".")[-2:]
         if leaf in NORM_LEAVES:
@@ -353,28 +359,3 @@ def initialise(model: Decoder, seed: int) -> None:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         with torch.no_grad():
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std[role], generator=generator))
-
-
-@torch.no_grad()
-def fold_norms(model: Decoder) -> Decoder:
-    """Moves the gains of an RMSNorm model into the matrices that follow, in place. FlashNorm, arXiv 2407.09577.
-
-    For inference: the same function, up to rounding, with less to compute. ValueError where no matrix follows a norm,
-    or a bias would be needed. The final norm keeps its gain where the head is tied: its matrix is the embedding too.
-    """
-    config = model.config
-    if config.norm not in ("rmsnorm", "rmsnorm1p") or config.norm_pos != "pre":
-        raise ValueError(f"only rmsnorm and rmsnorm1p with norm_pos=pre can be folded, this model has {config.norm} "
-                         f"with {config.norm_pos}")
-    after: list[tuple[nn.Module, str, tuple[nn.Linear, ...]]] = []
-    if model.head is not None:
-        after.append((model, "norm", (model.head,)))
-    for block in model.blocks:
-        after.append((block, "attn_norm", (block.attn.q, block.attn.k, block.attn.v)))
-        after.append((block, "ffn_norm", tuple(m for m in (block.ffn.gate, block.ffn.up) if m is not None)))
-    for parent, name, matrices in after:
-        gain = getattr(parent, name).gain + (1 if config.norm == "rmsnorm1p" else 0)
-        for matrix in matrices:
-            matrix.weight *= gain  # [out, C] * [C]
-        setattr(parent, name, Norm("rmsnorm_noparam", config.n_embd, config.norm_eps, config.norm_impl))
-    return model

@@ -55,7 +55,7 @@ def group_of(name: str, parameter: Tensor) -> str:
 
 
 class Optimizers:
-    """One or two torch optimizers over one model, each parameter in exactly one group of one of them.
+    """One or two torch optimizers over one model, each parameter but frozen ones in exactly one group of one of them.
 
     Gains, biases and the embedding are not decayed; embedding and head learn at `embed_lr` times the rate. With `muon`
     the Blocks' matrices go to Muon (Jordan et al. 2024), its step scaled to the size of AdamW's (Liu et al. 2025,
@@ -64,7 +64,7 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, *, optimizer: str, weight_decay: float, betas: tuple[float, float],
                  momentum: float, embed_lr: float = 1.0):
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         groups: dict[str, list[Tensor]] = {"hidden": [], "head": [], "embed": [], "gain": []}
         for parameter, name in self.names.items():
             groups[group_of(name, parameter)].append(parameter)
@@ -75,8 +75,9 @@ class Optimizers:
         self.all: list[torch.optim.Optimizer] = []
         if optimizer == "muon":
             self.all.append(torch.optim.Muon([ready.pop("hidden")], momentum=momentum, adjust_lr_fn="match_rms_adamw"))
-        fused = groups["embed"][0].device.type in HAVE_FUSED_ADAMW
-        self.all.append(torch.optim.AdamW(list(ready.values()), betas=betas, fused=fused))
+        if ready:  # not if adapters are all there is, and Muon has them
+            fused = next(model.parameters()).device.type in HAVE_FUSED_ADAMW
+            self.all.append(torch.optim.AdamW(list(ready.values()), betas=betas, fused=fused))
         held = [p for o in self.all for g in o.param_groups for p in g["params"]]
         assert len(held) == len(self.names) and set(held) == set(self.names), "each parameter in exactly one group"
 

@@ -1,8 +1,10 @@
 """One training run: checked before anything is created, then built, at its first step or at the saved one."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,17 @@ import torch
 from torch import nn
 
 import checkpoint
-from config.schema import Config
+from config.schema import UNDECIDED, Config, load_config
 from cost import fit_to_machine, parameter_count
+from data.corpus import open_corpus
 from data.loader import Dataset, open_dataset, train_starts, val_starts
 from data.prepare import prepare
-from data.tokenizer import tokenizer_file
+from data.tokenizer import tokenizer_file, tokenizer_sha256
 from device import choose_device, choose_dtype, keep_freed_memory, versions
+from lora import add_adapters
 from model import Decoder
 from optim import Optimizers
+from weights import Weights, architecture, open_base, open_weights
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -35,6 +40,7 @@ class Run:
     scaler: torch.amp.GradScaler
     step: int = 0  # optimizer steps done
     best_val_loss: float = math.inf
+    base: dict[str, Any] = field(default_factory=dict)  # of adapters: path and checksum of the weights they are for
     grad_norms: list[float] = field(default_factory=list)  # of the last steps, to know a spike by
 
     @property
@@ -42,22 +48,36 @@ class Run:
         return Path(self.config.out_dir)
 
 
+def read_config(argv: list[str]) -> Config:
+    """The checked Config of a command line; with init_from, the model is that of the weights to begin with."""
+    return load_config(argv, inherited)
+
+
+def inherited(knobs: dict[str, Any]) -> dict[str, Any]:
+    """The model knobs that are decided elsewhere: by the run that is resumed, which may have outlived the weights that
+    it began with, or by those weights."""
+    if not knobs.get("init_from"):
+        return {}
+    out = Path(knobs.get("out_dir", Config.out_dir))
+    resumed = knobs.get("resume", Config.resume) != "no" and checkpoint.all_in(out)
+    return dataclasses.asdict(architecture(out if resumed else Path(knobs["init_from"])))
+
+
 def set_up(wanted: Config) -> Run:
-    """Checks everything, prepares the embedded data set if it is missing, builds or restores the run."""
+    """Checks everything, prepares a text that is not a data set yet, builds or restores the run."""
     saved = find_saved(wanted)
     device = choose_device(wanted.device)
     config = dataclasses.replace(wanted, device=device, dtype=choose_dtype(wanted.dtype, device))
-    if wanted.dataset == "python" and not (DATA / "python").exists():
-        print("data/python is not there yet: preparing it from this Python's standard library")
-        prepare(["python"], DATA / "python")
-    data = open_dataset(DATA / wanted.dataset)
-    config = fit_to_data(config, data)
+    start = find_start(config, saved)
+    tokenizer = Path(config.out_dir) if saved else start.folder if start else None
+    data = open_dataset(find_dataset(config.dataset, tokenizer if config.init_from else None))
+    config = fit_to_data(config, data, start)
     config = keep_what_was_automatic(config, wanted, saved)
     config = fit_to_machine(config)
     if saved:
         for line in checkpoint.compare_with_run(saved, config.flat(), data.fingerprint):
             print(f"resuming with {line}")
-    return build(config, data, saved)
+    return build(config, data, saved, start)
 
 
 def find_saved(config: Config) -> dict[str, Any] | None:
@@ -73,8 +93,49 @@ def find_saved(config: Config) -> dict[str, Any] | None:
     return checkpoint.load_newest(folder) if there else None
 
 
-def fit_to_data(config: Config, data: Dataset) -> Config:
-    """vocab_size 0 becomes the tokenizer's, a larger one pads, a smaller one is refused. Short splits are refused."""
+def find_start(config: Config, saved: dict[str, Any] | None) -> Weights | None:
+    """The weights to begin with, if init_from names some. A resumed run has its own; adapters alone need them again."""
+    if not config.init_from or (saved and not config.lora_rank):
+        return None
+    if saved:
+        return open_base(saved["base"], checkpoint.path_of(Path(config.out_dir), saved["step"]))
+    start = open_weights(Path(config.init_from))
+    for name in checkpoint.ARCHITECTURE:
+        if name not in UNDECIDED and getattr(start.config, name) != getattr(config.model, name):
+            raise ValueError(f"{start.folder / 'config.json'} says {name}={getattr(config.model, name)}, but the "
+                             f"weights there have {getattr(start.config, name)}: one of the two is not from this run")
+    return start
+
+
+def find_dataset(name: str, tokenizer: Path | None) -> Path:
+    """The folder of the data set. A text in its place is prepared first, with the tokenizer in a folder or one of its
+    own, under a name that has a hash of both: so once, and again if either is another."""
+    folder, text = DATA / Path(name).name, Path(name)
+    if (text / "meta.json").is_file():  # a data set by its path
+        return text
+    if "/" not in name and (folder.exists() or not text.is_file()):
+        if name == "python" and not folder.exists():
+            print("data/python is not there yet: preparing it from this Python's standard library")
+            prepare(["python"], folder)
+        return folder
+    if not text.exists():
+        raise ValueError(f"dataset={name} does not exist: name a folder under data/, or a text")
+    digest = hashlib.sha256(b"" if tokenizer is None else tokenizer_sha256(tokenizer).encode())
+    for piece in open_corpus([name]).pieces():
+        digest.update(f"{piece.split} {piece.start} {len(piece.text)} ".encode() + piece.text.encode())
+    folder = DATA / f"{text.resolve().stem.lstrip('.')}-{digest.hexdigest()[:8]}"
+    if not folder.exists():
+        print(f"preparing {name} as data/{folder.name}")
+        prepare([name], folder, tokenizer and str(tokenizer))
+    return folder
+
+
+def fit_to_data(config: Config, data: Dataset, start: Weights | None) -> Config:
+    """vocab_size 0 becomes the tokenizer's, a larger one pads, a smaller one is refused. Short splits are refused, and
+    tokens that mean something else to the weights to begin with."""
+    if start is not None and start.data["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
+        raise ValueError(f"{data.folder} was not made with the tokenizer of {start.folder}: python data/prepare.py "
+                         f"TEXT tokenizer={start.folder} name=NAME makes one that is, and so does dataset=TEXT")
     vocab, wanted = data.meta["vocab_size"], config.model.vocab_size
     if 0 < wanted < vocab:
         raise ValueError(f"vocab_size={wanted} is below the {vocab} tokens of data/{config.dataset}: "
@@ -95,19 +156,26 @@ def keep_what_was_automatic(config: Config, wanted: Config, saved: dict[str, Any
     return dataclasses.replace(config, **{name: before[name] for name in automatic if name in before})
 
 
-def build(config: Config, data: Dataset, saved: dict[str, Any] | None) -> Run:
+def build(config: Config, data: Dataset, saved: dict[str, Any] | None, start: Weights | None) -> Run:
     """Model, optimizers and scaler, at their first step or at the saved one."""
     if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
     elif config.device == "cpu":
         keep_freed_memory()
-    model = Decoder(config.model, seed=config.seed).to(config.device)
+    model, base = Decoder(config.model, seed=config.seed), {}
+    if start:
+        checkpoint.load_weights(model, start.tensors)
+    if config.lora_rank:
+        add_adapters(model, config.lora_rank, config.lora_alpha, config.seed)
+        base = {"path": os.path.relpath(start.place, config.out_dir), "checksum": start.checksum()}
+    model.to(config.device)
     model.activation_checkpointing = config.activation_checkpointing
     optimizers = Optimizers(model, optimizer=config.optimizer, weight_decay=config.weight_decay,
                             betas=(config.beta1, config.beta2), momentum=config.muon_momentum,
                             embed_lr=config.embed_lr)
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
-    run = Run(config, data, model, torch.compile(model, dynamic=False) if config.compile else model, optimizers, scaler)
+    forward = torch.compile(model, dynamic=False) if config.compile else model
+    run = Run(config, data, model, forward, optimizers, scaler, base=base)
     if saved:
         checkpoint.load_weights(model, saved["model"])
         optimizers.load_state_dict(saved["optimizer"])

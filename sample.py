@@ -1,4 +1,5 @@
 """Continue a prompt with a trained model:  python sample.py out/small prompt="def main(" [key=value ...]
+Or see how well it predicts a text:       python sample.py out/small eval=val
 
 Reading order: generate, all that training and benchmarks use of this file; the arithmetic it is made of; the command.
 """
@@ -18,14 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import build_model, load_named
 from config.schema import help_text, knobs_of, split_arguments, typed, user_errors
-from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
-from device import autocast, choose_device, choose_dtype
+from data.tokenizer import Tokenizer
+from device import autocast, choose_device, choose_dtype, keep_freed_memory
+from evaluate import evaluate, find_dataset
 from model import Decoder, KVCache, knob
+from quantize import quantize_int8, round_matrices
+from weights import load_model
 
-USAGE = "python sample.py RUN_FOLDER [key=value ...]\n\nEvery knob with its default:"
+USAGE = "python sample.py FOLDER [key=value ...]\n\nFOLDER is a run's or Hugging Face's. Every knob with its default:"
 LARGEST_PROMPT = 1_000_000  # bytes of a file or of standard input; far above any context
+FOR_EVAL = ("dataset", "eval_iters", "block_size", "micro_batch_size")
 ARGUMENTS = ("max_new_tokens", "num_samples", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 # What a terminal would obey instead of show: C0 but newline and tab, DEL and C1, and the overrides of text direction.
 UNSAFE = dict.fromkeys({*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {9, 10})
@@ -146,7 +150,7 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """What is sampled, and how."""
+    """What is sampled or evaluated, and how."""
 
     prompt: str = knob("-", "text to continue; FILE:path = a file's, - = standard input's unless that is a terminal; "
                        "their last newline does not count")
@@ -162,6 +166,12 @@ class SampleOptions:
     device: str = knob("auto", "auto (CUDA, then MPS, then CPU), cpu, mps, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
         "auto", "of the matrix products. auto = bfloat16 where the hardware has it, else float32")
+    quantize: Literal["none", "int8"] = knob("none", "int8 = matrices as whole numbers with a scale for each output")
+    eval: Literal["none", "val", "train"] = knob("none", "instead of sampling, print the loss on this split of dataset")
+    dataset: str = knob("", "eval: folder under data/, made by data/prepare.py; '' = what the run was trained on")
+    eval_iters: int = knob(0, "eval: windows, evenly spread, always the same; 0 = the whole split")
+    block_size: int = knob(0, "eval: tokens of a window; 0 = the model's context, but at most 2048")
+    micro_batch_size: int = knob(0, "eval: windows at once; 0 = as fits. Not the loss but its last digits depend on it")
     interactive: bool = knob(False, "ask for prompts until the end of the input (Ctrl-D)")
     raw: bool = knob(False, "let control characters through to the terminal")
 
@@ -174,12 +184,24 @@ class SampleOptions:
                  "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
                  "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "above 0, from 0.01 to 100"),
                  "seed": (0 <= self.seed < 2**64, "0 or more, and below 2**64")}
+        rules |= {name: (getattr(self, name) >= 0, "0 (automatic) or more") for name in FOR_EVAL[1:]}
         problems = [f"{name} must be {rule}, got {getattr(self, name)}"
                     for name, (kept, rule) in rules.items() if not kept]
         if self.interactive and self.prompt != "-":
             problems.append("interactive=true asks for the prompts: leave prompt out")
+        if self.eval != "none" and (self.interactive or self.prompt != "-"):
+            problems.append(f"eval={self.eval} samples nothing: leave prompt and interactive out")
+        if self.eval == "none" and (idle := [name for name in FOR_EVAL if getattr(self, name)]):
+            problems.append(f"{' and '.join(idle)} only count with eval=val or eval=train")
+        if self.quantize == "int8" and self.dtype == "float16":
+            problems.append("quantize=int8 would overflow in float16: use dtype=bfloat16 or float32")
         if problems:
             raise ValueError("; ".join(problems))
+
+    @property
+    def arithmetic(self) -> str:
+        """What the speed and the last digits depend on."""
+        return f"({self.device}, {self.dtype}{'' if self.quantize == 'none' else f', {self.quantize}'})"
 
 
 def main(argv: list[str]) -> int:
@@ -204,9 +226,16 @@ def run(argv: list[str]) -> None:
         return
     with user_errors():
         folder, options = parse(argv)
-        text = "" if options.interactive else prompt_text(options.prompt)
-        model, tokenizer = load_run(folder, options.checkpoint, options.device)
+        text = prompt_text(options.prompt) if options.eval == "none" and not options.interactive else ""
+        model, tokenizer, known = load_model(folder, options.checkpoint, options.device)
         ids = prompt_ids(tokenizer, text)
+        for_inference(model, options)
+        if options.eval != "none":
+            data = find_dataset(options.dataset, known, folder)
+            found = evaluate(model, data, options.eval, options.device, options.dtype, windows=options.eval_iters,
+                             block_size=options.block_size, batch=options.micro_batch_size)
+            print(found, options.arithmetic)
+            return
     sys.stdout.reconfigure(errors="replace")  # where the output cannot hold a character, a ? is better than an end
     if options.interactive:
         converse(model, tokenizer, options)
@@ -215,10 +244,10 @@ def run(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> tuple[Path, SampleOptions]:
-    """The run's folder and the options, with device and dtype resolved."""
+    """The folder and the options, with device and dtype resolved."""
     places, pairs = split_arguments(argv)
     if len(places) != 1:
-        raise ValueError(f"name one run folder, got {' '.join(places) or 'none'}: "
+        raise ValueError(f"name one folder of a run, got {' '.join(places) or 'none'}: "
                          f"python sample.py out/small prompt='...'")
     options = SampleOptions(**typed(pairs, knobs_of(SampleOptions), "command line"))
     device = choose_device(options.device)
@@ -250,18 +279,14 @@ def read_text(file: BinaryIO, name: str) -> str:
         raise ValueError(f"{name} is not UTF-8 text (at byte {error.start})") from error
 
 
-def load_run(folder: Path, which: str, device: str) -> tuple[Decoder, Tokenizer]:
-    """The model of a run's checkpoint (latest, best or a step) on `device`, and the tokenizer it was trained with."""
-    state, tokenizer, found = load_named(folder, which), load_tokenizer(folder), tokenizer_sha256(folder)
-    wanted = state["data"].get("tokenizer_sha256", found)  # a model that comes from elsewhere may not know its own
-    if wanted != found:
-        raise ValueError(f"the tokenizer in {folder} is not the one this model was trained with (SHA-256 {found[:12]} "
-                         f"instead of {wanted!s:.12}): copy that of the data set there")
-    model = build_model(state, device)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model knows only "
-                         f"{model.config.vocab_size}: it is not the one of this run")
-    return model, tokenizer
+def for_inference(model: Decoder, options: SampleOptions) -> None:
+    """Makes the matrices as small as they are used, so that each token reads less. Changes no result but int8's."""
+    if options.quantize == "int8":
+        quantize_int8(model)
+    elif options.dtype != "float32":
+        round_matrices(model, getattr(torch, options.dtype))
+    if options.device == "cpu":
+        keep_freed_memory()
 
 
 def converse(model: Decoder, tokenizer: Tokenizer, options: SampleOptions) -> None:
@@ -278,28 +303,36 @@ def converse(model: Decoder, tokenizer: Tokenizer, options: SampleOptions) -> No
 
 
 def respond(model: Decoder, tokenizer: Tokenizer, ids: list[int], options: SampleOptions, echo: str = "") -> None:
-    """Prints `echo` and the continuation of ids as it comes; further samples follow whole, and the speed on stderr."""
+    """Prints `echo` and the continuation of ids as it comes; further samples follow whole, and the speed on stderr.
+
+    A sample is over where the model ends its text, and all of it when every sample is.
+    """
     block_size = model.config.block_size
     left_out = window_start(len(ids), block_size)
     if left_out:
         print(f"warning: the prompt has {len(ids):,} tokens, the model sees at most {block_size:,} at once: the first "
               f"{left_out:,} are left out", file=sys.stderr)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back the bytes of an unfinished character
-    others: list[list[int]] = [[] for _ in range(options.num_samples - 1)]
+    texts: list[list[int]] = [[] for _ in range(options.num_samples)]
+    going, count = set(range(options.num_samples)), 0
     arguments = {name: getattr(options, name) for name in ARGUMENTS}
     show(echo, options.raw)
-    start, count = time.perf_counter(), 0
+    start = time.perf_counter()
     with autocast(options.device, options.dtype):
-        for new, *rest in generate(model, ids, vocab_size=tokenizer.vocab_size, **arguments):
-            show(decoder.decode(tokenizer.decode_bytes([new])), options.raw)
-            for other, token in zip(others, rest, strict=True):
-                other.append(token)
-            count += options.num_samples
+        for new in generate(model, ids, vocab_size=tokenizer.vocab_size, **arguments):
+            count += len(going)
+            going = {i for i in going if new[i] not in tokenizer.end_ids}
+            for i in going:
+                texts[i].append(new[i])
+            if 0 in going:
+                show(decoder.decode(tokenizer.decode_bytes(new[:1])), options.raw)
+            if not going:
+                break
     seconds = time.perf_counter() - start
     show(decoder.decode(b"", final=True) + "\n", options.raw)
-    for other in others:
-        show(f"---\n{echo}{tokenizer.decode_bytes(other).decode(errors='replace')}\n", options.raw)
-    print(f"{count:,} tokens in {seconds:.2f} s: {count / seconds:,.0f} tokens/s ({options.device}, {options.dtype})",
+    for text in texts[1:]:
+        show(f"---\n{echo}{tokenizer.decode_bytes(text).decode(errors='replace')}\n", options.raw)
+    print(f"{count:,} tokens in {seconds:.2f} s: {count / seconds:,.0f} tokens/s {options.arithmetic}",
           file=sys.stderr)
 
 

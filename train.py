@@ -9,24 +9,25 @@ import math
 import signal
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import checkpoint
 import watch
-from config.schema import Config, catch_signals, help_text, load_config, restore_signals, user_errors, warn
+from config.schema import Config, catch_signals, help_text, restore_signals, user_errors, warn
 from cost import flops_per_token
-from data.loader import batch, read_windows, val_starts
+from data.loader import batch, val_starts
 from data.tokenizer import load_tokenizer
-from device import autocast, matmul_rate, to_device
+from device import autocast, matmul_rate, peak_memory, to_device
+from evaluate import mean_loss
 from lock import Lock
 from metrics import Log, has_evaluation, open_tracker, plot_losses, read_metrics, summary
 from model import ModelConfig
 from optim import SPIKE_WINDOW, lr_at, spike_threshold
-from run import Run, claim_folder, set_up
+from run import Run, claim_folder, read_config, set_up
 from sample import generate, prompt_ids, show
 
 USAGE = ("python train.py [config/PRESET.py] [key=value ...]\n\nWithout a preset, config/small.py is run. Every knob, "
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
         print(help_text(USAGE, Config, ModelConfig))
         return 0
     with user_errors():
-        config = load_config(argv)
+        config = read_config(argv)
         lock = Lock(Path(config.out_dir))
     with lock:
         with user_errors():
@@ -112,6 +113,7 @@ def train(run: Run, tracker=None) -> int:
             log.line(f"error: {error}. Last good checkpoint: {good[-1][1].name if good else 'none yet'}.{cure}",
                      sys.stderr)
             return NOT_FINITE if bad_numbers else 1
+        log.line(f"peak memory {peak_memory(config.device) / 1e9:.2f} GB")
         if interrupts.came:
             log.line(f"{signal.Signals(interrupts.came).name}: saved at step {run.step}; resume=auto goes on from here")
             return 128 + interrupts.came
@@ -228,20 +230,13 @@ def evaluate(run: Run, interrupts: Interrupts | None = None) -> float | None:
     config = run.config
     run.data.check_unchanged()
     run.model.eval()
-    starts, total = val_starts(len(run.data.val), config.model.block_size, config.eval_iters), 0.0
-    for i in range(0, len(starts), config.micro_batch_size):
-        if interrupts is not None and interrupts.came:
-            return None
-        some = starts[i:i + config.micro_batch_size]
-        x, y = read_windows(run.data.val, some, config.model.block_size)
-        short = (0, 0, 0, config.micro_batch_size - len(some))  # always one shape, so a compiled model has one graph
-        x, y = F.pad(x, short), F.pad(y, short, value=-100)  # -100: not counted in the loss
-        with autocast(config.device, config.dtype):
-            loss = run.forward(to_device(x, config.device), to_device(y, config.device))
-        total += loss.item() * len(some)
-    if not math.isfinite(total):
-        raise FloatingPointError(f"validation loss {total} at step {run.step}")
-    return total / len(starts)
+    block_size = config.model.block_size
+    loss = mean_loss(run.forward, run.data.val, val_starts(len(run.data.val), block_size, config.eval_iters),
+                     block_size, config.micro_batch_size, config.device, config.dtype,
+                     stop=lambda: interrupts is not None and bool(interrupts.came))
+    if loss is not None and not math.isfinite(loss):
+        raise FloatingPointError(f"validation loss {loss} at step {run.step}")
+    return loss
 
 
 def evaluation_is_due(run: Run, log: Log) -> bool:
@@ -261,10 +256,10 @@ def save_if_best(run: Run, val_loss: float) -> None:
 
 def save(run: Run, path: Path, optimizer: bool = True, must: bool = False) -> bool:
     """Saves a checkpoint. If the disk will not take it, there is a warning (and False), or an OSError if it `must`."""
-    state = {"step": run.step, "model": {name: p.detach() for name, p in run.model.named_parameters()},
-             "optimizer": run.optimizers.state_dict() if optimizer else {}, "scaler": run.scaler.state_dict(),
-             "config": run.config.flat(), "data": run.data.fingerprint, "best_val_loss": run.best_val_loss,
-             "grad_norms": run.grad_norms}
+    learned = {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
+    state = {"step": run.step, "model": learned, "optimizer": run.optimizers.state_dict() if optimizer else {},
+             "scaler": run.scaler.state_dict(), "config": run.config.flat(), "data": run.data.fingerprint,
+             "base": run.base, "best_val_loss": run.best_val_loss, "grad_norms": run.grad_norms}
     try:
         if not run.folder.is_dir():
             warn(f"{run.folder} has vanished and is made again")
@@ -281,7 +276,7 @@ def save(run: Run, path: Path, optimizer: bool = True, must: bool = False) -> bo
 
 
 def show_sample(run: Run) -> None:
-    """A text by the weights just trained, if one is wanted."""
+    """A text by the weights just trained, up to its end, if one is wanted."""
     if not run.config.sample_tokens:
         return
     config, tokenizer, prompt = run.config, load_tokenizer(run.folder), run.config.sample_prompt
@@ -293,7 +288,8 @@ def show_sample(run: Run) -> None:
     with autocast(config.device, config.dtype):
         ids = [new for new, in generate(run.model, start, config.sample_tokens, vocab_size=tokenizer.vocab_size,
                                         seed=config.seed, **SAMPLING)]
-    show(f"--- sample ---\n{prompt}{tokenizer.decode(ids)}\n", raw=False)
+    text = tokenizer.decode(takewhile(lambda i: i not in tokenizer.end_ids, ids))
+    show(f"--- sample ---\n{prompt}{text}\n", raw=False)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from model import ModelConfig, knob
 
 DEFAULT_PRESET = Path(__file__).with_name("small.py")
 LARGEST_PRESET = 100_000  # bytes
+UNDECIDED = ("block_size", "dropout", "norm_impl")  # of a model; the rest of it belongs to its weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +33,14 @@ class Config:
 
     out_dir: str = knob("out/run", "folder of the run: checkpoints, config.json, metrics.jsonl, tokenizer")
     resume: Literal["no", "yes", "auto"] = knob("no", "continue the run in out_dir; auto = if there is one")
+    init_from: str = knob("", "start from the weights of a run, of a checkpoint's file or of a Hugging Face folder, "
+                              "which decide the architecture; '' = from scratch")
+    lora_rank: int = knob(0, "train adapters of this rank beside the weights of init_from, which stay; 0 = all weights")
+    lora_alpha: float = knob(16.0, "scale of the adapters, in units of 1 / lora_rank")
     seed: int = knob(1337, "of the weights, the data order and dropout")
 
-    dataset: str = knob("python", "folder under data/, made by data/prepare.py")
+    dataset: str = knob("python", "folder under data/, made by data/prepare.py; or a text file, or a folder of them "
+                                  "with a / in its name, which is prepared first")
     batch_size: int = knob(32, "sequences per optimizer step, over all devices")
     micro_batch_size: int = knob(0, "sequences one device works on at once; 0 = the largest that fits")
     max_iters: int = knob(2000, "optimizer steps")
@@ -74,15 +80,15 @@ class Config:
     def __post_init__(self):
         positive = ("batch_size", "max_iters", "log_interval", "keep")
         not_negative = ("micro_batch_size", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "skip_spikes",
-                        "eval_interval", "eval_iters", "save_interval", "sample_tokens", "seed")
+                        "eval_interval", "eval_iters", "save_interval", "sample_tokens", "seed", "lora_rank")
         problems = [f"{name} must be 1 or more, got {getattr(self, name)}" for name in positive
                     if getattr(self, name) < 1]
         problems += [f"{name} must be 0 or more, got {getattr(self, name)}" for name in not_negative
                      if getattr(self, name) < 0]
         problems += [f"{name} must be in [0, 1), got {getattr(self, name)}" for name in ("beta1", "beta2",
                      "muon_momentum") if not 0 <= getattr(self, name) < 1]
-        problems += [f"{name} must be above 0, got {getattr(self, name)}" for name in ("learning_rate", "embed_lr")
-                     if getattr(self, name) <= 0]
+        problems += [f"{name} must be above 0, got {getattr(self, name)}" for name in ("learning_rate", "embed_lr",
+                     "lora_alpha") if getattr(self, name) <= 0]
         if self.min_lr > self.learning_rate > 0:
             problems.append(f"min_lr={self.min_lr} must not be above learning_rate={self.learning_rate}")
         if self.warmup_iters > self.max_iters > 0:
@@ -97,8 +103,12 @@ class Config:
             near = max(m for m in range(1, self.micro_batch_size) if self.batch_size % m == 0)
             problems.append(f"batch_size={self.batch_size} must be a multiple of micro_batch_size="
                             f"{self.micro_batch_size}: the nearest is {near}")
-        if Path(self.dataset).name != self.dataset or self.dataset in ("", ".", ".."):
-            problems.append(f"dataset must be the bare name of a folder under data/, got {self.dataset!r}")
+        if self.dataset in ("", ".", ".."):
+            problems.append(f"dataset must be the name of a folder under data/, or of a text, got {self.dataset!r}")
+        if self.lora_rank > 0 and not self.init_from:
+            problems.append(f"lora_rank={self.lora_rank} needs weights to stand beside: name them with init_from")
+        if self.lora_rank > self.model.n_embd:
+            problems.append(f"lora_rank={self.lora_rank} must be at most n_embd={self.model.n_embd}")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -112,7 +122,7 @@ OTHERS_NAMES = {  # what the field calls it elsewhere -> what it is called here
     "lr": "learning_rate", "dim": "n_embd", "d_model": "n_embd", "hidden_size": "n_embd", "n_layers": "n_layer",
     "n_heads": "n_head", "n_kv_heads": "n_kv_head", "max_seq_len": "block_size", "context": "block_size",
     "gradient_accumulation_steps": "micro_batch_size", "max_steps": "max_iters", "lr_decay_iters": "max_iters",
-    "decay_lr": "lr_schedule", "init_from": "resume", "wandb_log": "tracker", "eps": "norm_eps",
+    "decay_lr": "lr_schedule", "lora_r": "lora_rank", "wandb_log": "tracker", "eps": "norm_eps",
     "always_save_checkpoint": "save_interval", "weight_tying": "tie_embeddings", "intermediate_size": "n_hidden"}
 
 
@@ -251,15 +261,25 @@ def literal(node: ast.expr, path: Path) -> int | float | str | bool:
                      "nothing was run")
 
 
-def load_config(argv: list[str]) -> Config:
-    """A preset (config/small.py when none is named), then key=value overrides, into one checked Config."""
+def load_config(argv: list[str], inherit: Callable[[dict[str, Any]], dict[str, Any]] = lambda knobs: {}) -> Config:
+    """A preset (config/small.py when none is named), then key=value overrides, into one checked Config.
+
+    inherit(all knobs given) has the model knobs that the weights to begin with decide; what was given must not differ,
+    but for those in UNDECIDED.
+    """
     places, pairs = split_arguments(argv)
     if len(places) > 1:
         raise ValueError(f"one preset at most, got {' '.join(places)}; knobs are written key=value")
     path = places[0] if places else DEFAULT_PRESET
     own, model = knobs_of(Config), knobs_of(ModelConfig)
     values = typed(read_preset(path), own | model, str(path)) | typed(pairs, own | model, "command line")
-    return Config(model=ModelConfig(**{k: v for k, v in values.items() if k in model}),
+    inherited = inherit(values)
+    other = [f"{name}={values[name]} ({decided} there)" for name, decided in inherited.items()
+             if name not in UNDECIDED and values.get(name, decided) != decided]
+    if other:
+        raise ValueError(f"init_from={values['init_from']} decides the architecture: leave out {', '.join(other)}; "
+                         f"config/finetune.py is a preset without it")
+    return Config(model=ModelConfig(**inherited | {k: v for k, v in values.items() if k in model}),
                   **{k: v for k, v in values.items() if k in own})
 
 

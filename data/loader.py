@@ -112,6 +112,7 @@ def read_meta(path: Path) -> dict:
         raise ValueError(f"{path}: larger than {LARGEST_META:,} bytes, no meta.json is; prepare the data set again")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
+        found = checksum(meta) if isinstance(meta, dict) else None  # here too, since it walks as deep
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); prepare the data set again") from None
     if not isinstance(meta, dict):
@@ -123,7 +124,7 @@ def read_meta(path: Path) -> dict:
     if not (bos_id is None or type(bos_id) is int and 0 <= bos_id < meta["vocab_size"]):
         raise ValueError(f"{path}: bos_id is {bos_id!r:.80}, must be null or an id below vocab_size; "
                          "prepare the data again")
-    if meta.get("checksum") != checksum(meta):
+    if meta.get("checksum") != found:
         raise ValueError(f"{path}: its checksum says that it was changed or damaged; prepare the data again")
     return meta
 

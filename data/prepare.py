@@ -6,6 +6,7 @@
     python data/prepare.py FILE-OR-FOLDER...          your own text, .jsonl ('text' field) or .parquet ('text' column)
 
     tokenizer=sentencepiece | byte | char | tiktoken:gpt2 | PATH.model    sentencepiece is trained on the train split
+    tokenizer=FOLDER      that of a run, of a data set or of Hugging Face weights, to train these on
     vocab_size=4096       of a sentencepiece tokenizer that is trained here
     name=NAME             of the folder; default: the name of the source
 """
@@ -97,15 +98,18 @@ def make_tokenizer(choice: str, vocab_size: int | None, corpus: Corpus) -> Token
     """The tokenizer that `tokenizer=choice` names."""
     if vocab_size is not None and choice != "sentencepiece":
         raise ValueError(f"vocab_size={vocab_size} is for tokenizer=sentencepiece; tokenizer={choice} has its own size")
-    if choice.startswith("tiktoken:"):
-        return named_tiktoken(choice.removeprefix("tiktoken:"))
-    if choice.endswith(".model"):
-        return read_sentencepiece(choice)
     makers = {"byte": ByteTokenizer, "char": lambda: char_tokenizer(corpus),
               "sentencepiece": lambda: train_tokenizer(corpus, 4096 if vocab_size is None else vocab_size)}
-    if choice not in makers:
-        raise ValueError(f"tokenizer={choice} is unknown; choose from {', '.join(makers)}, tiktoken:NAME, PATH.model")
-    return makers[choice]()
+    if choice in makers:
+        return makers[choice]()
+    if choice.startswith("tiktoken:"):
+        return named_tiktoken(choice.removeprefix("tiktoken:"))
+    if choice and Path(choice).is_dir():
+        return load_tokenizer(choice)
+    if choice.endswith(".model"):
+        return read_sentencepiece(choice)
+    raise ValueError(f"tokenizer={choice} is unknown; choose from {', '.join(makers)}, tiktoken:NAME, PATH.model, "
+                     "FOLDER")
 
 
 def encode(tokenizer: Tokenizer, dtype: str, task: list[Piece]) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, characters, SentencePiece or tiktoken, behind one small interface.
+"""Text to token ids and back: bytes, characters, SentencePiece, tiktoken or Hugging Face's, behind one interface.
 
 A tokenizer lives in one file, `tokenizer.model` (SentencePiece) or `tokenizer.json` (the others), which travels with
 the data set and with every run, so that sampling never needs the network or the original text.
@@ -8,26 +8,36 @@ import base64
 import hashlib
 import io
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
 import tiktoken
 
+from data.tokenizer_json import (
+    SPACE,
+    damage,
+    json_ids,
+    json_pieces,
+    read_capped,
+    read_json,
+    run_by_library,
+    rust_errors,
+    silent_panics,
+    special_ids,
+    without_prefix,
+)
+
 FILES = ("tokenizer.model", "tokenizer.json")
-SPACE = "\u2581"  # SentencePiece writes a space as this character
 # A protobuf field given again is merged over the first: normalizer_spec (3) { add_dummy_prefix (3): false }
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 # Run on a user's model file in a child process, which a damaged one can crash
 PROBE = """import sys, sentencepiece
 model = sentencepiece.SentencePieceProcessor(model_proto=sys.stdin.buffer.read())
 model.decode(model.encode('a b')), [model.id_to_piece(i) for i in range(len(model))]"""
-LARGEST_FILE = 2**24  # bytes of a tokenizer's file, four times those of the largest known
 PATTERN_PROBE = "".join(map(chr, range(0x180))) + " words, of all  kinds\n\n\t \u4f60\U0001f600 12 " + 64 * "a" + "!"
 SPACE_RUN = 50_000  # characters; tiktoken overflows its stack on a run of white space some times as long
 
@@ -36,16 +46,21 @@ class Tokenizer:
     """A table from id to bytes, which makes decoding exact and token by token; subclasses add `encode`.
 
     bos_id is put before every document and starts an empty prompt; None for a plain stream of characters.
+    end_ids are those at which a text ends: bos, which is all that stands between documents, and the tokenizer's own.
     exact says whether decode_bytes(encode(text)) is the text's UTF-8 for every text that can be encoded.
+    dummy_prefix: a space is put before every text. `decode` takes that one away, `decode_bytes` keeps it.
     """
 
     kind: str
+    file = "tokenizer.json"
     exact = True
+    dummy_prefix = False
 
-    def __init__(self, pieces: Sequence[bytes], bos_id: int | None):
+    def __init__(self, pieces: Sequence[bytes], bos_id: int | None, end_ids: Iterable[int] = ()):
         self.pieces = list(pieces)
         self.vocab_size = len(self.pieces)
         self.bos_id = bos_id
+        self.end_ids = frozenset(end_ids if bos_id is None else [bos_id, *end_ids])
 
     def encode(self, text: str, start: bool = True) -> list[int]:
         """Ids of a text, never a special one. start=False: the text goes on where an earlier chunk stopped."""
@@ -57,16 +72,31 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that are not UTF-8 (an id sequence may stop inside a character) become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        text = self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return text[1:] if self.dummy_prefix and text.startswith(" ") else text
 
     def fields(self) -> dict:
         """What tokenizer.json holds besides the kind; FROM_JSON makes the tokenizer of it again."""
         return {}
 
+    def content(self) -> bytes:
+        """The bytes of the tokenizer's one file."""
+        return (json.dumps({"kind": self.kind, **self.fields()}) + "\n").encode()
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of content(), in hexadecimal: equal means the same ids for the same text."""
+        return hashlib.sha256(self.content()).hexdigest()
+
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer's one file into the folder."""
-        text = json.dumps({"kind": self.kind, **self.fields()})
-        (Path(folder) / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
+        (Path(folder) / self.file).write_bytes(self.content())
+
+    def probe(self, keep: Callable[[str], str] = str) -> None:
+        """Finds out what a tokenizer from elsewhere does to a text; `keep` leaves of one what can be encoded at all."""
+        self.dummy_prefix = self.decode_bytes(self.encode(keep("a"))).startswith(b" ")
+        text = keep("  two  spaces \n\n\t\u00c5\u212b \ufb01 \U0001f600" + SPACE)  # what common normalisations change
+        self.exact = self.decode_bytes(self.encode(text)) == text.encode()
 
 
 class ByteTokenizer(Tokenizer):
@@ -103,27 +133,27 @@ class CharTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model: ours (exact) or another's, such as Llama's, with the ids SentencePiece itself gives.
-
-    Models with a dummy prefix put a space before the text: `decode` takes that one away, `decode_bytes` keeps it.
-    """
+    """A SentencePiece model: ours (exact) or another's, such as Llama's, with the ids SentencePiece itself gives."""
 
     kind = "sentencepiece"
+    file = "tokenizer.model"
 
     def __init__(self, model: bytes):
+        self.model = model
         try:
             self.first = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.rest = sentencepiece.SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
             pieces = [self._piece_bytes(i) for i in range(len(self.first))]
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"not a SentencePiece model ({error}); name the .model file of one") from None
-        super().__init__(pieces, bos_id=self.first.bos_id() if self.first.bos_id() >= 0 else None)
-        # Encoding would turn a literal U+2581 into a space, so it is spelled in bytes where the model has them.
+        bos, eos = self.first.bos_id(), self.first.eos_id()  # -1 = it has none
+        super().__init__(pieces, bos if bos >= 0 else None, [eos] if eos >= 0 else [])
+        # Encoding would turn a literal U+2581 into a space, so it is spelled in bytes where the model has them, and
+        # leaves other spaces alone.
+        self.drops_spaces = self.first.normalize("a  b") == self.first.normalize("a b")
         mark = [self.first.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        self.mark = mark if all(self.first.is_byte(i) for i in mark) else None
-        self.dummy_prefix = self.decode_bytes(self.first.encode("a")).startswith(b" ")
-        probe = "  two  spaces \n\n\t\u00c5\u212b \ufb01 \U0001f600" + SPACE  # what common normalisations change
-        self.exact = self.decode_bytes(self.encode(probe)) == probe.encode()
+        self.mark = mark if all(self.first.is_byte(i) for i in mark) and not self.drops_spaces else None
+        self.probe()
 
     def _piece_bytes(self, i: int) -> bytes:
         piece = self.first.id_to_piece(i)
@@ -138,17 +168,13 @@ class SentencePieceTokenizer(Tokenizer):
         if self.mark is None or SPACE not in text:
             return processor.encode(text)
         head, *tails = text.split(SPACE)
-        ids = processor.encode(head)
+        ids = processor.encode(head) if head or not (start and self.dummy_prefix) else self.rest.encode(" ")
         for tail in tails:
             ids += self.mark + self.rest.encode(tail)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        text = super().decode(ids)
-        return text[1:] if self.dummy_prefix and text.startswith(" ") else text
-
-    def save(self, folder: str | Path) -> None:
-        (Path(folder) / "tokenizer.model").write_bytes(self.first.serialized_model_proto())
+    def content(self) -> bytes:
+        return self.model
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -167,12 +193,8 @@ class TiktokenTokenizer(Tokenizer):
         runs = (run.span() for run in re.finditer(r"\s\s+", text))
         cuts = [at for begin, end in runs for at in range(begin + SPACE_RUN, end, SPACE_RUN)]
         parts = [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        try:
+        with rust_errors("its pattern cannot split this text"):
             return [i for part in parts for i in self.encoding.encode_ordinary(part)]
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":  # Rust's, on which nothing but BaseException is a base
-                raise
-            raise ValueError(f"its pattern cannot split this text ({error!s:.200})") from None
 
     def fields(self) -> dict:
         ranks = {base64.b64encode(piece).decode(): i for piece, i in self.encoding._mergeable_ranks.items()}
@@ -196,62 +218,131 @@ class TiktokenTokenizer(Tokenizer):
         return made
 
 
-@contextmanager
-def silent_panics() -> Iterator[None]:
-    """Rust writes a panic to stderr, past Python and in several lines, even if it is then caught as an exception."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json of Hugging Face, run by their library `tokenizers` (extra `hf`), without its special tokens.
+
+    A special token spelled out in a text is ordinary text; one that tokenizer.json adds but does not call special is
+    part of texts there, and so here. Its post-processor, truncation and padding are off. config is the content of
+    tokenizer_config.json, kept for the way back.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, tokenizer: dict, config: dict, bos_id: int | None, end_ids: Sequence[int]):
+        self.tokenizer, self.config = tokenizer, dict(config)
+        plain = tokenizer | {"truncation": None, "padding": None, "added_tokens": [
+            token | {"special": token["special"] or token["id"] in (bos_id, *end_ids)}
+            for token in tokenizer["added_tokens"]]}
+        bare = without_prefix(plain)
+        self.first = run_by_library(plain)
+        self.rest = self.first if bare is plain else run_by_library(bare)
+        super().__init__(json_pieces(plain), bos_id, end_ids)
+        for i in self.end_ids:
+            if type(i) is not int or not 0 <= i < self.vocab_size:
+                raise ValueError(f"its bos or eos, {i!r:.99}, is not an id below {self.vocab_size}")
+            self.pieces[i] = b""
+        with silent_panics():
+            self._check()
+
+    def _check(self) -> None:
+        """That no text becomes a special token, and that the library makes of ids what `pieces` makes of them."""
+        for i in self.end_ids:
+            if i in self.encode(self._encodable(self.first.id_to_token(i) or "")):
+                raise ValueError(f"a text can have its special token {self.first.id_to_token(i)!r}")
+        ids = self.encode(self._encodable(PATTERN_PROBE))
+        with rust_errors("its decoder fails"):
+            theirs = self.first.decode(ids, skip_special_tokens=True)
+        if theirs.removeprefix(" ") != self.decode(ids).removeprefix(" "):  # some leave a dummy prefix there
+            raise ValueError("its decoder makes another text of its ids than they spell")
+        self.probe(self._encodable)
+
+    def _encodable(self, text: str) -> str:
+        """The text without the characters that the tokenizer refuses: some have neither bytes nor an unknown token."""
+        def fits(part: str) -> bool:
+            try:
+                return self.encode(part) is not None
+            except ValueError:
+                return False
+        return text if fits(text) else "".join(filter(fits, text))
+
+    def encode(self, text: str, start: bool = True) -> list[int]:
+        with rust_errors("its tokenizer.json cannot encode this text"):
+            return (self.first if start else self.rest).encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def fields(self) -> dict:
+        return {"tokenizer": self.tokenizer, "config": self.config, "bos_id": self.bos_id,
+                "end_ids": sorted(self.end_ids)}
+
+    def content(self) -> bytes:  # not spelled in ASCII, which could be thrice as large as what was read
+        return (json.dumps({"kind": self.kind, **self.fields()}, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_folder(cls, folder: Path, tokenizer: dict) -> "HuggingFaceTokenizer":
+        """The tokenizer of a Hugging Face folder, whose tokenizer.json is given as it was parsed."""
+        files = [read_json(folder / name) if (folder / name).exists() else {}
+                 for name in ("generation_config.json", "config.json", "tokenizer_config.json")]
+        bos, eos = (special_ids(role, files, json_ids(tokenizer)) for role in ("bos", "eos"))
+        return cls(tokenizer, files[-1], bos[0] if bos else None, eos)
 
 
 FROM_JSON = {
     "byte": lambda fields: ByteTokenizer(),
     "char": lambda fields: CharTokenizer(fields["chars"]),
     "tiktoken": TiktokenTokenizer.from_fields,
+    "huggingface": lambda fields: HuggingFaceTokenizer(**{name: fields[name] for name in fields if name != "kind"}),
 }
 
 
 def tokenizer_file(folder: str | Path) -> Path:
-    """The folder's one tokenizer file. Raises FileNotFoundError if there is none, ValueError if there are two."""
+    """The folder's tokenizer file. Of a Hugging Face folder with both it is tokenizer.model, which needs no library,
+    unless tokenizer.json knows other ids (tokens were added) or tokenizer.model is not SentencePiece's.
+
+    Raises FileNotFoundError if there is none, and ValueError if both are there and tokenizer.json is one of ours.
+    """
     found = [path for path in (Path(folder) / name for name in FILES) if path.is_file()]
     if not found:
         raise FileNotFoundError(f"{folder}: no {' or '.join(FILES)} there; prepare the data again")
-    if len(found) > 1:
+    if found[0].name == FILES[0] and re.match(rb"[A-Za-z0-9+/]+=* \d+\s", read_capped(found[0])):
+        if len(found) == 1:
+            raise ValueError(f"{found[0]}: is tiktoken's and not SentencePiece's, as Meta gives it with Llama 3; put "
+                             "the tokenizer.json of the same model beside it")
+        return found[1]
+    if len(found) == 1:
+        return found[0]
+    model, other = found
+    fields = read_json(other)
+    if "kind" in fields:
         raise ValueError(f"{folder}: has both {' and '.join(FILES)}; delete the one that is not its own")
-    return found[0]
-
-
-def read_capped(path: Path) -> bytes:
-    """The content of a tokenizer's file. ValueError if that is no file, or far larger than any tokenizer's."""
-    if not path.is_file():  # opening a FIFO would wait for ever
-        raise FileNotFoundError(f"{path}: no such tokenizer file; name an existing .model file")
-    if path.stat().st_size > LARGEST_FILE:
-        raise ValueError(f"{path}: has more than {LARGEST_FILE:,} bytes, no tokenizer needs as many")
-    return path.read_bytes()
+    with damage(other):
+        known = len({*json_ids(fields).values()})
+    with damage(model):
+        return model if SentencePieceTokenizer(read_capped(model)).vocab_size == known else other
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer saved in a data set's or a run's folder. Raises ValueError in one line if the file is damaged."""
+    """The tokenizer in the folder of a data set, a run or a Hugging Face model.
+
+    Raises ValueError in one line if its file is damaged, OSError if it needs a library that is not installed.
+    """
     path = tokenizer_file(folder)
-    content = read_capped(path)
-    try:
-        if path.name == "tokenizer.model":
+    if path.name == SentencePieceTokenizer.file:
+        content = read_capped(path)
+        with damage(path):
             return SentencePieceTokenizer(content)
-        fields = json.loads(content.decode())
+    fields = read_json(path)
+    with damage(path):
+        if "kind" not in fields and "model" in fields:
+            return HuggingFaceTokenizer.from_folder(path.parent, fields)
         return FROM_JSON[fields["kind"]](fields)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path}: damaged tokenizer file ({reason}); prepare the data again") from None
 
 
 def tokenizer_sha256(folder: str | Path) -> str:
-    """SHA-256 of the folder's tokenizer file, in hexadecimal: equal means the same ids for the same text."""
-    return hashlib.sha256(read_capped(tokenizer_file(folder))).hexdigest()
+    """load_tokenizer(folder).sha256, for files of ours without loading them."""
+    path = tokenizer_file(folder)
+    content = read_capped(path)
+    if path.name == SentencePieceTokenizer.file or content.startswith(b'{"kind": '):
+        return hashlib.sha256(content).hexdigest()
+    return load_tokenizer(folder).sha256
 
 
 def train_sentencepiece(blocks: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:

@@ -10,7 +10,6 @@ from model import (
     Decoder,
     KVCache,
     ModelConfig,
-    fold_norms,
     rope_frequencies,
     rope_table,
     rotate,
@@ -88,6 +87,19 @@ def test_logits_and_gradients_equal_hugging_face(heads, tied, rope):
     torch.nn.functional.cross_entropy(theirs.flatten(0, 1), y.flatten()).backward()
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter.grad, pairs[name].grad, atol=1e-5, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("head_dim", [8, 24])
+def test_heads_may_be_narrower_or_wider_than_a_share_of_the_channels(head_dim):
+    model = Decoder(config(n_kv_head=2, head_dim=head_dim)).eval()
+    assert model.blocks[0].attn.q.weight.shape == (4 * head_dim, 64)
+    assert model.blocks[0].attn.k.weight.shape == (2 * head_dim, 64)
+    assert model.blocks[0].attn.out.weight.shape == (64, 4 * head_dim)
+    assert parameter_count(model.config) == sum(p.numel() for p in model.parameters())
+    assert torch.equal(Decoder(config(head_dim=16))(tokens()), Decoder(config())(tokens()))
+    cache, ids = KVCache(model.config, 2, 64, "cpu"), tokens()
+    parts = [model(part, cache=cache) for part in ids.split(20, dim=1)]
+    assert torch.allclose(torch.cat(parts, dim=1), model(ids), atol=1e-5)
 
 
 def test_qk_norm_equals_hugging_faces_qwen3():
@@ -196,26 +208,6 @@ def test_every_variant_learns_and_every_parameter_has_a_gradient(knobs):
         optimizer.step()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     assert loss.item() < (2.5 if knobs.get("norm") == "none" else 0.5)  # ln 101 = 4.6; without norms it is slow
-
-
-# Folding.
-
-@pytest.mark.parametrize("knobs", [{}, {"norm": "rmsnorm1p"}, {"tie_embeddings": True}, {"ffn": "gelu"},
-                                   {"qk_norm": True}, {"norm_impl": "fused"}])
-def test_folded_norms_give_the_same_logits(knobs):
-    model = with_random_gains(Decoder(config(**knobs)))
-    wanted, gains = model(tokens()), sum(n.endswith("gain") for n, _ in model.named_parameters())
-    folded = fold_norms(model)
-    left = {n for n, _ in folded.named_parameters() if n.endswith("gain")}
-    assert gains >= 5 and all(n == "norm.gain" or "q_norm" in n or "k_norm" in n for n in left)
-    assert ("norm.gain" in left) == bool(knobs.get("tie_embeddings"))
-    assert torch.allclose(folded(tokens()), wanted, atol=1e-5)
-
-
-@pytest.mark.parametrize("knobs", [{"norm": "layernorm"}, {"norm": "dyt"}, {"norm_pos": "out"}, {"norm_pos": "post"}])
-def test_norms_that_no_matrix_follows_are_not_folded(knobs):
-    with pytest.raises(ValueError, match="only rmsnorm and rmsnorm1p with norm_pos=pre can be folded"):
-        fold_norms(Decoder(config(**knobs)))
 
 
 def test_llama3_scaling_stretches_the_low_frequencies_only():

@@ -17,6 +17,7 @@ from data.corpus import Corpus, Piece, hub_stream
 from data.loader import open_dataset
 from data.prepare import in_order, main, prepare, spread_sample
 from data.tokenizer import ByteTokenizer, load_tokenizer, train_sentencepiece
+from hf_tokenizer import tokenizer_files
 
 PROSE = "".join(f"line {i}: the quick brown fox\n    jumps over {i * 7} lazy dogs\n\n" for i in range(300))
 
@@ -122,6 +123,25 @@ def test_a_given_model_file_is_the_tokenizer(text, tmp_path):
     prepare([str(text)], tmp_path / "out", str(tmp_path / "tokenizer.model"))
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (tmp_path / "tokenizer.model").read_bytes()
     assert decoded(tmp_path / "out", "train") == PROSE[:int(len(PROSE) * 0.9)]
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
+def test_a_folder_gives_its_tokenizer(text, tmp_path, kind, run):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if kind == "huggingface":
+        for name, content in tokenizer_files(ByteTokenizer()).items():
+            (folder / name).write_bytes(content)
+    else:
+        train_sentencepiece(["fox dogs " * 50], 300).save(folder)
+    assert run(text, f"tokenizer={folder}") == (0, "")
+    given, made = load_tokenizer(folder), tmp_path / "data" / "prose"
+    assert [(made / given.file).read_bytes()] == [p.read_bytes() for p in made.glob("tokenizer.*")] == [given.content()]
+    meta = open_dataset(made).meta
+    assert (meta["tokenizer"], meta["tokenizer_sha256"], meta["bos_id"]) == (kind, given.sha256, given.bos_id)
+    assert decoded(made, "train") == PROSE[:int(len(PROSE) * 0.9)] and meta["val_xz_bits_per_byte"] > 0
+    assert run(text, "name=again", f"tokenizer={made}") == (0, "")
+    assert (tmp_path / "data" / "again" / "train.bin").read_bytes() == (made / "train.bin").read_bytes()
 
 
 def test_a_chunk_within_a_document_gets_no_dummy_space(text, tmp_path, monkeypatch):
@@ -251,6 +271,7 @@ def test_the_command_prepares_a_named_data_set(run, text, tmp_path):
     (["TEXT", "tokeniser=byte"], "unknown option 'tokeniser'; choose from tokenizer"),
     (["TEXT", "tokenizer=bpe"], "tokenizer=bpe is unknown; choose from byte, char, sentencepiece"),
     (["TEXT", "tokenizer="], "tokenizer= is unknown"),
+    (["TEXT", "tokenizer=EMPTYFOLDER"], "no tokenizer.model or tokenizer.json there"),
     (["TEXT", "tokenizer=byte", "vocab_size=300"], "vocab_size=300 is for tokenizer=sentencepiece"),
     (["TEXT", "vocab_size=many"], "vocab_size=many: expected a whole number"),
     (["TEXT", "vocab_size=-1"], "expected a whole number"), (["TEXT", "vocab_size=0"], "vocab_size=0 does not suit"),
@@ -269,7 +290,7 @@ def test_wrong_input_is_one_error_line_and_leaves_nothing(run, text, tmp_path, w
     paths["ONE"].write_text("x")
     paths["LATIN"].write_bytes(b"caf\xe9" * 50)
     paths["EMPTYFOLDER"].mkdir()
-    code, err = run(*[paths.get(word, word) for word in words])
+    code, err = run(*[str(paths.get(word, word)).replace("=EMPTYFOLDER", f"={tmp_path}/emptyfolder") for word in words])
     assert code == 2 and match in err and err.startswith("error: ") and err.count("\n") == 1
     assert list((tmp_path / "data").iterdir()) == []
 

@@ -16,6 +16,7 @@ from config.schema import Config
 from data.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_sha256
 from model import Decoder, ModelConfig
 from sample import SampleOptions, generate, logits_to_probabilities, penalise, prompt_ids, window_start
+from weights import load_model
 
 ROOT = Path(__file__).parent.parent
 CHARS = "\nabcdefgh"
@@ -276,7 +277,8 @@ def save_run(folder: Path, tokenizer, model: Decoder | None = None, step: int = 
     model = model or tiny(vocab_size=tokenizer.vocab_size, block_size=16)
     config = Config(model=model.config, out_dir=str(folder))
     state = {"step": step, "model": dict(model.state_dict()), "optimizer": {}, "scaler": {}, "config": config.flat(),
-             "data": {"tokenizer_sha256": tokenizer_sha256(folder)}, "best_val_loss": 1.0, "grad_norms": []}
+             "data": {"tokenizer_sha256": tokenizer_sha256(folder)}, "base": {}, "best_val_loss": 1.0,
+             "grad_norms": []}
     checkpoint.save(checkpoint.path_of(folder, step), state)
     return folder
 
@@ -321,7 +323,7 @@ def test_the_command_prints_prompt_and_continuation_and_the_speed_on_stderr(run,
 
 
 def test_the_command_prints_what_generate_yields(run, capsys):
-    model, tokenizer = sample.load_run(run, "latest", "cpu")
+    model, tokenizer, _ = load_model(run)
     ids = [tokens[0] for tokens in generate(model, tokenizer.encode("ab"), 40, temperature=0.7, top_p=0.9, seed=6)]
     out, _ = sampled(capsys, run, "prompt=ab", "max_new_tokens=40", "temperature=0.7", "top_p=0.9", "seed=6",
                      "dtype=float32")
@@ -403,23 +405,28 @@ def test_a_padded_vocabulary_is_sampled_without_its_padding(tmp_path, capsys):
 
 
 def test_wrong_arguments_are_refused_in_one_line(run, tmp_path, capsys):
-    assert "one run folder, got none" in refused(capsys)
-    assert "one run folder, got a b" in refused(capsys, "a", "b")
+    assert "one folder of a run, got none" in refused(capsys)
+    assert "one folder of a run, got a b" in refused(capsys, "a", "b")
     assert "is not a folder" in refused(capsys, tmp_path / "nothing", "prompt=a")
     assert "did you mean temperature?" in refused(capsys, run, "temprature=1")
     assert "top_k must be a whole number" in refused(capsys, run, "top_k=1.5")
     assert "temperature must be finite" in refused(capsys, run, "temperature=nan")
     assert "leave prompt out" in refused(capsys, run, "prompt=a", "interactive=true")
+    assert "leave prompt and interactive out" in refused(capsys, run, "prompt=a", "eval=val")
+    assert "leave prompt and interactive out" in refused(capsys, run, "interactive=true", "eval=val")
+    assert "dataset and eval_iters only count with eval=val" in refused(capsys, run, "dataset=x", "eval_iters=3")
+    assert "would overflow in float16" in refused(capsys, run, "quantize=int8", "dtype=float16")
     assert "device=cuda:99 is not on this machine" in refused(capsys, run, "device=cuda:99")
 
 
 @pytest.mark.parametrize(("name", "bad"), [
     ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -1), ("top_p", 0.0),
     ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.1), ("max_new_tokens", 0), ("num_samples", 0), ("num_samples", 10**9),
-    ("repetition_penalty", 0.0), ("repetition_penalty", float("nan")), ("seed", -1), ("seed", 2**64)])
+    ("repetition_penalty", 0.0), ("repetition_penalty", float("nan")), ("seed", -1), ("seed", 2**64),
+    ("eval_iters", -1), ("block_size", -1), ("micro_batch_size", -1)])
 def test_values_that_mean_nothing_are_refused(name, bad):
     with pytest.raises(ValueError, match=f"^{name} must be .*, got {bad}$"):
-        SampleOptions(**{name: bad})
+        SampleOptions(**{name: bad}, eval="val")
 
 
 def test_all_problems_are_listed_at_once():
@@ -484,6 +491,54 @@ def test_a_terminal_gets_no_control_characters_unless_raw(byte_run, monkeypatch)
     assert "".join(written(monkeypatch, byte_run, text.encode(), prompt)) == "[2J]0;x\n\té\n"
     assert "".join(written(monkeypatch, byte_run, text.encode(), prompt, "raw=true")) == f"\x1b[2J{text}\n"
     assert "".join(written(monkeypatch, byte_run, text.encode(), prompt, terminal=False)) == f"\x1b[2J{text}\n"
+
+
+def test_a_text_ends_where_the_model_ends_it(byte_run, monkeypatch, capsys):
+    later = []
+
+    def steps(model, ids, **options):
+        yield from ([65], [0xc3], [256])
+        later.append(1)
+        yield [66]
+
+    monkeypatch.setattr(sample, "generate", steps)
+    out, err = sampled(capsys, byte_run, "prompt=")
+    assert out == "A\ufffd\n" and err.startswith("3 tokens in ") and not later
+
+
+def test_each_sample_ends_by_itself_and_only_what_is_shown_is_counted(byte_run, monkeypatch, capsys):
+    script(monkeypatch, [65, 97, 256], [256, 98, 66], [67, 99, 68], [69, 256, 70], [71, 72, 73])
+    out, err = sampled(capsys, byte_run, "prompt=>", "num_samples=3")
+    assert out == ">A\n---\n>abc\n---\n>\n"
+    assert err.startswith("7 tokens in ")
+
+
+def test_a_model_that_ends_its_text_at_once_gives_an_empty_one(tmp_path, capsys):
+    model = tiny(vocab_size=257, tie_embeddings=True)
+    model.embed.weight.data[256] *= 100  # after which it finds itself likeliest
+    run = save_run(tmp_path / "run", ByteTokenizer(), model)
+    out, err = sampled(capsys, run, "prompt=", "temperature=0")
+    assert out == "\n" and err.startswith("1 tokens in ")
+
+
+def test_what_is_sampled_in_bfloat16_is_the_saved_model_under_autocast_to_the_bit(run, capsys, monkeypatch):
+    given = []
+    monkeypatch.setattr(sample, "generate", lambda model, ids, **options: given.append(model) or iter([[1]]))
+    sampled(capsys, run, "prompt=ab", "dtype=bfloat16")
+    ids = torch.arange(9)[None]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(given[0](ids), load_model(run)[0](ids))
+    assert given[0].blocks[0].attn.q.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_quantized_model_samples_and_says_so(run, capsys, monkeypatch, dtype):
+    given, plain = [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda model, *rest, **named: given.append(model) or plain(model, *rest,
+                                                                                                      **named))
+    out, err = sampled(capsys, run, "prompt=ab", "max_new_tokens=40", "quantize=int8", f"dtype={dtype}")
+    assert err.endswith(f"tokens/s (cpu, {dtype}, int8)\n") and len(out) == 43
+    assert {p.dtype for p in given[0].buffers()} >= {torch.int8}
 
 
 def test_interactive_asks_until_the_input_ends_and_survives_bad_prompts(run, capsys, monkeypatch):

@@ -1,17 +1,22 @@
+import hashlib
 import inspect
 import io
 import json
 import random
+import sys
 import textwrap
 
 import pytest
 import sentencepiece
 import tiktoken
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import data.tokenizer as tokenizer_module
 from data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
+    HuggingFaceTokenizer,
     SentencePieceTokenizer,
     TiktokenTokenizer,
     load_tokenizer,
@@ -20,6 +25,7 @@ from data.tokenizer import (
     tokenizer_sha256,
     train_sentencepiece,
 )
+from data.tokenizer_json import LARGEST_FILE, SPACE
 
 TRICKY = [
     "", " ", "  two  spaces  ", "\t tab\t\t", "a\r\nb\rc\n\n\nd", "\0nul\0", "\ufeffbom",
@@ -54,14 +60,57 @@ def small_tiktoken() -> TiktokenTokenizer:
                                                special_tokens={"<|endoftext|>": 261}))
 
 
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+def trained_by_library(made: tokenizers.Tokenizer, alphabet=()) -> dict:
+    made.train_from_iterator([inspect.getsource(textwrap)], trainers.BpeTrainer(
+        vocab_size=600, special_tokens=SPECIAL, initial_alphabet=list(alphabet), show_progress=False))
+    return json.loads(made.to_str())
+
+
+def byte_level_json() -> dict:
+    """A tokenizer.json as Llama 3's: byte-level, bos and eos, a token that was added and is not special."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trained = trained_by_library(made, pre_tokenizers.ByteLevel.alphabet())
+    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    trained["post_processor"] = {"type": "TemplateProcessing", "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+                                 "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+                                 "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
+    trained["added_tokens"].append(trained["added_tokens"][0] | {"id": 600, "content": "<th\u00e9>", "special": False})
+    return trained
+
+
+def llama_json(*, metaspace: bool = False) -> dict:
+    """A tokenizer.json as Llama 2's: a space before every text, U+2581 for spaces, bytes for unknown characters.
+    transformers 5 writes the same with Metaspace, but that leaves a text alone that has a space in front."""
+    made = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    if metaspace:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        made.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
+                                      decoders.Strip(" ", 1, 0)])
+    trained = trained_by_library(made)
+    count = len(trained["model"]["vocab"])
+    trained["model"]["vocab"] |= {f"<0x{byte:02X}>": count + byte for byte in range(256)}
+    return trained
+
+
+def save_hugging_face(folder, tokenizer: dict, **files) -> None:
+    for name, content in {"tokenizer": tokenizer, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def made() -> dict:
     trained = train_sentencepiece([inspect.getsource(textwrap), inspect.getsource(json.decoder)], 800)
     return {"byte": ByteTokenizer(), "char": CharTokenizer("hello wrd"), "sentencepiece": trained,
-            "tiktoken": small_tiktoken()}
+            "tiktoken": small_tiktoken(), "huggingface": HuggingFaceTokenizer(byte_level_json(), {}, 1, [2])}
 
 
-@pytest.mark.parametrize("kind", ["byte", "sentencepiece", "tiktoken"])
+@pytest.mark.parametrize("kind", ["byte", "sentencepiece", "tiktoken", "huggingface"])
 def test_decode_of_encode_is_the_text(made, kind):
     tokenizer = made[kind]
     assert tokenizer.exact
@@ -71,14 +120,14 @@ def test_decode_of_encode_is_the_text(made, kind):
         assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
-@pytest.mark.parametrize("kind", ["byte", "sentencepiece", "tiktoken"])
+@pytest.mark.parametrize("kind", ["byte", "sentencepiece", "tiktoken", "huggingface"])
 def test_decoding_token_by_token_gives_the_same_bytes(made, kind):
     tokenizer = made[kind]
     for text in TRICKY:
         assert b"".join(tokenizer.decode_bytes([i]) for i in tokenizer.encode(text)) == text.encode()
 
 
-@pytest.mark.parametrize("kind", ["byte", "sentencepiece", "tiktoken"])
+@pytest.mark.parametrize("kind", ["byte", "sentencepiece", "tiktoken", "huggingface"])
 def test_text_never_gives_a_special_token_and_bos_gives_no_text(made, kind):
     tokenizer = made[kind]
     assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("hello"), tokenizer.bos_id]) == "hello"
@@ -97,12 +146,17 @@ def test_char_ids_are_the_places_in_the_sorted_characters(made):
     assert made["char"].decode([3, 2, 4]) == "hel"
 
 
+def test_a_text_ends_where_the_next_begins_and_at_the_tokenizers_own_eos(made):
+    ends = {kind: tokenizer.end_ids for kind, tokenizer in made.items()}
+    assert ends == {"byte": {256}, "char": set(), "sentencepiece": {1, 2}, "tiktoken": {261}, "huggingface": {1, 2}}
+
+
 def test_characters_outside_a_char_vocabulary_are_listed(made):
     with pytest.raises(ValueError, match="characters 'XZ' are not among the 8"):
         made["char"].encode("hello ZXZ")
 
 
-@pytest.mark.parametrize("kind", ["byte", "char", "sentencepiece", "tiktoken"])
+@pytest.mark.parametrize("kind", ["byte", "char", "sentencepiece", "tiktoken", "huggingface"])
 def test_a_saved_tokenizer_loads_as_the_same(made, kind, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
@@ -112,9 +166,12 @@ def test_a_saved_tokenizer_loads_as_the_same(made, kind, tmp_path):
     loaded.save(second)
     assert (loaded.kind, loaded.vocab_size, loaded.bos_id) == (kind, made[kind].vocab_size, made[kind].bos_id)
     assert loaded.encode("hello world") == made[kind].encode("hello world")
-    assert tokenizer_sha256(first) == tokenizer_sha256(second)
+    assert loaded.end_ids == made[kind].end_ids
     name = "tokenizer.model" if kind == "sentencepiece" else "tokenizer.json"
     assert [path.name for path in first.iterdir()] == [name]
+    content = (first / name).read_bytes()
+    assert content == (second / name).read_bytes() == loaded.content() == made[kind].content()
+    assert tokenizer_sha256(first) == loaded.sha256 == hashlib.sha256(content).hexdigest()
 
 
 def test_training_twice_gives_the_same_file(tmp_path):
@@ -143,7 +200,8 @@ def test_a_small_text_gives_fewer_pieces_and_a_small_vocabulary_is_refused():
 def test_a_foreign_model_gives_the_ids_of_sentencepiece():
     model = foreign_model()
     reference, tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model), SentencePieceTokenizer(model)
-    assert tokenizer.dummy_prefix and not tokenizer.exact and tokenizer.bos_id == reference.bos_id()
+    assert tokenizer.dummy_prefix and not tokenizer.exact and tokenizer.content() == model
+    assert (tokenizer.bos_id, tokenizer.end_ids) == (reference.bos_id(), {reference.bos_id(), reference.eos_id()})
     for text in TRICKY:
         if "\u2581" not in text:
             assert tokenizer.encode(text) == reference.encode(text)
@@ -151,7 +209,8 @@ def test_a_foreign_model_gives_the_ids_of_sentencepiece():
 
 def test_only_the_dummy_space_of_a_foreign_model_is_taken_away():
     tokenizer = SentencePieceTokenizer(foreign_model())
-    for text in ["hello", " hello", "  hello ", "a\u2581b", "\n x"]:
+    for text in ["hello", " hello", "  hello ", "a\u2581b", "\u2581a", "\n x"]:
+        assert tokenizer.decode_bytes(tokenizer.encode(text)) == b" " + text.encode()
         assert tokenizer.decode(tokenizer.encode(text)) == text
     parts = tokenizer.encode("hello wo") + tokenizer.encode("rld", start=False)
     assert tokenizer.decode(parts) == "hello world" and tokenizer.decode_bytes(parts) == b" hello world"
@@ -192,6 +251,17 @@ def test_a_damaged_tokenizer_file_is_one_error_line(text, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
+    {"tokenizer": []}, {"tokenizer": {}}, {"config": 3}, {"config": None}, {"bos_id": "1"}, {"bos_id": []},
+    {"bos_id": -1}, {"end_ids": 3}, {"end_ids": [9999]}, {"end_ids": [[]]}, {"end_ids": None}, {"more": 1}])
+def test_a_damaged_huggingface_file_of_ours_is_one_error_line(change, tmp_path):
+    fields = json.loads(HuggingFaceTokenizer(byte_level_json(), {}, 1, [2]).content())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields | change))
+    with pytest.raises(ValueError, match="damaged tokenizer file") as raised:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("change", [
     {"pattern": "(("}, {"pattern": 5}, {"pattern": ""}, {"pattern": "x*"}, {"pattern": r"\w+"},
     {"pattern": r"(?:(a+)\1?)+$|[^a]"}, {"special": {"a": -1}}, {"special": {"a": 7}}, {"special": {"a": 2**40}},
     {"special": 3}])
@@ -214,7 +284,7 @@ def test_a_pattern_that_fails_on_a_later_text_is_an_error_and_no_panic():
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 def test_a_tokenizer_file_far_too_large_is_not_read(name, tmp_path):
     with open(tmp_path / name, "wb") as file:
-        file.truncate(tokenizer_module.LARGEST_FILE + 1)
+        file.truncate(LARGEST_FILE + 1)
     for read in (load_tokenizer, tokenizer_sha256):
         with pytest.raises(ValueError, match=f"{name}: has more than"):
             read(tmp_path)
@@ -245,3 +315,150 @@ def test_a_failed_download_is_one_error_line(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
     with pytest.raises(OSError, match=r"tiktoken:gpt2 could not be fetched \(no route\)"):
         named_tiktoken("gpt2")
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level_json(), llama_json(), llama_json(metaspace=True)],
+                         ids=["byte level", "llama", "metaspace"])
+def test_a_tokenizer_json_gives_the_ids_and_texts_of_the_library(tokenizer, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    ours, theirs = load_tokenizer(tmp_path), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in TRICKY + random_texts(300):
+        if not any(name in text for name in SPECIAL):
+            ids = ours.encode(text)
+            assert ids == theirs.encode(text, add_special_tokens=False).ids
+            assert ours.decode(ids) == theirs.decode(ids)
+
+
+def test_a_special_token_spelled_out_is_text_and_an_added_one_is_itself(made):
+    tokenizer, llama = made["huggingface"], HuggingFaceTokenizer(llama_json(), {}, 1, [2])
+    for text in ["</s>", "a<s>b", "<unk>"]:
+        assert tokenizer.decode(tokenizer.encode(text)) == llama.decode(llama.encode(text)) == text
+        assert not {0, 1, 2} & {*tokenizer.encode(text), *llama.encode(text)}
+    assert tokenizer.encode("<th\u00e9>") == [600] and tokenizer.decode_bytes([600]) == "<th\u00e9>".encode()
+    not_called_special = byte_level_json()
+    for token in not_called_special["added_tokens"]:
+        token["special"] = False
+    assert 2 not in HuggingFaceTokenizer(not_called_special, {}, 1, [2]).encode("</s>")
+
+
+@pytest.mark.parametrize("tokenizer", [llama_json(), llama_json(metaspace=True)], ids=["llama", "metaspace"])
+def test_a_later_chunk_of_a_tokenizer_json_gets_no_space(tokenizer):
+    made = HuggingFaceTokenizer(tokenizer, {}, None, [])
+    assert made.dummy_prefix and not made.exact and made.bos_id is None and made.end_ids == frozenset()
+    parts = made.encode("hello wo") + made.encode("rld", start=False)
+    assert made.decode_bytes(parts) == b" hello world" and made.decode(parts) == "hello world"
+
+
+def test_truncation_and_padding_of_a_tokenizer_json_are_off():
+    tokenizer = byte_level_json()
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    tokenizer["padding"] = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                            "pad_type_id": 0, "pad_token": "<unk>"}
+    made = HuggingFaceTokenizer(tokenizer, {}, 1, [])
+    assert made.decode(made.encode("a longer text")) == "a longer text" and made.encode("") == []
+
+
+def test_the_bytes_of_a_partial_character_are_kept():
+    made = HuggingFaceTokenizer(byte_level_json(), {}, 1, [])
+    ids = made.encode("\u4f60")
+    assert len(ids) == 3 and b"".join(made.decode_bytes([i]) for i in ids) == "\u4f60".encode()
+
+
+@pytest.mark.parametrize("files, bos, ends", [
+    ({}, None, set()),
+    ({"tokenizer_config": {"bos_token": "<s>", "eos_token": {"content": "</s>"}}}, 1, {1, 2}),
+    ({"tokenizer_config": {"bos_token": None, "eos_token": "</s>"}}, None, {2}),
+    ({"config": {"eos_token_id": 0}, "tokenizer_config": {"bos_token": "<s>", "eos_token": "</s>"}}, 1, {0, 1}),
+    ({"generation_config": {"bos_token_id": 2, "eos_token_id": [0, 600]}, "config": {"eos_token_id": 1}}, 2,
+     {0, 2, 600}),
+    ({"generation_config": {"eos_token_id": None}, "config": {"bos_token_id": 1, "eos_token_id": 2}}, 1, {1, 2})])
+def test_bos_and_eos_come_from_the_file_that_is_trusted_most(files, bos, ends, tmp_path):
+    save_hugging_face(tmp_path, byte_level_json(), **files)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.end_ids) == (bos, ends)
+    assert tokenizer.decode([*ends, *tokenizer.encode("text")]) == "text"
+    assert tokenizer.config == files.get("tokenizer_config", {})
+    assert tokenizer_sha256(tmp_path) == tokenizer.sha256
+
+
+def hugging_face_of(model: SentencePieceTokenizer, *more: str) -> dict:
+    vocab = {model.first.id_to_piece(i): i for i in range(model.vocab_size)}
+    added = [{"id": model.vocab_size + i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+              "normalized": False, "special": True} for i, name in enumerate(more)]
+    return llama_json() | {"added_tokens": added, "model": {"type": "BPE", "vocab": vocab, "merges": [],
+                                                            "byte_fallback": True}}
+
+
+def test_of_both_files_the_one_is_taken_that_knows_all_ids(made, tmp_path):
+    made["sentencepiece"].save(tmp_path)
+    save_hugging_face(tmp_path, hugging_face_of(made["sentencepiece"]))
+    assert load_tokenizer(tmp_path).kind == "sentencepiece"
+    assert tokenizer_sha256(tmp_path) == made["sentencepiece"].sha256
+    save_hugging_face(tmp_path, hugging_face_of(made["sentencepiece"], "<|im_end|>"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.kind, tokenizer.vocab_size) == ("huggingface", made["sentencepiece"].vocab_size + 1)
+    assert tokenizer_sha256(tmp_path) == tokenizer.sha256 != made["sentencepiece"].sha256  # so a stray file is found
+
+
+def test_a_tokenizer_model_of_tiktoken_is_left_for_the_tokenizer_json(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\nIw== 2\n")
+    for read in (load_tokenizer, tokenizer_sha256):
+        with pytest.raises(ValueError, match="is tiktoken's .*; put the tokenizer.json of the same model beside it"):
+            read(tmp_path)
+    save_hugging_face(tmp_path, byte_level_json())
+    assert load_tokenizer(tmp_path).kind == "huggingface"
+
+
+def test_without_the_library_a_tokenizer_json_is_one_error_line(tmp_path, monkeypatch):
+    save_hugging_face(tmp_path, byte_level_json())
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(OSError, match=r"needs the library tokenizers: pip install -e '\.\[hf\]'"):
+        load_tokenizer(tmp_path)
+
+
+def changed(**parts) -> dict:
+    return byte_level_json() | parts
+
+
+@pytest.mark.parametrize("tokenizer, match", [
+    ({"model": 3}, "damaged"), ({"model": {"vocab": []}, "added_tokens": []}, "must have ids"),
+    (changed(model={"type": "BPE", "vocab": {"a": 2**40}, "merges": []}), "all of them below"),
+    (changed(model={"type": "BPE", "vocab": {"a": -1}, "merges": []}), "all of them below"),
+    (changed(decoder=None), "decoder null is not one"),
+    (changed(model=byte_level_json()["model"] | {"continuing_subword_prefix": "##"}), "has continuing_subword"),
+    (changed(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}), "decoder WordPiece is not one"),
+    (changed(decoder={"type": "Replace", "pattern": {"String": "e"}, "content": "X"}), "another text of its ids"),
+    (changed(decoder={"type": "Sequence"}), "damaged"), (changed(normalizer={"type": "New"}), "not of Hugging Face's"),
+    (changed(normalizer={"type": "Sequence", "normalizers": 40 * [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}]}), "makes texts too long"),
+    (changed(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "invert": False}),
+     "not of Hugging Face's kind"),
+    (changed(added_tokens=[{"id": 2**31}]), "damaged"), (changed(added_tokens=7), "damaged")])
+def test_a_damaged_tokenizer_json_is_one_error_line(tokenizer, match, tmp_path, capfd):
+    save_hugging_face(tmp_path, tokenizer)
+    with pytest.raises(ValueError, match=match) as raised:
+        load_tokenizer(tmp_path)
+    assert str(raised.value).count("tokenizer.json: damaged tokenizer file") == 1 and "\n" not in str(raised.value)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("files, match", [
+    ({"config": []}, "config.json: damaged .*not an object"),
+    ({"generation_config": {"eos_token_id": 9999}}, "its bos or eos, 9999, is not an id"),
+    ({"config": {"bos_token_id": "1"}}, "its bos or eos, '1', is not an id"),
+    ({"config": {"eos_token_id": [True]}}, "its bos or eos, True, is not an id"),
+    ({"config": {"eos_token_id": [[]]}}, "damaged"),
+    ({"tokenizer_config": {"eos_token": "<end>"}}, "does not have tokenizer_config.json's eos_token '<end>'"),
+    ({"tokenizer_config": {"eos_token": 7}}, "does not have"),
+    ({"tokenizer_config": {"eos_token": {}}}, "no 'content'")])
+def test_wrong_files_beside_a_tokenizer_json_are_named(files, match, tmp_path):
+    save_hugging_face(tmp_path, byte_level_json(), **files)
+    with pytest.raises(ValueError, match=match) as raised:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_special_token_that_cannot_be_kept_out_of_texts_is_refused(tmp_path):
+    save_hugging_face(tmp_path, byte_level_json(), config={"eos_token_id": byte_level_json()["model"]["vocab"]["e"]})
+    with pytest.raises(ValueError, match="a text can have its special token 'e'"):
+        load_tokenizer(tmp_path)

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import checkpoint
+import evaluate
 import metrics
 import train
-from data.loader import open_dataset
+from data.loader import open_dataset, read_windows
 from device import choose_dtype
 from lock import Lock
 from model import Decoder
@@ -104,7 +105,7 @@ def test_resume_after_a_kill_redoes_what_was_not_saved(start, tmp_path, monkeypa
 
 def test_a_signal_during_evaluation_loses_nothing(start, tmp_path, monkeypatch):
     assert start(*HARD, "micro_batch_size=1", out="whole")[0] == 0
-    read, calls = train.read_windows, []
+    read, calls = evaluate.read_windows, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -113,7 +114,7 @@ def test_a_signal_during_evaluation_loses_nothing(start, tmp_path, monkeypatch):
         return read(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "read_windows", interrupted)
+        patch.setattr(evaluate, "read_windows", interrupted)
         assert start(*HARD, "micro_batch_size=1")[0] == 130
     assert len(calls) == 2
     assert start(*HARD, "micro_batch_size=1", "resume=yes")[0] == 0
@@ -204,11 +205,12 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss(start, tmp_path)
 def test_evaluation_is_the_mean_over_all_windows(start, tmp_path, data_folder):
     start("eval_iters=0", "micro_batch_size=8", "dropout=0.5")  # the last micro-batch of windows is not full
     state = checkpoint.load_newest(tmp_path / "run")
-    model, data = checkpoint.build_model(state, "cpu").eval(), open_dataset(data_folder / "words")
+    model = checkpoint.build_model(checkpoint.model_config(state), state["model"], "cpu").eval()
+    data = open_dataset(data_folder / "words")
     starts = train.val_starts(len(data.val), 32, 0)
     assert len(starts) % 8
     with torch.no_grad():
-        losses = [model(*train.read_windows(data.val, starts[i:i + 1], 32)).item() for i in range(len(starts))]
+        losses = [model(*read_windows(data.val, starts[i:i + 1], 32)).item() for i in range(len(starts))]
     assert metrics.read_metrics(tmp_path / "run")[-1]["val_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 

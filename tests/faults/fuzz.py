@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -22,8 +23,11 @@ from hypothesis import strategies as st
 import checkpoint
 from config.schema import OTHERS_NAMES, Config, knobs_of, load_config, user_errors
 from data.loader import open_dataset
-from data.tokenizer import load_tokenizer
+from data.tokenizer import ByteTokenizer, load_tokenizer
+from hf import to_hf
+from hf_tokenizer import tokenizer_files
 from model import Decoder, ModelConfig
+from weights import hf_name, read_hf
 
 from .harness import ROOT, SERVER, Report, fault, words
 from .hostile import TIKTOKEN, entries_of, sound_model, torch_file, zip_file
@@ -56,13 +60,13 @@ def copied(tree: object) -> object:
     """Tensors are not: they are never changed."""
     if isinstance(tree, dict):
         return {key: copied(value) for key, value in tree.items()}
-    return [copied(value) for value in tree] if isinstance(tree, list) else tree
+    return type(tree)(copied(value) for value in tree) if isinstance(tree, (list, tuple)) else tree
 
 
 def bent(tree: dict, changes: list[tuple]) -> object:
     """A copy of a tree with its structure changed."""
     tree = {"": copied(tree)}
-    for change, one, two, value, text in changes:
+    for change, one, two, value, text in copied(changes):  # or a value would be bent for all later tries too
         there = places(tree)
         if not there:
             break
@@ -147,7 +151,7 @@ def small_state() -> dict:
     return {"format": checkpoint.FORMAT, "format_version": checkpoint.VERSION, "step": 3, "model": weights,
             "optimizer": {"norm.gain": {"exp_avg": torch.ones(4), "step": torch.tensor(3.0)}}, "scaler": {},
             "config": Config(model=config).flat(), "data": {"name": "words", "tokens": {"val": 3}},
-            "best_val_loss": 2.5, "grad_norms": [1.0, 2.0]}
+            "best_val_loss": 2.5, "grad_norms": [1.0, 2.0], "base": {}}
 
 
 def try_checkpoint(folder: Path, sound: dict, changes: list[tuple], bytes_too: list[tuple] | None,
@@ -162,7 +166,7 @@ def try_checkpoint(folder: Path, sound: dict, changes: list[tuple], bytes_too: l
         content = content[:directory] + spoilt(content[directory:], bytes_too)
     (folder / "x.pt").write_bytes(content)
     state = checkpoint.load(folder / "x.pt")
-    checkpoint.build_model(state, "cpu")
+    checkpoint.build_model(checkpoint.model_config(state), state["model"], "cpu")
     checkpoint.compare_with_run(state, sound["config"], sound["data"])
 
 
@@ -179,6 +183,30 @@ def try_tokenizer(folder: Path, sound: dict, changes: list[tuple], bytes_too: li
     tokenizer.decode(range(tokenizer.vocab_size))
 
 
+def hugging_face() -> tuple[dict, bytes]:
+    """A folder of Hugging Face with a byte tokenizer: the content of its JSON files, by name, and of its weights."""
+    config = ModelConfig(vocab_size=257, n_layer=1, n_embd=4, n_head=1, n_hidden=4, block_size=4)
+    weights = {hf_name(name): p.detach() for name, p in Decoder(config).named_parameters()}
+    files = {name: json.loads(content) for name, content in tokenizer_files(ByteTokenizer()).items()}
+    return files | {"config.json": to_hf(config, ByteTokenizer(), "float32")}, safetensors.torch.save(weights)
+
+
+def try_hugging_face(folder: Path, sound: tuple[dict, bytes], changes: list[tuple], bytes_too: list[tuple] | None,
+                     name: str) -> None:
+    files, weights = sound
+    contents = {name: json.dumps(fields).encode() for name, fields in files.items()} | {"model.safetensors": weights}
+    if name in files:
+        contents[name] = json.dumps(bent(files[name], changes)).encode()
+    if bytes_too:
+        head = contents[name][:2000]  # of the weights all that is not numbers
+        contents[name] = spoilt(head, bytes_too) + contents[name][2000:]
+    for file, content in contents.items():
+        (folder / file).write_bytes(content)
+    read_hf(folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.decode(tokenizer.encode("the cat sat on a mat 12\n\u00e9"))
+
+
 SOURCES: dict[str, Callable[[Path], tuple]] = {  # name -> function of a folder -> (what is tried, the mutations)
     "the command line": lambda folder: (partial(try_command_line, folder), (COMMAND_LINES,)),
     "a preset": lambda folder: (partial(try_preset, folder), (PRESETS, st.none() | BYTES)),
@@ -188,6 +216,9 @@ SOURCES: dict[str, Callable[[Path], tuple]] = {  # name -> function of a folder 
         CHANGES, st.none() | BYTES, st.sampled_from(("fields", "pickle alone", "whole file")))),
     "a tokenizer file": lambda folder: (partial(try_tokenizer, folder, TIKTOKEN), (
         CHANGES, st.none() | BYTES, st.sampled_from(("json", "model")))),
+    "a Hugging Face folder": lambda folder: (partial(try_hugging_face, folder, hugging_face()), (
+        CHANGES, st.none() | BYTES, st.sampled_from(("config.json", "tokenizer.json", "tokenizer_config.json",
+                                                     "model.safetensors")))),
 }
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import checkpoint
-import sample
 import train
+from weights import load_model
 
 from .harness import ROOT, Child, Report, command, difference, fault, run, words
 from .resume import first_other_step, witness
@@ -132,7 +132,7 @@ def unreadable(out: Path) -> str:
             checkpoint.load(path)
         for which, there in (("latest", checkpoint.all_in(out)), ("best", (out / "best.pt").exists())):
             if there:
-                sample.load_run(out, which, "cpu")
+                load_model(out, which)
     except (ValueError, OSError) as error:
         return f"not to be sampled from after the kill: {error}"
     return ""

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 import checkpoint
-import sample
 import train
 from data.loader import open_dataset
+from weights import load_model
 
 from .harness import Report, command, difference, fault, run, words
 
@@ -117,7 +117,7 @@ def plainly_wrong(path: Path, state: dict) -> bool:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """Those that sample.py would sample from."""
-    model, _ = sample.load_run(run, "best", "cpu")
+    model, _, _ = load_model(run, "best")
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 

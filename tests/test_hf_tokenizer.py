@@ -1,0 +1,198 @@
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tokenizer import TRICKY, byte_level_json, llama_json, random_texts
+from transformers import AutoTokenizer
+
+import hf_tokenizer
+from data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
+from hf_tokenizer import merges, tokenizer_files
+
+SOURCES = [path.read_text(encoding="utf-8") for path in sorted(Path(os.__file__).parent.glob("*.py"))[:12]]
+# As tiktoken writes them, possessive and with $, which mean something else in Hugging Face's regular expressions
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+$|\s+(?!\S)|\s"
+CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|"
+          r"\s+(?!\S)|\s")
+
+
+def sentencepiece_model(**settings) -> SentencePieceTokenizer:
+    """Llama's settings, but for those given."""
+    settings = {"model_type": "bpe", "vocab_size": 700, "hard_vocab_limit": False, "byte_fallback": True,
+                "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "split_digits": True,
+                "allow_whitespace_only_pieces": True, "minloglevel": 2} | settings
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(SOURCES[0].splitlines()), model_writer=model,
+                                             **settings)
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def tiktoken_of(pattern: str, pieces: list[bytes]) -> TiktokenTokenizer:
+    """All bytes, then the pieces; the ids of the special tokens leave gaps."""
+    every = dict.fromkeys([*(bytes([i]) for i in range(256)), *filter(None, pieces)])
+    ranks = {piece: i for i, piece in enumerate(every)}
+    special = {"<|endoftext|>": len(ranks) + 5, "<|fim|>": len(ranks) + 2}
+    return TiktokenTokenizer(tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+
+
+KINDS = ["ours", "llama", "llama2c", "no bytes", "characters", "byte", "char", "gpt2", "cl100k", "llama3"]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> dict:
+    """kind -> (tokenizer, transformers' own of the exported folder, the folder)."""
+    ours = train_sentencepiece(SOURCES[:10], 1500)
+    foreign = HuggingFaceTokenizer(byte_level_json(), {"bos_token": "<s>", "eos_token": "</s>"}, 1, [2])
+    tokenizers = dict(zip(KINDS, [
+        ours, sentencepiece_model(), sentencepiece_model(remove_extra_whitespaces=True),
+        sentencepiece_model(byte_fallback=False), sentencepiece_model(model_type="char"), ByteTokenizer(),
+        CharTokenizer("".join(SOURCES)), tiktoken_of(GPT2, ours.pieces), tiktoken_of(CL100K, ours.pieces),
+        foreign], strict=True))
+    return {kind: (tokenizer, *exported(tokenizer, tmp_path_factory.mktemp("hf")))
+            for kind, tokenizer in tokenizers.items()}
+
+
+def exported(tokenizer, folder):
+    for name, content in tokenizer_files(tokenizer).items():
+        (folder / name).write_bytes(content)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    return AutoTokenizer.from_pretrained(folder), folder
+
+
+def assert_equal(ours, theirs, text: str) -> None:
+    ids = ([] if ours.bos_id is None else [ours.bos_id]) + ours.encode(text)
+    assert theirs(text).input_ids == ids, text
+    assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text)
+    assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+    if ours.exact:
+        assert ours.decode(ids) == text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_gives_our_ids_and_texts_of_the_standard_library(made, kind):
+    ours, theirs, _ = made[kind]
+    for text in SOURCES:
+        assert_equal(ours, theirs, text)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "char"])
+def test_transformers_gives_our_ids_and_texts_of_odd_texts(made, kind):
+    ours, theirs, _ = made[kind]
+    for text in TRICKY + random_texts(100):
+        if kind != "llama3" or not any(name in text for name in ("<s>", "</s>", "<unk>")):  # it came like that
+            assert_equal(ours, theirs, text)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "char"])
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.sampled_from("ab _(\n\t\u2581\u00e90159'\U0001f600") | st.characters(exclude_categories=["Cs"])))
+def test_transformers_gives_our_ids_and_texts_of_any_text(made, kind, text):
+    assert_equal(*made[kind][:2], text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bos_eos_and_the_size_of_the_vocabulary_are_told(made, kind):
+    ours, theirs, _ = made[kind]
+    assert theirs.bos_token_id == ours.bos_id and max(theirs.get_vocab().values()) == ours.vocab_size - 1
+    assert theirs.eos_token_id == (max(ours.end_ids, default=None))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("llama3", "char")])
+def test_no_text_becomes_a_special_token(made, kind):
+    ours, theirs, _ = made[kind]
+    names = "".join(token.content for token in theirs.added_tokens_decoder.values())
+    assert names and theirs(names, add_special_tokens=False).input_ids == ours.encode(names)
+    assert theirs(["one", "two"]).input_ids == [[ours.bos_id, *ours.encode(text)] for text in ("one", "two")]
+
+
+def test_an_unknown_character_is_refused_by_the_char_tokenizer_there_too(made):
+    ours, theirs, _ = made["char"]
+    for encode in (ours.encode, theirs):
+        with pytest.raises(Exception, match="not among the|Missing"):
+            encode("\u4f60")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_folder_is_a_tokenizer_folder_for_us_too(made, kind):
+    ours, _, folder = made[kind]
+    again = load_tokenizer(folder)
+    assert (again.bos_id, again.end_ids, again.exact) == (ours.bos_id, ours.end_ids, ours.exact)
+    assert again.kind == ("sentencepiece" if ours.kind == "sentencepiece" else "huggingface")
+    for text in SOURCES[:5] if kind == "char" else SOURCES[:5] + TRICKY:
+        assert again.encode(text) == ours.encode(text) and again.encode(text, False) == ours.encode(text, False)
+    assert again.pieces == ours.pieces[:len(again.pieces)]
+
+
+def test_sentencepiece_files_have_the_model_and_tell_llama_cpp_of_the_prefix(made):
+    for kind, prefix in (("ours", False), ("llama", True), ("llama2c", True)):
+        files = tokenizer_files(made[kind][0])
+        assert files["tokenizer.model"] == made[kind][0].content()
+        assert json.loads(files["tokenizer_config.json"])["add_prefix_space"] is prefix
+        added = {token["content"]: token["id"] for token in json.loads(files["tokenizer.json"])["added_tokens"]}
+        assert added == {"<unk>": 0, "<s>": 1, "</s>": 2}
+
+
+def test_a_hugging_face_tokenizer_is_written_back_as_it_came():
+    config = {"tokenizer_class": "LlamaTokenizer", "chat_template": "x", "auto_map": {"AutoTokenizer": ["a.py", None]}}
+    files = tokenizer_files(HuggingFaceTokenizer(llama_json(), config, 1, [2]))
+    assert json.loads(files["tokenizer.json"]) == llama_json() and "tokenizer.model" not in files
+    # LlamaTokenizer would make its own tokenizer of it, and auto_map names code that is not there
+    assert json.loads(files["tokenizer_config.json"]) == {
+        "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "x", "clean_up_tokenization_spaces": False}
+
+
+def test_the_files_are_the_same_each_time(made):
+    for tokenizer, _, _ in made.values():
+        assert tokenizer_files(tokenizer) == tokenizer_files(tokenizer)
+
+
+@pytest.mark.parametrize("change", [
+    {"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}, {"user_defined_symbols": ["<sep>"]},
+    {"treat_whitespace_as_suffix": True}], ids=str)
+def test_a_model_without_an_exact_form_is_refused_with_the_first_text_that_differs(change):
+    with pytest.raises(ValueError, match="has no exact form for Hugging Face: of '.*' it would make other ids from"):
+        tokenizer_files(sentencepiece_model(**change))
+
+
+@pytest.mark.parametrize("pattern", [r"\p{Script=Greek}+|[\s\S]", r"^\w+|[\s\S]", r"<\|[a-z]+\|>|[\s\S]"])
+def test_a_pattern_that_cannot_be_had_there_is_refused(pattern):
+    """One that Oniguruma does not know; one where ^ is the beginning of any line; one that keeps a special token's name
+    whole, which is in their vocabulary and not in ours."""
+    with pytest.raises(ValueError, match="tiktoken tokenizer has no exact form for Hugging Face") as raised:
+        tokenizer_files(tiktoken_of(pattern, [b"ab"]))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_piece_that_would_take_for_ever_is_refused():
+    with pytest.raises(ValueError, match="a piece of more than 1000 characters"):
+        tokenizer_files(tiktoken_of(r"[\s\S]+", [b"a" * 1001]))
+
+
+def test_merges_are_all_pairs_and_of_overlapping_ones_the_left_comes_first():
+    assert merges({"a": 0, "b": 1, "ba": 3, "ab": 4, "aba": 5}) == [
+        ("b", "a"), ("a", "b"), ("ab", "a"), ("a", "ba")]
+    assert merges({b"a": 0, b"c": 7, b"ac": 2, b"acx": 3}) == [(b"a", b"c")]
+
+
+def test_every_piece_is_probed(monkeypatch):
+    """A vocabulary that is wrong in one rare piece is found."""
+    ours = train_sentencepiece(SOURCES[:2], 600)
+    true = hf_tokenizer.merges
+    rare = max(ours.pieces[-100:], key=len).decode()
+    monkeypatch.setattr(hf_tokenizer, "merges", lambda ranks: [pair for pair in true(ranks) if "".join(pair) != rare])
+    with pytest.raises(ValueError, match="no exact form"):
+        tokenizer_files(ours)
