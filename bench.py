@@ -129,21 +129,27 @@ def sampling(arguments: list[str]) -> Callable[[], None]:
 def report_sampling(config: ModelConfig, ways: list[SampleOptions], batches: list[int], options: SampleBench) -> None:
     """Times sample.py's generate in each way and prints a line for each way and batch."""
     device, base, models = ways[0].device, Decoder(config).to(ways[0].device), {}
-    for way in ways:
-        models[way] = copy.deepcopy(base)
-        for_inference(models[way], way)
+    for way in ways:  # each model once: several of a billion parameters are a lot
+        if stored(way) not in models:
+            models[stored(way)] = base if stored(way) == "float32" else copy.deepcopy(base)
+            for_inference(models[stored(way)], way)
     print(f"{parameter_count(config):,} parameters, vocab {config.vocab_size:,}, {options.tokens} tokens after the "
           f"first; {machine(device)}\ncopies read and write {copy_rate(device) / 1e9:.1f} GB/s\n"
           f"{'':16}{'samples':>8}{'tokens/s':>10}{'of the first':>14}{'matrices':>12}{'read at':>11}")
     for batch in batches:
         rates: dict[SampleOptions, list[float]] = {way: [] for way in ways}
         for way in in_turn(ways, options.steps):
-            rates[way].append(sampling_rate(models[way], way, batch, options.tokens))
+            rates[way].append(sampling_rate(models[stored(way)], way, batch, options.tokens))
         for way, found in rates.items():
-            size, rate = matrix_bytes(models[way]), statistics.median(found)
+            size, rate = matrix_bytes(models[stored(way)]), statistics.median(found)
             name = way.dtype + (" int8" if way.quantize == "int8" else "")
             print(f"{name:16}{batch:>8}{rate:>10,.1f}{rate / statistics.median(rates[ways[0]]):>14.2f}"
                   f"{size / 1e6:>9,.0f} MB{size * rate / batch / 1e9:>6.1f} GB/s", flush=True)
+
+
+def stored(way: SampleOptions) -> str:
+    """What the matrices are in memory."""
+    return way.dtype if way.quantize == "none" else way.quantize
 
 
 def sampling_rate(model: Decoder, way: SampleOptions, batch: int, tokens: int) -> float:
