@@ -6,8 +6,10 @@ import shutil
 import pytest
 import torch
 from conftest import SMALL
+from safetensors.torch import load_file
 
 import checkpoint
+import hf
 import sample
 import train
 from data.loader import open_dataset
@@ -178,6 +180,16 @@ def test_a_run_with_adapters_samples_with_the_weights_it_is_for(tune, base, tmp_
     assert all(torch.equal(p, dict(begun.named_parameters())[n]) == ("blocks" not in n or "norm" in n)
                for n, p in tuned.named_parameters())
     assert sample.main([str(tmp_path / "run"), "prompt=the", "max_new_tokens=4", "device=cpu"]) == 0
+
+
+def test_an_exported_run_has_its_adapters_in_the_weights(tune, base, tmp_path):
+    assert tune("lora_rank=2", "lora_alpha=6", "learning_rate=0.05")[0] == 0
+    assert hf.main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    learned = checkpoint.load_newest(tmp_path / "run")["model"]
+    a, b = (learned[f"blocks.1.attn.k.lora_{part}"] for part in "ab")
+    before = checkpoint.load_newest(base)["model"]["blocks.1.attn.k.weight"]
+    after = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.self_attn.k_proj.weight"]
+    assert torch.allclose(after, before + 3 * b @ a, atol=1e-6) and (after - before).abs().max() > 1e-3
 
 
 def test_adapters_of_adapters_are_merged_twice(tune, start, tmp_path, base):
