@@ -33,8 +33,7 @@ GLOBALS = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections
 LARGEST_PICKLE = 2**23  # bytes of names, shapes and numbers, about 150 for a tensor, whose own bytes are elsewhere
 LARGEST_TABLE = 2**28  # angles of RoPE: 2 million tokens of context with heads of 128
 ARCHITECTURE = tuple(name for name in ModelConfig.__dataclass_fields__ if name not in ("dropout", "norm_impl"))
-FIXED = (*ARCHITECTURE, "init_from", "lora_rank", "lora_alpha", "dataset", "batch_size", "seed",
-         "optimizer")  # changing these is another run
+FIXED = (*ARCHITECTURE, "lora_rank", "lora_alpha", "batch_size", "seed", "optimizer")  # changing these is another run
 NEVER_COMPARED = ("out_dir", "resume", "log_interval", "keep", "sample_prompt", "sample_tokens", "tracker", "watch")
 
 
@@ -266,22 +265,24 @@ def build_model(config: ModelConfig, weights: dict[str, torch.Tensor], device: s
         raise ValueError(f"the checkpoint has {there:,} weights, a model of its config {wanted:,}: it is damaged")
     if config.block_size * config.head_size > LARGEST_TABLE:
         raise ValueError(f"the checkpoint's block_size={config.block_size:,} asks for more memory than any model needs")
-    model = Decoder(config)
+    model = Decoder(config, seed=None)
     load_weights(model, weights)
     return model.to(device)
 
 
 def load_weights(model: Decoder, weights: dict[str, torch.Tensor]) -> None:
-    """Copies weights by name into all that is not frozen; a missing, surplus or wrongly shaped one is named."""
+    """Puts weights by name in the place of all that is not frozen; a missing, surplus or wrongly shaped one is named.
+
+    Nothing is copied that has the model's device and dtype already, so what is given belongs to the model then.
+    """
     own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name in sorted(own.keys() ^ weights.keys()):
         raise ValueError(f"the checkpoint {'lacks' if name in own else 'has a surplus'} {name}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            if weights[name].shape != parameter.shape:
-                raise ValueError(f"{name} is {list(weights[name].shape)} in the checkpoint, "
-                                 f"{list(parameter.shape)} in the model")
-            parameter.copy_(weights[name])
+    for name, parameter in own.items():
+        if weights[name].shape != parameter.shape:
+            raise ValueError(f"{name} is {list(weights[name].shape)} in the checkpoint, "
+                             f"{list(parameter.shape)} in the model")
+        parameter.data = weights[name].to(parameter)
 
 
 def compare_with_run(state: dict[str, Any], config: dict[str, Any], data: dict[str, Any]) -> list[str]:

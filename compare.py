@@ -326,6 +326,8 @@ class Lab:
         for arm, knobs in self.plan.arms.items():
             still = {"rate": "1e-6", "min_lr": "0", "seed": self.plan.first_seed, **self.automatic(self.first[arm])}
             arms[arm] = cell_of(self.plan, arm, **still)
+            if arms[arm].config.init_from:  # weights that have learned with a norm are nothing without
+                continue
             others = label({name: text for name, text in knobs.items() if name not in CONTROL})
             control[arm] = f"no norm, {others}" if others else "no norm"
             controls[control[arm]] = cell_of(self.plan, arm, **still, **CONTROL)

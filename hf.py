@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from config.schema import Config, help_text, knobs_of, split_arguments, typed, user_errors
+from config.schema import help_text, knobs_of, split_arguments, typed, user_errors
 from cost import parameter_count
 from data.prepare import workshop
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -77,19 +77,20 @@ def main(argv: list[str]) -> int:
 
 
 def import_run(source: Path, options: ImportOptions) -> None:
-    """Makes a run, at step 0, of a Hugging Face folder or of llama2.c's .bin file with tokenizer.bin beside it."""
+    """Makes a run, at step 0, of a Hugging Face folder or of llama2.c's .bin file with tokenizer.bin beside it. It has
+    no knobs but those of its model."""
     config, weights, tokenizer = read_source(source)
-    run = Config(model=config, out_dir=options.out_dir)
     folder = Path(options.out_dir)
+    about = {"versions": versions(), "parameters": parameter_count(config), "source": str(source)}
+    files = {"config.json": (json.dumps(asdict(config) | about, indent=1) + "\n").encode(),
+             tokenizer.file: tokenizer.content()}
     with Lock(folder):
-        if checkpoint.all_in(folder) or (folder / "best.pt").exists():
-            raise ValueError(f"{folder} already holds a run: name another out_dir")
-        about = {"versions": versions(), "parameters": parameter_count(config), "source": str(source)}
-        files = {"config.json": (json.dumps(run.flat() | about, indent=1) + "\n").encode(),
-                 tokenizer.file: tokenizer.content()}
-        state = {"step": 0, "model": weights, "optimizer": {}, "scaler": {}, "config": run.flat(),
-                 "data": {"tokenizer_sha256": tokenizer.sha256}, "base": {}, "best_val_loss": math.inf,
-                 "grad_norms": []}
+        taken = [path.name for path in (*(folder / name for name in files), *folder.glob("*.pt")) if path.exists()]
+        if taken:
+            raise ValueError(f"{folder} holds {', '.join(sorted(taken)[:3])} already: name another out_dir")
+        state = {"step": 0, "model": weights, "optimizer": {}, "scaler": {}, "config": asdict(config),
+                 "data": {"tokenizer_sha256": tokenizer.sha256, "source": str(source)}, "base": {},
+                 "best_val_loss": math.inf, "grad_norms": []}
         try:
             for name, content in files.items():
                 checkpoint.write_atomically(folder / name, lambda file, content=content: file.write(content))
@@ -122,7 +123,7 @@ def read_source(source: Path) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer
 
 def export(run: Path, out: Path, options: ExportOptions) -> None:
     """Makes the folder `out` of a run's checkpoint: all of it, or none."""
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists already: name another folder, or remove it")
     weights = open_weights(run, options.checkpoint)
     refuse_what_is_no_llama(weights.config)
@@ -202,6 +203,7 @@ def as_json(content: dict[str, Any]) -> bytes:
 def write_safetensors(folder: Path, tensors: dict[str, Tensor], options: ExportOptions) -> None:
     """model.safetensors, or shards of at most shard_gb (a larger tensor gets one of its own) and their index."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise ValueError("exporting needs the package safetensors: pip install -e '.[hf]'") from None
@@ -213,7 +215,10 @@ def write_safetensors(folder: Path, tensors: dict[str, Tensor], options: ExportO
         for name, tensor in stored.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} does not fit into {options.dtype}: use dtype=bfloat16 or float32")
-        save_file(stored, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(stored, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{file} could not be written ({error!s:.200})") from error
         (folder / file).chmod(0o644)  # as the others; it makes them readable for this user only
     if len(shards) > 1:
         index = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
@@ -247,22 +252,26 @@ def write_llama2c(path: Path, config: ModelConfig, tensors: dict[str, Tensor], t
 
 def card(weights: Weights, tokenizer: Tokenizer, options: ExportOptions) -> str:
     """README.md: what the model is, how to use it, what came of the run, and all of the run's knobs."""
-    state, config = weights.state, weights.config
-    run, step, data = state.get("config") or asdict(config), state.get("step", 0), weights.data
+    state, config, data = weights.state, weights.config, weights.data
+    run, step = state.get("config", {}), state.get("step", 0)
     rows = {"shape": describe(config), "weights": options.dtype, "tokenizer": f"{tokenizer.kind}, "
-            f"{tokenizer.vocab_size:,} tokens", "steps": f"{step:,}"} | results(weights.folder, step)
+            f"{tokenizer.vocab_size:,} tokens"}
     if "name" in data:
-        rows["data"] = f"{data['name']}, {data['tokens']['train']:,} training tokens"
+        rows |= {"data": f"{data['name']}, {data['tokens']['train']:,} training tokens", "steps": f"{step:,}"}
+        rows |= results(weights.folder, step)
     if run.get("init_from"):
         rows["fine-tuned from"] = run["init_from"] + (f", LoRA of rank {run['lora_rank']}" if run["lora_rank"] else "")
+    if "source" in data:
+        rows["from"] = data["source"]
     return "\n".join((
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [llama, rootllama]", "---",
-        f"# {weights.folder.resolve().name}", "", "A Llama, trained with Rootllama.", "",
+        f"# {weights.folder.resolve().name}", "", f"A Llama, {'trained' if step else 'exported'} with Rootllama.", "",
         *table(("", ""), rows.items()), "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "", 'model, tokenizer = (kind.from_pretrained(".") for kind in (AutoModelForCausalLM, AutoTokenizer))',
         'ids = tokenizer("Once", return_tensors="pt").input_ids',
-        "print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))", "```", "", "## The run", "",
-        *table(("knob", "value"), [(f"`{name}`", f"`{value}`") for name, value in run.items()]), ""))
+        "print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))", "```", "", "## All knobs", "",
+        *table(("knob", "value"), [(f"`{name}`", f"`{value}`") for name, value in (run or asdict(config)).items()]),
+        ""))
 
 
 def results(folder: Path, step: int) -> dict[str, str]:

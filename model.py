@@ -175,6 +175,11 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A matrix without bias. Its numbers come from `initialise` or a checkpoint: PyTorch would draw others in vain."""
+    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False)
+
+
 class Attention(nn.Module):
     """Causal attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245) and rotary positions."""
 
@@ -182,10 +187,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.dropout = layer, config.dropout
         self.heads, self.kv_heads, self.head_size = config.n_head, config.kv_heads, config.head_size
-        self.q = nn.Linear(config.n_embd, self.heads * self.head_size, bias=False)
-        self.k = nn.Linear(config.n_embd, self.kv_heads * self.head_size, bias=False)
-        self.v = nn.Linear(config.n_embd, self.kv_heads * self.head_size, bias=False)
-        self.out = nn.Linear(self.heads * self.head_size, config.n_embd, bias=False)
+        self.q = linear(config.n_embd, self.heads * self.head_size)
+        self.k = linear(config.n_embd, self.kv_heads * self.head_size)
+        self.v = linear(config.n_embd, self.kv_heads * self.head_size)
+        self.out = linear(self.heads * self.head_size, config.n_embd)
         self.q_norm, self.k_norm = (config.norm_for(self.head_size) if config.qk_norm else nn.Identity()
                                     for _ in range(2))
 
@@ -221,9 +226,9 @@ class FeedForward(nn.Module):
     def __init__(self, kind: str, width: int, hidden: int):
         super().__init__()
         self.activation = ACTIVATIONS[kind]
-        self.gate = None if kind in UNGATED else nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate = None if kind in UNGATED else linear(width, hidden)
+        self.up = linear(width, hidden)
+        self.down = linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
@@ -288,25 +293,27 @@ class Scale(nn.Module):
 class Decoder(nn.Module):
     """Token ids to next-token logits. Touvron et al. 2023, arXiv 2302.13971.
 
-    The weights are drawn by `initialise`; `activation_checkpointing` trades a second forward for memory.
+    The weights are drawn by `initialise`, or left undrawn (seed None) for a checkpoint's; `activation_checkpointing`
+    trades a second forward for memory.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0):
+    def __init__(self, config: ModelConfig, seed: int | None = 0):
         super().__init__()
         if config.vocab_size < 1:
             raise ValueError("vocab_size is still 0 (automatic): set it to the tokenizer's before building a model")
         self.config = config
         self.activation_checkpointing = False
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.n_embd)
         self.embed_scale = Scale(math.sqrt(config.n_embd)) if config.norm in SCALED_EMBEDDING else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = config.norm_for(config.n_embd) if config.norm_pos in FINAL_NORM else nn.Identity()
-        self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else linear(config.n_embd, config.vocab_size)
         cos, sin = rope_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        initialise(self, seed)
+        if seed is not None:
+            initialise(self, seed)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """ids [B, T] -> logits [B, T, V]; with targets [B, T] instead the mean cross-entropy, nats per token in fp32.

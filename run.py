@@ -23,7 +23,7 @@ from device import choose_device, choose_dtype, keep_freed_memory, versions
 from lora import add_adapters
 from model import Decoder
 from optim import Optimizers
-from weights import Weights, architecture, open_base, open_weights
+from weights import Weights, architecture, is_hf, open_base, open_weights
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -84,6 +84,8 @@ def find_saved(config: Config) -> dict[str, Any] | None:
     """The checkpoint to continue from, or None for a fresh run; a fresh run never overwrites another."""
     folder = Path(config.out_dir)
     there = checkpoint.all_in(folder)
+    if is_hf(folder):
+        raise ValueError(f"out_dir={folder} is a Hugging Face folder, whose files would be lost: name another")
     if config.resume == "no" and (there or (folder / "best.pt").exists()):
         newest = there[-1][1].name if there else "best.pt"
         raise ValueError(f"{folder} already holds a run ({newest}): continue it with resume=auto, or name "
@@ -95,7 +97,7 @@ def find_saved(config: Config) -> dict[str, Any] | None:
 
 def find_start(config: Config, saved: dict[str, Any] | None) -> Weights | None:
     """The weights to begin with, if init_from names some. A resumed run has its own; adapters alone need them again."""
-    if not config.init_from or (saved and not config.lora_rank):
+    if not config.init_from or (saved and not (config.lora_rank and saved["base"])):
         return None
     if saved:
         return open_base(saved["base"], checkpoint.path_of(Path(config.out_dir), saved["step"]))
@@ -162,12 +164,13 @@ def build(config: Config, data: Dataset, saved: dict[str, Any] | None, start: We
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
     elif config.device == "cpu":
         keep_freed_memory()
-    model, base = Decoder(config.model, seed=config.seed), {}
+    model, base = Decoder(config.model, seed=None if start or saved else config.seed), {}
     if start:
         checkpoint.load_weights(model, start.tensors)
     if config.lora_rank:
         add_adapters(model, config.lora_rank, config.lora_alpha, config.seed)
-        base = {"path": os.path.relpath(start.place, config.out_dir), "checksum": start.checksum()}
+        path = os.path.relpath(start.place.resolve(), Path(config.out_dir).resolve())  # so that both can move together
+        base = {"path": path, "checksum": start.checksum()}
     model.to(config.device)
     model.activation_checkpointing = config.activation_checkpointing
     optimizers = Optimizers(model, optimizer=config.optimizer, weight_decay=config.weight_decay,

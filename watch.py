@@ -66,7 +66,7 @@ def look(model: Decoder, ids: Tensor, targets: Tensor, dtype: str, loss_scale: f
     """One forward and one backward that leave no trace: hooks are gone again, and no .grad is written."""
     with recording(model) as seen, autocast(str(ids.device), dtype):
         loss = model(ids, targets)
-    gradients = torch.autograd.grad(loss * loss_scale, list(model.parameters()))
+    gradients = torch.autograd.grad(loss * loss_scale, learned(model))
     scales = seen | gains(model) | gradient_norms(model, gradients, loss_scale)
     return {name: torch.stack(values).tolist() for name, values in scales.items()}
 
@@ -131,12 +131,17 @@ def gains(model: Decoder) -> dict[str, list[Tensor]]:
     return found
 
 
+def learned(model: Decoder) -> list[nn.Parameter]:
+    """All parameters but the frozen ones beside adapters."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def gradient_norms(model: Decoder, gradients: tuple[Tensor, ...], loss_scale: float) -> dict[str, list[Tensor]]:
-    """Norm of the gradient of every Block, and of every other part of the model that has parameters."""
-    found, gradient_of = defaultdict(list), dict(zip(model.parameters(), gradients, strict=True))
+    """Norm of the gradient of every Block, and of every other part of the model that learns."""
+    found, gradient_of = defaultdict(list), dict(zip(learned(model), gradients, strict=True))
     for name, child in model.named_children():
         for part in (child if isinstance(child, nn.ModuleList) else [child]):
-            if own := [gradient_of[p] for p in part.parameters()]:
+            if own := [gradient_of[p] for p in part.parameters() if p in gradient_of]:
                 found[f"{name}_grad_norm"].append(torch.nn.utils.get_total_norm(own) / loss_scale)
     return found
 

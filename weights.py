@@ -231,6 +231,7 @@ class Weights:
     tensors: dict[str, Tensor]
     place: Path  # the checkpoint's file, or the Hugging Face folder
     state: dict[str, Any] = field(default_factory=dict)  # what else the checkpoint holds
+    adapters: dict[str, Tensor] = field(default_factory=dict)  # those that are in `tensors` now
 
     @property
     def folder(self) -> Path:
@@ -256,10 +257,10 @@ class Weights:
         return known if "tokenizer_sha256" in known else known | {"tokenizer_sha256": tokenizer_sha256(self.folder)}
 
     def checksum(self) -> int:
-        """CRC-32 of all weights."""
-        crc = 0
-        for name in sorted(self.tensors):
-            crc = zlib.crc32(self.tensors[name].numpy(), zlib.crc32(name.encode(), crc))
+        """CRC-32 of the weights as they are stored, of adapters and what they are for; sums depend on the machine."""
+        stored, crc = (self.adapters, self.state["base"]["checksum"]) if self.adapters else (self.tensors, 0)
+        for name in sorted(stored):
+            crc = zlib.crc32(stored[name].numpy(), zlib.crc32(name.encode(), crc))
         return crc
 
 
@@ -284,21 +285,20 @@ def open_weights(place: Path, which: str = "latest", above: tuple[Path, ...] = (
     """The weights of a run (its checkpoint `which`: latest, best or a step), of a checkpoint's file, or of a Hugging
     Face folder. Adapters are merged into the weights that they were trained for, which must still be where they were.
     """
+    if which != "latest" and (is_hf(place) or place.is_file()):
+        raise ValueError(f"{place} has no checkpoints to choose from, a run's folder has: leave checkpoint={which} out")
     if is_hf(place):
-        if which != "latest":
-            raise ValueError(f"{place} is a Hugging Face folder and has no checkpoints: leave checkpoint={which} out")
         return Weights(*read_hf(place), place)
     if place.is_file():
         state, file = checkpoint.load(place), place
     else:
         state = checkpoint.load_named(place, which)
         file = place / "best.pt" if which == "best" else checkpoint.path_of(place, state["step"])
-    config, tensors = checkpoint.model_config(state), state.pop("model")
-    rank = state["config"].get("lora_rank", 0)
-    if rank:
-        base = open_base(state["base"], file, above)
-        tensors = merged(base.tensors, tensors, state["config"]["lora_alpha"] / rank)
-    return Weights(config, tensors, file, state)
+    config, stored, rank = checkpoint.model_config(state), state.pop("model"), state["config"].get("lora_rank", 0)
+    if not rank:
+        return Weights(config, stored, file, state)
+    base = open_base(state["base"], file, above)
+    return Weights(config, merged(base.tensors, stored, state["config"]["lora_alpha"] / rank), file, state, stored)
 
 
 def open_base(base: dict[str, Any], file: Path, above: tuple[Path, ...] = ()) -> Weights:
@@ -307,7 +307,8 @@ def open_base(base: dict[str, Any], file: Path, above: tuple[Path, ...] = ()) ->
         raise ValueError(f"{file} is damaged: it has adapters, but does not say for which weights")
     place = file.parent / base["path"]
     if not place.exists():
-        raise ValueError(f"{file} has adapters for the weights in {place}, which is gone: put it back")
+        raise ValueError(f"{file} has adapters for the weights in {place}, which is gone: put it back "
+                         f"(a checkpoint may have made room for newer ones, if that run went on)")
     if file in above:
         raise ValueError(f"{file} is damaged: it has adapters for itself")
     weights = open_weights(place, above=(*above, file))

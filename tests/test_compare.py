@@ -399,3 +399,17 @@ def test_two_comparisons_never_write_into_one_folder(compared, tmp_path):
     with Lock(tmp_path / "lab"):
         code, _, err = compared("norm=rmsnorm,layernorm", "seeds=1")
     assert code == 2 and "lab is in use by process" in err and not compared.cells
+
+
+def test_ways_to_fine_tune_can_be_compared(compared, tmp_path, monkeypatch, data_folder):
+    base = tmp_path / "base"
+    assert train.main(knobs(out_dir=str(base))) == 0
+    preset = tmp_path / "tune.py"
+    preset.write_text(f"init_from = {str(base)!r}\n")
+    fine = {name: text for name, text in KNOBS.items() if not name.startswith("n_") and name != "block_size"}
+    monkeypatch.setattr("test_compare.TINY", str(preset))
+    monkeypatch.setattr("test_compare.KNOBS", fine)
+    code, out, error = compared("lora_rank=0,2", "seeds=1")
+    assert code == 0, error
+    assert {cell.get("lora_rank") for cell in compared.cells} == {"0", "2"}
+    assert "no norm" not in out

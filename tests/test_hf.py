@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, largest_file
 from safetensors.torch import load_file
 from test_weights import KINDS, edit, save_hf
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import checkpoint
 import hf
 import sample
+import train
 from config.schema import Config
 from data.tokenizer import ByteTokenizer, CharTokenizer, train_sentencepiece
 from hf_tokenizer import tokenizer_files
@@ -44,7 +46,7 @@ def model_of(**knobs):
     return model.eval()
 
 
-def save_run(folder, model, tokenizer=None, **knobs):
+def save_run(folder, model, tokenizer=None, data=None, **knobs):
     """A run's folder as train.py leaves it, with this model."""
     tokenizer = tokenizer or ByteTokenizer()
     folder.mkdir(parents=True)
@@ -53,7 +55,7 @@ def save_run(folder, model, tokenizer=None, **knobs):
     (folder / "config.json").write_text(json.dumps(config))
     checkpoint.save(checkpoint.path_of(folder, 3), {
         "step": 3, "model": {name: p.detach() for name, p in model.named_parameters()}, "optimizer": {}, "scaler": {},
-        "config": config, "data": {"tokenizer_sha256": tokenizer.sha256}, "base": {}, "best_val_loss": 2.0,
+        "config": config, "data": data or {"tokenizer_sha256": tokenizer.sha256}, "base": {}, "best_val_loss": 2.0,
         "grad_norms": []})
     return folder
 
@@ -231,12 +233,32 @@ def test_weights_too_large_for_float16_are_refused(tmp_path, capsys):
 
 
 def test_the_card_tells_of_the_run(tmp_path):
-    run = save_run(tmp_path / "run", model_of(), learning_rate=0.0123)
+    fingerprint = {"name": "words", "tokens": {"train": 1234}, "tokenizer_sha256": ByteTokenizer().sha256}
+    run = save_run(tmp_path / "run", model_of(), data=fingerprint, learning_rate=0.0123)
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (
         {"step": 2, "val_loss": 2.25, "val_bpb": 1.5}, {"step": 9, "val_loss": 1.25, "val_bpb": 0.5})))
     assert run_hf("export", run, tmp_path / "out") == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| `learning_rate` | `0.0123` |" in card and "loss 2.2500 nats" in card and "1.25" not in card
+    assert "words, 1,234 training tokens" in card
+
+
+def test_the_card_of_an_imported_model_tells_of_no_run(tmp_path):
+    save_hf_twin(tmp_path / "hf", "MHA", False, "default")
+    assert run_hf("import", tmp_path / "hf", f"out_dir={tmp_path / 'run'}") == 0
+    assert run_hf("export", tmp_path / "run", tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| from | {tmp_path / 'hf'} |" in card and "learning_rate" not in card
+    assert "A Llama, exported with Rootllama" in card
+
+
+def test_a_full_disk_under_an_export_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    run = save_run(tmp_path / "run", model_of())
+    with largest_file(50_000):
+        assert run_hf("export", run, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "model.safetensors could not be written" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_an_imported_run_samples_and_so_does_the_folder_itself(tmp_path, capsys):
@@ -262,8 +284,20 @@ def test_import_never_touches_a_run(tmp_path, capsys):
     run = save_run(tmp_path / "run", model_of())
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     assert run_hf("import", tmp_path / "hf", f"out_dir={run}") == 2
-    assert "already holds a run" in capsys.readouterr().err
+    assert "holds ckpt_00000003.pt, config.json, tokenizer.json already" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_a_hugging_face_folder_is_never_written_into(tmp_path, capsys):
+    folder = tmp_path / "hf"
+    save_hf_twin(folder, "MHA", False, "default")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert run_hf("import", folder, f"out_dir={folder}") == 2
+    assert "holds config.json, tokenizer.json already" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(ROOT / "config" / "tiny.py"), f"out_dir={folder}", "resume=auto"])
+    assert stop.value.code == 2 and "is a Hugging Face folder, whose files would be lost" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_failed_import_leaves_nothing(tmp_path, monkeypatch, capsys):

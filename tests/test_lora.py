@@ -215,6 +215,31 @@ def test_adapters_notice_that_their_weights_are_gone_or_others(tune, base, tmp_p
     assert code == 2 and "no longer holds the weights" in error
 
 
+def test_base_and_adapters_are_found_from_elsewhere_and_over_links(tune, base, tmp_path, monkeypatch):
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    assert tune("lora_rank=2", "lr_schedule=constant", "max_iters=6", out="link/run")[0] == 0
+    monkeypatch.chdir(tmp_path / "far")
+    code, out, error = tune("lora_rank=2", "lr_schedule=constant", "resume=yes", "init_from=../base", out="link/run")
+    assert code == 0 and "resuming with init_from" in out, error
+    assert load_model(tmp_path / "far" / "away" / "run")[0]
+
+
+@pytest.mark.parametrize("first, then", [("lora_rank=0", "lora_rank=2"), ("lora_rank=2", "lora_rank=0"),
+                                         ("lora_rank=2", "lora_rank=3"), ("lora_rank=2", "lora_alpha=3")])
+def test_a_run_cannot_change_its_adapters(tune, first, then):
+    assert tune(first)[0] == 0
+    code, _, error = tune(*dict.fromkeys((first if "alpha" in then else then, then)), "resume=yes", "max_iters=20")
+    assert code == 2 and f"{then.split('=')[0]}: checkpoint=" in error
+
+
+def test_adapters_can_be_watched(tune, tmp_path):
+    assert tune("lora_rank=2", "watch=true")[0] == 0
+    scales = [json.loads(line).get("watch") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    names = {name for record in scales if record for name in record if name.endswith("grad_norm")}
+    assert names == {"blocks_grad_norm"}
+
+
 def test_adapters_for_themselves_are_refused(tune, tmp_path):
     assert tune("lora_rank=2")[0] == 0
     path = checkpoint.all_in(tmp_path / "run")[-1][1]
