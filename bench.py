@@ -19,10 +19,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bench_norm import NormBench, at_least_one, in_turn, norms, several
+from bench_norm import NormBench, at_least_one, in_turn, machine, norms, several
 from config.schema import Config, convert, help_text, knobs_of, split_arguments, typed, user_errors
 from cost import flops_per_token, parameter_count
-from device import autocast, choose_device, choose_dtype, copy_rate, machine, matmul_rate, peak_memory
+from device import autocast, choose_device, choose_dtype, copy_rate, matmul_rate, peak_memory
 from model import Decoder, ModelConfig, knob
 from run import Run, read_config, set_up
 from sample import SampleOptions, for_inference, generate

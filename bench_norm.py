@@ -17,7 +17,7 @@ from torch import Tensor
 
 import norm_triton
 from config.schema import choose, knobs_of, split_arguments, typed
-from device import choose_device, choose_dtype, copy_rate, keep_freed_memory, machine, synchronize
+from device import choose_device, choose_dtype, copy_rate, keep_freed_memory, processor, synchronize, versions
 from model import knob
 from norm import EAGER, IMPLEMENTED, Norm
 
@@ -83,6 +83,12 @@ def in_turn(names: list, rounds: int) -> Iterator:
     """Each name once a round, every other round backwards."""
     for i in range(rounds):
         yield from (names if i % 2 else names[::-1])
+
+
+def machine(device: str, *details: str) -> str:
+    """What a result depends on, in one line."""
+    return ", ".join([f"{device} ({processor(device)})", *details, f"{torch.get_num_threads()} threads",
+                      f"torch {torch.__version__}", f"commit {versions()['commit']}"])
 
 
 def norms(arguments: list[str]) -> Callable[[], None]:

@@ -5,16 +5,13 @@ python compare.py --list                 every norm in one line
 python compare.py watch RUN [RUN ...]    what runs with watch=true saw inside the model, as a plot
 
 An arm is one combination of the listed knobs except the learning rate, the first is the reference. A cell is an arm at
-one learning rate with one seed, trained by train.py in a process of its own. Report, plots and cells are written to
-out_dir (default out/compare-PRESET), and the same command again goes on where it stopped.
-
-  seeds=5                       paired seeds, from seed on: with each, all arms share data order and initial weights;
-                                0 = train nothing, only time the arms
-  jobs=1                        cells trained at once; they share the threads
+one rate with one seed, trained by train.py in a process of its own. All is written to out_dir (out/compare-PRESET).
+  seeds=5                       paired seeds: arms share data order and initial weights; 0 = only time the arms
+  jobs=1                        cells trained at once, which share the threads
   steps=30                      training steps timed of each arm, in turn, when nothing else runs
   equal_time=true               also train each arm for the reference's time, if it is faster or slower per step
 
-Every knob of a run can be set, and those that are not text can be lists:"""
+The same command again goes on where it stopped. Every knob can be set, and those that are not text can be lists:"""
 
 import gc
 import hashlib
@@ -133,6 +130,8 @@ def read_plan(argv: list[str]) -> Plan:
         if len({convert(name, value, kinds[name]) for value in values}) < len(values):
             raise ValueError(f"{name}={pairs[name]} has a value twice: keep one")
     base = read_config([*preset, *arguments(pairs | {name: values[0] for name, values in lists.items()})])
+    if "/" in base.dataset or Path(base.dataset).is_file():
+        raise ValueError(f"dataset={base.dataset} may change meanwhile: python data/prepare.py TEXT name=NAME first")
     stem = Path(preset[0]).stem if preset else "small"
     rates = lists.pop("learning_rate", [pairs.get("learning_rate", repr(base.learning_rate))])
     arms = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
@@ -326,11 +325,10 @@ class Lab:
         for arm, knobs in self.plan.arms.items():
             still = {"rate": "1e-6", "min_lr": "0", "seed": self.plan.first_seed, **self.automatic(self.first[arm])}
             arms[arm] = cell_of(self.plan, arm, **still)
-            if arms[arm].config.init_from:  # weights that have learned with a norm are nothing without
-                continue
             others = label({name: text for name, text in knobs.items() if name not in CONTROL})
-            control[arm] = f"no norm, {others}" if others else "no norm"
-            controls[control[arm]] = cell_of(self.plan, arm, **still, **CONTROL)
+            if not arms[arm].config.init_from:  # weights that have learned with a norm are nothing without
+                control[arm] = f"no norm, {others}" if others else "no norm"
+                controls[control[arm]] = cell_of(self.plan, arm, **still, **CONTROL)
         return arms | controls, control
 
     def time_arms(self) -> dict[str, Any]:

@@ -132,12 +132,6 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
 
 
-def machine(device: str, *details: str) -> str:
-    """What a result depends on, in one line."""
-    return ", ".join([f"{device} ({processor(device)})", *details, f"{torch.get_num_threads()} threads",
-                      f"torch {torch.__version__}", f"commit {versions()['commit']}"])
-
-
 def total_memory(device: str) -> float:
     """Bytes of memory that a program on the device can have."""
     if device.startswith("cuda"):

@@ -101,9 +101,9 @@ def find_dataset(name: str, known: dict[str, Any], place: Path) -> Dataset:
     wanted = name or known.get("name", "")
     if wanted == "":
         raise ValueError(f"{place} does not say what it was trained on: name a prepared data set with dataset=NAME")
-    if not isinstance(wanted, str) or Path(wanted).name != wanted or wanted == "..":
-        raise ValueError(f"dataset must be the bare name of a folder under data/, got {wanted!r:.80}")
-    data = open_dataset(DATA / wanted)
+    if not name and (not isinstance(wanted, str) or Path(wanted).name != wanted or wanted == ".."):
+        raise ValueError(f"{place} says it was trained on {wanted!r:.80}, which is no name of a data set")
+    data = open_dataset(Path(name) if "/" in name else DATA / wanted)
     if data.meta["tokenizer_sha256"] != known["tokenizer_sha256"]:
         raise ValueError(f"{data.folder} was not made with the tokenizer of {place}: python data/prepare.py TEXT "
                          f"tokenizer={place} name=NAME makes one that is")

@@ -1,7 +1,4 @@
-"""Real Llama weights in and out:
-
-    python hf.py import DIR out_dir=out/x      a Hugging Face folder, or llama2.c's model.bin, becomes a run
-    python hf.py export out/small DIR          a run becomes a folder that transformers and llama.cpp load
+"""Real Llama weights in and out: USAGE has the two ways.
 
 Reading order: the command; import; export, which refuses what Llama cannot be; the files of the exported folder.
 """
@@ -29,8 +26,10 @@ from llama2c import read_bin, read_tokenizer_bin, tokenizer_bin, write_bin
 from lock import Lock
 from metrics import read_metrics
 from model import ModelConfig, knob
-from weights import Weights, hf_name, is_hf, open_weights, read_hf, shapes
+from weights import Weights, check_there, hf_name, is_hf, open_weights, read_hf, shapes
 
+USAGE = """python hf.py import DIR out_dir=out/x   a Hugging Face folder, or llama2.c's model.bin, becomes a run
+python hf.py export out/small DIR       a run becomes a folder that transformers and llama.cpp load"""
 PLAIN_GAINS = {"rmsnorm": lambda gain: gain, "rmsnorm1p": lambda gain: 1 + gain}  # rmsnorm_noparam: all 1
 
 
@@ -60,7 +59,7 @@ class ExportOptions:
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done; the user's errors leave with 2."""
     if {"-h", "--help"} & set(argv) or not argv:
-        print(help_text(f"{__doc__}\nKnobs of import, then of export:", ImportOptions, ExportOptions))
+        print(help_text(f"{USAGE}\n\nimport:", ImportOptions), help_text("export:", ExportOptions), sep="\n\n")
         return 0
     with user_errors():
         words, pairs = split_arguments(argv)
@@ -71,8 +70,8 @@ def main(argv: list[str]) -> int:
                 options = ExportOptions(**typed(pairs, knobs_of(ExportOptions), "command line"))
                 export(Path(run), Path(out), options)
             case _:
-                raise ValueError(f"got {' '.join(words) or 'no command'}: write import DIR out_dir=out/x, or export "
-                                 f"RUN DIR")
+                raise ValueError(f"got {' '.join(words) or 'no command'}: write python hf.py import DIR out_dir=out/x, "
+                                 f"or python hf.py export RUN DIR")
     return 0
 
 
@@ -111,6 +110,9 @@ def read_source(source: Path) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer
     if source.is_file() and source.suffix == ".bin":
         config, weights = read_bin(source)
         return config, weights, read_tokenizer_bin(source.with_name("tokenizer.bin"), config.vocab_size)
+    check_there(source)
+    if checkpoint.all_in(source):
+        raise ValueError(f"{source} is a run already: train.py and sample.py take it as it is")
     if not source.is_dir() or not is_hf(source):
         raise ValueError(f"{source} is neither a Hugging Face folder (its config.json says model_type) nor a .bin of "
                          f"llama2.c")
@@ -134,8 +136,9 @@ def export(run: Path, out: Path, options: ExportOptions) -> None:
             write_llama2c(folder / "model.bin", weights.config, tensors, tokenizer)
         else:
             write_safetensors(folder, {hf_name(name): tensor for name, tensor in tensors.items()}, options)
+            whole = replace(weights.config, block_size=weights.context)
             files = tokenizer_files(tokenizer) | {
-                "config.json": as_json(to_hf(weights.config, tokenizer, options.dtype)),
+                "config.json": as_json(to_hf(whole, tokenizer, options.dtype)),
                 "generation_config.json": as_json(token_ids(tokenizer)),
                 "README.md": card(weights, tokenizer, options).encode()}
         for name, content in files.items():
@@ -276,7 +279,8 @@ def card(weights: Weights, tokenizer: Tokenizer, options: ExportOptions) -> str:
 
 def results(folder: Path, step: int) -> dict[str, str]:
     """What the run's log says of the last evaluation up to this step, if there was one."""
-    known = [record for record in read_metrics(folder) if "val_loss" in record and record["step"] <= step]
+    known = [record for record in read_metrics(folder) if record["step"] <= step and all(
+        isinstance(record.get(name), float) for name in ("val_loss", "val_bpb"))]
     if not known:
         return {}
     last = known[-1]

@@ -23,7 +23,7 @@ from device import choose_device, choose_dtype, keep_freed_memory, versions
 from lora import add_adapters
 from model import Decoder
 from optim import Optimizers
-from weights import Weights, architecture, is_hf, open_base, open_weights
+from weights import Weights, inherited, is_hf, open_base, open_weights
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -51,16 +51,6 @@ class Run:
 def read_config(argv: list[str]) -> Config:
     """The checked Config of a command line; with init_from, the model is that of the weights to begin with."""
     return load_config(argv, inherited)
-
-
-def inherited(knobs: dict[str, Any]) -> dict[str, Any]:
-    """The model knobs that are decided elsewhere: by the run that is resumed, which may have outlived the weights that
-    it began with, or by those weights."""
-    if not knobs.get("init_from"):
-        return {}
-    out = Path(knobs.get("out_dir", Config.out_dir))
-    resumed = knobs.get("resume", Config.resume) != "no" and checkpoint.all_in(out)
-    return dataclasses.asdict(architecture(out if resumed else Path(knobs["init_from"])))
 
 
 def set_up(wanted: Config) -> Run:
@@ -97,10 +87,13 @@ def find_saved(config: Config) -> dict[str, Any] | None:
 
 def find_start(config: Config, saved: dict[str, Any] | None) -> Weights | None:
     """The weights to begin with, if init_from names some. A resumed run has its own; adapters alone need them again."""
-    if not config.init_from or (saved and not (config.lora_rank and saved["base"])):
+    if not config.init_from or (saved and not (config.lora_rank and "path" in saved["base"])):
         return None
     if saved:
-        return open_base(saved["base"], checkpoint.path_of(Path(config.out_dir), saved["step"]))
+        file, base = checkpoint.path_of(Path(config.out_dir), saved["step"]), saved["base"]
+        if not (file.parent / base["path"]).exists() and Path(config.init_from).exists():  # it was moved
+            base = base | {"path": os.path.relpath(Path(config.init_from).resolve(), file.parent.resolve())}
+        return open_base(base, file)
     start = open_weights(Path(config.init_from))
     for name in checkpoint.ARCHITECTURE:
         if name not in UNDECIDED and getattr(start.config, name) != getattr(config.model, name):
@@ -116,6 +109,9 @@ def find_dataset(name: str, tokenizer: Path | None) -> Path:
     if (text / "meta.json").is_file():  # a data set by its path
         return text
     if "/" not in name and (folder.exists() or not text.is_file()):
+        if tokenizer is not None and not folder.exists():
+            raise ValueError(f"{folder}: no such data set; name your text itself as dataset, or make one with: python "
+                             f"data/prepare.py TEXT name={folder.name} tokenizer={tokenizer}")
         if name == "python" and not folder.exists():
             print("data/python is not there yet: preparing it from this Python's standard library")
             prepare(["python"], folder)
@@ -128,7 +124,11 @@ def find_dataset(name: str, tokenizer: Path | None) -> Path:
     folder = DATA / f"{text.resolve().stem.lstrip('.')}-{digest.hexdigest()[:8]}"
     if not folder.exists():
         print(f"preparing {name} as data/{folder.name}")
-        prepare([name], folder, tokenizer and str(tokenizer))
+        try:
+            prepare([name], folder, tokenizer and str(tokenizer))
+        except OSError:
+            if not (folder / "meta.json").is_file():  # else another process was faster, with the same
+                raise
     return folder
 
 
@@ -164,13 +164,14 @@ def build(config: Config, data: Dataset, saved: dict[str, Any] | None, start: We
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
     elif config.device == "cpu":
         keep_freed_memory()
-    model, base = Decoder(config.model, seed=None if start or saved else config.seed), {}
+    model, base = Decoder(config.model, seed=None if start or saved else config.seed), saved["base"] if saved else {}
     if start:
         checkpoint.load_weights(model, start.tensors)
+        base = {"context": start.context} | base
     if config.lora_rank:
         add_adapters(model, config.lora_rank, config.lora_alpha, config.seed)
         path = os.path.relpath(start.place.resolve(), Path(config.out_dir).resolve())  # so that both can move together
-        base = {"path": path, "checksum": start.checksum()}
+        base |= {"path": path, "checksum": start.checksum()}
     model.to(config.device)
     model.activation_checkpointing = config.activation_checkpointing
     optimizers = Optimizers(model, optimizer=config.optimizer, weight_decay=config.weight_decay,

@@ -133,13 +133,15 @@ def normalised(weights: Tensor) -> Tensor:
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids that a text starts with: bos, as a document does in training, then the text's own.
+    """The ids that a text starts with: bos, as a document does in training, unless its tokenizer leaves it out and a
+    text follows; then the text's own. ValueError if it cannot be encoded.
 
     An empty text without bos begins like a line: with a newline, or with the first token if that is not in the
-    vocabulary. ValueError if the text cannot be encoded.
+    vocabulary.
     """
     text.encode()  # a command line that is not UTF-8 arrives as lone surrogates, which tokenizers treat differently
-    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
+    bos = tokenizer.bos_id is not None and (tokenizer.bos_before_prompts or not text)
+    ids = ([tokenizer.bos_id] if bos else []) + tokenizer.encode(text)
     if ids:
         return ids
     try:

@@ -4,6 +4,7 @@ A Hugging Face folder is config.json, safetensors (one file, or shards and an in
 ours under other names: both have the same layout, RoPE's included, so nothing is computed on the way.
 """
 
+import dataclasses
 import json
 import zlib
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from config.schema import knobs_of, typed
+from config.schema import Config, knobs_of, typed
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
+from evaluate import LONGEST
 from lora import merged
 from model import Decoder, ModelConfig
 
@@ -109,9 +111,10 @@ def from_hf(theirs: dict[str, Any], where: str) -> ModelConfig:
 
 def rope_knobs(theirs: dict[str, Any], where: str) -> dict[str, Any]:
     """RoPE's knobs from rope_parameters (transformers 5), or from rope_theta and rope_scaling (before)."""
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{where}: rope_parameters must be an object, got {rope!r:.80}")
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}  # in the order of transformers
+    if not isinstance(rope, dict) or any(isinstance(value, (dict, list)) for value in rope.values()):
+        raise ValueError(f"{where}: rope_parameters must be an object with one number or text for each name, got "
+                         f"{rope!r:.80}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f"{where}: this model cannot have RoPE scaled as {kind!r:.80}, only default or llama3")
@@ -234,15 +237,20 @@ class Weights:
     adapters: dict[str, Tensor] = field(default_factory=dict)  # those that are in `tensors` now
 
     @property
+    def context(self) -> int:
+        """Tokens that the model can read: those it was trained on here, or more before that."""
+        return max(self.config.block_size, self.state.get("base", {}).get("context", 0))
+
+    @property
     def folder(self) -> Path:
         """Where its tokenizer is."""
         return self.place if self.place.is_dir() else self.place.parent
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that these weights were trained with. ValueError if that is not the one in the folder."""
-        tokenizer, found = load_tokenizer(self.folder), tokenizer_sha256(self.folder)
-        wanted = self.data["tokenizer_sha256"]
-        if wanted != found:
+        tokenizer = load_tokenizer(self.folder)
+        wanted, found = self.state.get("data", {}).get("tokenizer_sha256"), tokenizer.sha256
+        if wanted not in (None, found):
             raise ValueError(f"the tokenizer in {self.folder} is not the one this model was trained with (SHA-256 "
                              f"{found[:12]} instead of {wanted!s:.12}): copy that of the data set there")
         if tokenizer.vocab_size > self.config.vocab_size:
@@ -264,12 +272,19 @@ class Weights:
         return crc
 
 
+def check_there(place: Path) -> None:
+    if not place.exists():
+        raise ValueError(f"{place} does not exist: name a folder of a run, or one of Hugging Face weights on this disk "
+                         f"(hf download NAME --local-dir FOLDER makes one)")
+
+
 def is_hf(place: Path) -> bool:
     return (place / "config.json").is_file() and "model_type" in read_json(place / "config.json")
 
 
 def architecture(place: Path) -> ModelConfig:
     """What a run (its folder, or a checkpoint in it) or a Hugging Face folder says its model is; reads no weights."""
+    check_there(place)
     path = (place.parent if place.is_file() else place) / "config.json"
     said = read_json(path)
     if "model_type" in said:
@@ -281,10 +296,23 @@ def architecture(place: Path) -> ModelConfig:
     return ModelConfig(**typed({name: said[name] for name in knobs}, knobs, str(path)))
 
 
+def inherited(knobs: dict[str, Any]) -> dict[str, Any]:
+    """The model knobs that are decided elsewhere: by the run that is resumed, which may have outlived the weights that
+    it began with, or by those weights; where they could read 100,000 tokens, few machines can train on as many."""
+    if not knobs.get("init_from"):
+        return {}
+    out = Path(knobs.get("out_dir", Config.out_dir))
+    if knobs.get("resume", Config.resume) != "no" and checkpoint.all_in(out):
+        return dataclasses.asdict(architecture(out))
+    decided = architecture(Path(knobs["init_from"]))
+    return dataclasses.asdict(decided) | {"block_size": min(decided.block_size, LONGEST)}
+
+
 def open_weights(place: Path, which: str = "latest", above: tuple[Path, ...] = ()) -> Weights:
     """The weights of a run (its checkpoint `which`: latest, best or a step), of a checkpoint's file, or of a Hugging
     Face folder. Adapters are merged into the weights that they were trained for, which must still be where they were.
     """
+    check_there(place)
     if which != "latest" and (is_hf(place) or place.is_file()):
         raise ValueError(f"{place} has no checkpoints to choose from, a run's folder has: leave checkpoint={which} out")
     if is_hf(place):
@@ -307,8 +335,8 @@ def open_base(base: dict[str, Any], file: Path, above: tuple[Path, ...] = ()) ->
         raise ValueError(f"{file} is damaged: it has adapters, but does not say for which weights")
     place = file.parent / base["path"]
     if not place.exists():
-        raise ValueError(f"{file} has adapters for the weights in {place}, which is gone: put it back "
-                         f"(a checkpoint may have made room for newer ones, if that run went on)")
+        raise ValueError(f"{file} has adapters for the weights in {place.resolve()}, which is gone: put it back, or "
+                         f"resume this run once with init_from=where it is now")
     if file in above:
         raise ValueError(f"{file} is damaged: it has adapters for itself")
     weights = open_weights(place, above=(*above, file))

@@ -10,6 +10,7 @@ import math
 import operator
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -290,7 +291,8 @@ def help_text(usage: str, *classes: type) -> str:
         choices = get_args(kind) if get_origin(kind) is Literal else ()
         shape = "|".join(str(c).lower() for c in choices) or kind.__name__
         default = knob_field.default if knob_field.default != "" else "''"
-        lines.append(f"  {name}={default}".ljust(32) + f"{knob_field.metadata['help']} ({shape})")
+        text = f"  {name}={default}".ljust(31) + f" {knob_field.metadata['help']} ({shape})"
+        lines.append(textwrap.fill(text, 120, subsequent_indent=32 * " ", break_on_hyphens=False))
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import sentencepiece
@@ -49,11 +50,12 @@ class Tokenizer:
     end_ids are those at which a text ends: bos, which is all that stands between documents, and the tokenizer's own.
     exact says whether decode_bytes(encode(text)) is the text's UTF-8 for every text that can be encoded.
     dummy_prefix: a space is put before every text. `decode` takes that one away, `decode_bytes` keeps it.
+    bos_before_prompts: prompts start with bos, as documents do; some of Hugging Face's leave it out there.
     """
 
     kind: str
     file = "tokenizer.json"
-    exact = True
+    exact = bos_before_prompts = True
     dummy_prefix = False
 
     def __init__(self, pieces: Sequence[bytes], bos_id: int | None, end_ids: Iterable[int] = ()):
@@ -233,9 +235,9 @@ class HuggingFaceTokenizer(Tokenizer):
         plain = tokenizer | {"truncation": None, "padding": None, "added_tokens": [
             token | {"special": token["special"] or token["id"] in (bos_id, *end_ids)}
             for token in tokenizer["added_tokens"]]}
-        bare = without_prefix(plain)
-        self.first = run_by_library(plain)
+        self.first, bare = run_by_library(plain), without_prefix(plain)
         self.rest = self.first if bare is plain else run_by_library(bare)
+        self.bos_before_prompts = bos_id in self.first.encode("").ids
         super().__init__(json_pieces(plain), bos_id, end_ids)
         for i in self.end_ids:
             if type(i) is not int or not 0 <= i < self.vocab_size:
@@ -259,10 +261,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def _encodable(self, text: str) -> str:
         """The text without the characters that the tokenizer refuses: some have neither bytes nor an unknown token."""
         def fits(part: str) -> bool:
-            try:
+            with suppress(ValueError):
                 return self.encode(part) is not None
-            except ValueError:
-                return False
         return text if fits(text) else "".join(filter(fits, text))
 
     def encode(self, text: str, start: bool = True) -> list[int]:
@@ -281,6 +281,8 @@ class HuggingFaceTokenizer(Tokenizer):
         """The tokenizer of a Hugging Face folder, whose tokenizer.json is given as it was parsed."""
         files = [read_json(folder / name) if (folder / name).exists() else {}
                  for name in ("generation_config.json", "config.json", "tokenizer_config.json")]
+        if (template := folder / "chat_template.jinja").exists():  # transformers reads it in the config too
+            files[-1]["chat_template"] = read_capped(template).decode()
         bos, eos = (special_ids(role, files, json_ids(tokenizer)) for role in ("bos", "eos"))
         return cls(tokenizer, files[-1], bos[0] if bos else None, eos)
 
@@ -296,12 +298,11 @@ FROM_JSON = {
 def tokenizer_file(folder: str | Path) -> Path:
     """The folder's tokenizer file. Of a Hugging Face folder with both it is tokenizer.model, which needs no library,
     unless tokenizer.json knows other ids (tokens were added) or tokenizer.model is not SentencePiece's.
-
-    Raises FileNotFoundError if there is none, and ValueError if both are there and tokenizer.json is one of ours.
+    FileNotFoundError if there is none, and ValueError if both are there and tokenizer.json is one of ours.
     """
     found = [path for path in (Path(folder) / name for name in FILES) if path.is_file()]
     if not found:
-        raise FileNotFoundError(f"{folder}: no {' or '.join(FILES)} there; prepare the data again")
+        raise FileNotFoundError(f"{folder}: no {' or '.join(FILES)} there: a run, a data set and a model each have one")
     if found[0].name == FILES[0] and re.match(rb"[A-Za-z0-9+/]+=* \d+\s", read_capped(found[0])):
         if len(found) == 1:
             raise ValueError(f"{found[0]}: is tiktoken's and not SentencePiece's, as Meta gives it with Llama 3; put "
@@ -326,9 +327,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     path = tokenizer_file(folder)
     if path.name == SentencePieceTokenizer.file:
-        content = read_capped(path)
         with damage(path):
-            return SentencePieceTokenizer(content)
+            return SentencePieceTokenizer(read_capped(path))
     fields = read_json(path)
     with damage(path):
         if "kind" not in fields and "model" in fields:

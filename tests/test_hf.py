@@ -308,13 +308,14 @@ def test_a_failed_import_leaves_nothing(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["import"], "write import DIR"), (["export", "x"], "write import DIR"), (["convert", "a", "b"], "got convert a b"),
-    (["import", "nowhere"], "nowhere is neither a Hugging Face folder"),
-    (["export", "nowhere", "out"], "nowhere is not a folder"),
+    (["import"], "write python hf.py import DIR"), (["export", "x"], "write python hf.py import DIR"),
+    (["convert", "a", "b"], "got convert a b"),
+    (["import", "nowhere"], "nowhere does not exist"),
+    (["export", "nowhere", "out"], "nowhere does not exist"),
     (["export", "x", "out", "dtype=int8"], "dtype must be float32, bfloat16 or float16"),
     (["export", "x", "out", "shard_gb=0"], "shard_gb must be above 0"),
     (["export", "x", "out", "format=llama2c", "dtype=float16"], "format=llama2c holds float32 alone"),
-    (["import", "x", "dtype=float16"], "unknown knob 'dtype'"), (["out_dir=x"], "write import DIR")])
+    (["import", "x", "dtype=float16"], "unknown knob 'dtype'"), (["out_dir=x"], "write python hf.py import DIR")])
 def test_bad_command_lines_are_one_line(tmp_path, monkeypatch, capsys, argv, words):
     monkeypatch.chdir(tmp_path)
     assert run_hf(*argv) == 2

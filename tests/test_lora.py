@@ -318,3 +318,43 @@ def test_what_does_not_exist_is_named(start, arguments, words, tmp_path):
     code, _, error = start(*arguments)
     assert code == 2 and (words in error or "nowhere" in words), error
     assert error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_the_context_of_weights_is_cut_for_training_and_kept_for_export(start, base, tmp_path, monkeypatch):
+    monkeypatch.setattr("weights.LONGEST", 20)
+    preset, knobs = tmp_path / "tune.py", [a for a in SMALL if a.split("=")[0] not in (*SHAPE, "max_iters")]
+    preset.write_text(f"init_from = {str(base)!r}\n")
+    for out, more in (("run", []), ("lora", ["lora_rank=2"])):
+        assert train.main([str(preset), *knobs, *more, f"out_dir={tmp_path / out}", "max_iters=12"]) == 0
+        assert checkpoint.load_newest(tmp_path / out)["config"]["block_size"] == 20
+        assert train.main([str(preset), *knobs, *more, f"out_dir={tmp_path / out}", "resume=yes", "max_iters=14"]) == 0
+        assert hf.main(["export", str(tmp_path / out), str(tmp_path / f"{out}-hf")]) == 0
+        assert json.loads((tmp_path / f"{out}-hf" / "config.json").read_text())["max_position_embeddings"] == 32
+
+
+def test_moved_weights_can_be_named_again(tune, base, tmp_path):
+    assert tune("lora_rank=2", "max_iters=6", "lr_schedule=constant")[0] == 0
+    base.rename(tmp_path / "moved")
+    newest = checkpoint.all_in(tmp_path / "moved")[-1][1]
+    code, _, error = tune(f"init_from={newest}", "lora_rank=2", "resume=yes", "lr_schedule=constant")
+    assert code == 0, error
+    assert load_model(tmp_path / "run")[0]
+
+
+def test_text_for_other_weights_is_other_data(start, base, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("run.DATA", tmp_path / "data")
+    assert start(f"init_from={base}", f"dataset={text}", "max_iters=2", out="one")[0] == 0
+    assert start(f"dataset={text}", "max_iters=2", out="two")[0] == 0
+    assert len(list((tmp_path / "data").glob("mine-*"))) == 2
+
+
+def test_a_folder_whose_config_is_of_another_model_is_refused(start, base, tmp_path):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"norm_eps": 0.5}))
+    code, _, error = start(f"init_from={base}")
+    assert code == 2 and "one of the two is not from this run" in error and not (tmp_path / "run").exists()
+
+
+def test_an_unknown_data_set_for_given_weights_is_told_how_to_make(tune, base):
+    code, _, error = tune("dataset=typo")
+    assert code == 2 and f"name=typo tokenizer={base}" in error

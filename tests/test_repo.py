@@ -29,7 +29,7 @@ MAY_IMPORT = {  # module: what of ours it may import; a command may not be impor
     "data.loader": {"data", "data.tokenizer"}, "data.prepare": {"data", "data.tokenizer", "data.corpus"},
     "config": set(), "config.schema": {"model"}, "checkpoint": {"config.schema", "cost", "model"},
     "lock": {"config.schema"}, "evaluate": {"data.loader", "device", "model"},
-    "weights": {"checkpoint", "config.schema", "data.tokenizer", "lora", "model"},
+    "weights": {"checkpoint", "config.schema", "data.tokenizer", "evaluate", "lora", "model"},
     "metrics": {"checkpoint", "config.schema", "cost", "data.loader", "device", "lora"},
     "watch": {"config.schema", "device", "metrics", "model", "norm"},
     "sample": {"config.schema", "data.tokenizer", "device", "evaluate", "model", "quantize", "weights"},

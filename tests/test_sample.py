@@ -407,7 +407,7 @@ def test_a_padded_vocabulary_is_sampled_without_its_padding(tmp_path, capsys):
 def test_wrong_arguments_are_refused_in_one_line(run, tmp_path, capsys):
     assert "one folder of a run, got none" in refused(capsys)
     assert "one folder of a run, got a b" in refused(capsys, "a", "b")
-    assert "is not a folder" in refused(capsys, tmp_path / "nothing", "prompt=a")
+    assert "does not exist: name a folder of a run" in refused(capsys, tmp_path / "nothing", "prompt=a")
     assert "did you mean temperature?" in refused(capsys, run, "temprature=1")
     assert "top_k must be a whole number" in refused(capsys, run, "top_k=1.5")
     assert "temperature must be finite" in refused(capsys, run, "temperature=nan")

@@ -61,8 +61,10 @@ def test_config_and_model_share_no_knob():
 
 def test_help_lists_every_knob_with_its_default():
     text = help_text("usage", Config, ModelConfig)
+    assert max(map(len, text.splitlines())) <= 120
+    text = " ".join(text.split())
     for name, (_, field) in knobs_of(Config, ModelConfig).items():
-        assert f"  {name}={field.default}" in text
+        assert f" {name}={field.default} {field.metadata['help']} (" in text or field.default == ""
         assert field.metadata["help"] in text
 
 

@@ -26,6 +26,8 @@ from data.tokenizer import (
     train_sentencepiece,
 )
 from data.tokenizer_json import LARGEST_FILE, SPACE
+from hf_tokenizer import tokenizer_files
+from sample import prompt_ids
 
 TRICKY = [
     "", " ", "  two  spaces  ", "\t tab\t\t", "a\r\nb\rc\n\n\nd", "\0nul\0", "\ufeffbom",
@@ -462,3 +464,23 @@ def test_a_special_token_that_cannot_be_kept_out_of_texts_is_refused(tmp_path):
     save_hugging_face(tmp_path, byte_level_json(), config={"eos_token_id": byte_level_json()["model"]["vocab"]["e"]})
     with pytest.raises(ValueError, match="a text can have its special token 'e'"):
         load_tokenizer(tmp_path)
+
+
+def test_a_prompt_starts_with_bos_where_its_tokenizer_says_so(tmp_path):
+    for bos, name in ((True, "with"), (False, "without")):
+        (tmp_path / name).mkdir()
+        for file, content in tokenizer_files(ByteTokenizer()).items():
+            content = content if bos or file != "tokenizer.json" else json.dumps(
+                json.loads(content) | {"post_processor": None}).encode()
+            (tmp_path / name / file).write_bytes(content)
+        tokenizer = load_tokenizer(tmp_path / name)
+        assert tokenizer.bos_before_prompts == bos
+        assert prompt_ids(tokenizer, "a") == ([256, 97] if bos else [97]) and prompt_ids(tokenizer, "") == [256]
+
+
+def test_the_chat_template_that_transformers_saves_apart_goes_along(tmp_path):
+    for file, content in tokenizer_files(ByteTokenizer()).items():
+        (tmp_path / file).write_bytes(content)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    made = tokenizer_files(load_tokenizer(tmp_path))
+    assert json.loads(made["tokenizer_config.json"])["chat_template"] == "{{ messages }}"

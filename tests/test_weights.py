@@ -23,8 +23,9 @@ from transformers import (
 
 from checkpoint import build_model
 from config.schema import one_line
+from data.tokenizer import train_sentencepiece
 from model import Decoder, ModelConfig
-from weights import architecture, from_hf, hf_name, open_weights, read_hf, shapes
+from weights import architecture, from_hf, hf_name, load_model, open_weights, read_hf, shapes
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -282,3 +283,18 @@ def test_a_hugging_face_folder_has_no_checkpoints_to_choose_from(folder):
     for place in (folder, folder / "model.safetensors"):
         with pytest.raises(ValueError, match="leave checkpoint=best out"):
             open_weights(place, "best")
+
+
+def test_theta_is_read_where_transformers_reads_it(folder):
+    edit(folder / "config.json", rope_scaling={"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0,
+                                               "high_freq_factor": 4.0, "rope_theta": 77.0}, rope_theta=5.0)
+    assert (architecture(folder).rope_theta, architecture(folder).rope_factor) == (77.0, 2.0)
+    edit(folder / "config.json", rope_parameters={"full_attention": {"rope_theta": 1e6}}, rope_scaling=None)
+    with pytest.raises(ValueError, match="one number or text for each name"):
+        architecture(folder)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
+    train_sentencepiece([(ROOT / "hf.py").read_text()], 400).save(folder)
+    with pytest.raises(ValueError, match="has 400 tokens, the model knows only 280"):
+        load_model(folder)
