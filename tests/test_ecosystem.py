@@ -79,7 +79,7 @@ def test_lm_evaluation_harness_finds_our_bits_per_byte(exported, tmp_path):
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
     (tmp_path / "task" / "own_text.yaml").write_text(TASK % (tmp_path / "text.jsonl"))
     subprocess.run([sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args",
-                    f"pretrained={folder},dtype=float32,add_bos_token=False", "--include_path", tmp_path / "task",
+                    f"pretrained={folder},add_bos_token=False", "--include_path", tmp_path / "task",
                     "--tasks", "own_text", "--device", "cpu", "--output_path", tmp_path / "found"],
                    check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     (report,) = (tmp_path / "found").rglob("results_*.json")
