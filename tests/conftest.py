@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import bench
 import train
 from data.prepare import prepare
 
@@ -69,6 +70,23 @@ def start(tmp_path, monkeypatch, data_folder, capsys):
         knobs = {a.split("=")[0]: a for a in [*SMALL, f"out_dir={tmp_path / out}", *arguments]}  # later ones win
         try:
             code = train.main([str(ROOT / "config" / "tiny.py"), *knobs.values()])
+        except SystemExit as stop:
+            code = stop.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def measure(monkeypatch, tmp_path, data_folder, capsys):
+    """measure('train', ...) runs bench.py in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.setattr("run.DATA", data_folder)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        try:
+            code = bench.main(list(arguments))
         except SystemExit as stop:
             code = stop.code
         printed = capsys.readouterr()

@@ -9,22 +9,6 @@ from model import Decoder, ModelConfig
 from quantize import quantize_int8
 
 
-@pytest.fixture
-def measure(monkeypatch, tmp_path, data_folder, capsys):
-    monkeypatch.setattr("run.DATA", data_folder)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        try:
-            code = bench.main(list(arguments))
-        except SystemExit as stop:
-            code = stop.code
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
-
-
 def test_bench_train_prints_a_line_for_eager_and_one_for_compiled(measure, monkeypatch, tmp_path):
     timed = []
     step = train.train_step

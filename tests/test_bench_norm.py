@@ -13,22 +13,6 @@ import norm
 from device import processor
 from norm import EAGER, FUSED, Norm
 
-
-@pytest.fixture
-def measure(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        try:
-            code = bench.main(list(arguments))
-        except SystemExit as stop:
-            code = stop.code
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
-
-
 NAMES = [(operation, kind, impl) for operation, kind, impl in (
     *(("norm", kind, "eager") for kind in EAGER), *(("norm", kind, "fused") for kind in FUSED),
     *(("add + norm", kind, impl) for kind in ("layernorm", "rmsnorm") for impl in ("eager", "fused")))
