@@ -27,6 +27,7 @@ from model import Decoder, ModelConfig
 FORMAT, VERSION = "rootllama checkpoint", 2
 FIELDS = {"format": str, "format_version": int, "step": int, "model": dict, "optimizer": dict, "scaler": dict,
           "config": dict, "data": dict, "base": dict, "best_val_loss": float, "grad_norms": list}
+BASE = {"path": str, "checksum": int, "context": int}  # what is known of the weights that a run began with
 ENTRY = re.compile(r"[^/]+/(data\.pkl|data/\d+|version|byteorder|\.format_version|\.storage_alignment|"
                    r"\.data/serialization_id)")  # what torch.save puts into its zip files
 GLOBALS = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict"}  # all that ours look up
@@ -153,6 +154,9 @@ def load(path: Path) -> dict[str, Any]:
         if name == "format_version" and state[name] != VERSION:
             raise ValueError(f"{path} has format version {state[name]}, this program reads {VERSION}: use the version "
                              f"of the program that wrote it")
+    for name, value in state["base"].items():
+        if type(value) is not BASE.get(name):
+            raise ValueError(f"{path}: base {name!r:.80} is {value!r:.80}: it is damaged")
     bad = first_not_plain(state, os.path.getsize(path))
     if bad:
         raise ValueError(f"{path} is not a checkpoint of this program: {bad}")

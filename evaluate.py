@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.loader import Dataset, open_dataset, read_windows, val_starts
+from data.loader import DATA, Dataset, open_dataset, read_windows, val_starts
 from device import autocast, to_device
 from model import Decoder
 
-DATA = Path(__file__).resolve().parent / "data"
 LONGEST = 2048  # tokens of a window unless more are asked for: some models could read 100,000 at once, few machines
 LOGITS = 2**24  # computed at once unless the batch is given: 64 MB in fp32, and with more a CPU is no faster
 

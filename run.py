@@ -16,7 +16,7 @@ import checkpoint
 from config.schema import UNDECIDED, Config, load_config
 from cost import fit_to_machine, parameter_count
 from data.corpus import open_corpus
-from data.loader import Dataset, open_dataset, train_starts, val_starts
+from data.loader import DATA, Dataset, open_dataset, train_starts, val_starts
 from data.prepare import prepare
 from data.tokenizer import tokenizer_file, tokenizer_sha256
 from device import choose_device, choose_dtype, keep_freed_memory, versions
@@ -24,8 +24,6 @@ from lora import add_adapters
 from model import Decoder
 from optim import Optimizers
 from weights import Weights, inherited, is_hf, open_base, open_weights
-
-DATA = Path(__file__).resolve().parent / "data"
 
 
 @dataclass
@@ -90,10 +88,8 @@ def find_start(config: Config, saved: dict[str, Any] | None) -> Weights | None:
     if not config.init_from or (saved and not (config.lora_rank and "path" in saved["base"])):
         return None
     if saved:
-        file, base = checkpoint.path_of(Path(config.out_dir), saved["step"]), saved["base"]
-        if not (file.parent / base["path"]).exists() and Path(config.init_from).exists():  # it was moved
-            base = base | {"path": os.path.relpath(Path(config.init_from).resolve(), file.parent.resolve())}
-        return open_base(base, file)
+        file = checkpoint.path_of(Path(config.out_dir), saved["step"])
+        return open_base(saved["base"], file, moved=Path(config.init_from))
     start = open_weights(Path(config.init_from))
     for name in checkpoint.ARCHITECTURE:
         if name not in UNDECIDED and getattr(start.config, name) != getattr(config.model, name):

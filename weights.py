@@ -329,11 +329,14 @@ def open_weights(place: Path, which: str = "latest", above: tuple[Path, ...] = (
     return Weights(config, merged(base.tensors, stored, state["config"]["lora_alpha"] / rank), file, state, stored)
 
 
-def open_base(base: dict[str, Any], file: Path, above: tuple[Path, ...] = ()) -> Weights:
-    """The weights that the checkpoint `file` was fine-tuned from, by what it knows of them."""
-    if not isinstance(base.get("path"), str):
+def open_base(base: dict[str, Any], file: Path, above: tuple[Path, ...] = (), moved: Path | None = None) -> Weights:
+    """The weights that the checkpoint `file` was fine-tuned from, by what it knows of them; `moved`: or they are there.
+    """
+    if "path" not in base:
         raise ValueError(f"{file} is damaged: it has adapters, but does not say for which weights")
     place = file.parent / base["path"]
+    if moved is not None and not place.exists():
+        place = moved
     if not place.exists():
         raise ValueError(f"{file} has adapters for the weights in {place.resolve()}, which is gone: put it back, or "
                          f"resume this run once with init_from=where it is now")

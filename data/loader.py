@@ -17,6 +17,7 @@ import torch
 from data import PART, checksum
 from data.tokenizer import tokenizer_sha256
 
+DATA = Path(__file__).resolve().parent  # where data/prepare.py puts its folders
 SPLITS = ("train", "val")
 FULL_SCAN = 200_000_000  # tokens; a larger file is checked in evenly spread parts that add up to this
 LARGEST_META = 2**26  # bytes

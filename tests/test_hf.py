@@ -206,6 +206,7 @@ def test_what_no_llama_computes_is_not_exported(tmp_path, capsys, knobs, words, 
 def test_shards_are_as_small_as_asked_and_load(tmp_path):
     run = save_run(tmp_path / "run", model_of())
     assert run_hf("export", run, tmp_path / "out", "shard_gb=0.0001") == 0
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in (tmp_path / "out").iterdir())
     shards = list((tmp_path / "out").glob("model-*.safetensors"))
     assert len(shards) > 2 and all(path.stat().st_size < 102_000 for path in shards)
     assert json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == sum(

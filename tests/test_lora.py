@@ -81,6 +81,13 @@ def test_merged_weights_compute_the_same():
     assert (model(ids()) - Decoder(MODEL)(ids())).abs().max() > 1e-3
 
 
+def test_adapters_start_as_wide_as_a_layer_of_their_inputs():
+    model, _ = with_adapters(rank=2, move=False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_a"):
+            assert 0.7 < parameter.abs().max() * parameter.shape[1] ** 0.5 <= 1
+
+
 def test_adapters_depend_on_the_seed_alone():
     (one, _), (same, _), (other, _) = (with_adapters(seed, move=False) for seed in (1, 1, 2))
     a, b, c = (m.blocks[1].ffn.up.lora_a for m in (one, same, other))
@@ -240,6 +247,19 @@ def test_adapters_can_be_watched(tune, tmp_path):
     assert names == {"blocks_grad_norm"}
 
 
+@pytest.mark.parametrize("said, words", [
+    ({"path": 5, "checksum": 0}, "base 'path' is 5"), ({"path": "x", "checksum": "y"}, "base 'checksum' is 'y'"),
+    ({"context": "long"}, "base 'context' is 'long'"), ({"more": 1}, "base 'more' is 1"),
+    ({}, "does not say for which weights")])
+def test_what_a_checkpoint_says_of_its_base_must_make_sense(tune, tmp_path, said, words):
+    assert tune("lora_rank=2")[0] == 0
+    path = checkpoint.all_in(tmp_path / "run")[-1][1]
+    state = checkpoint.load(path) | {"base": said}
+    checkpoint.save(path, {k: v for k, v in state.items() if not k.startswith("format")})
+    with pytest.raises(ValueError, match=words):
+        load_model(path)
+
+
 def test_adapters_for_themselves_are_refused(tune, tmp_path):
     assert tune("lora_rank=2")[0] == 0
     path = checkpoint.all_in(tmp_path / "run")[-1][1]
@@ -247,6 +267,14 @@ def test_adapters_for_themselves_are_refused(tune, tmp_path):
     checkpoint.save(path, {k: v for k, v in state.items() if not k.startswith("format")})
     with pytest.raises(ValueError, match="has adapters for itself"):
         load_model(tmp_path / "run")
+
+
+def test_the_checksum_knows_which_weight_is_which(base):
+    weights = open_weights(base)
+    before = weights.checksum()
+    one, other = "blocks.0.attn.q.weight", "blocks.0.attn.out.weight"
+    weights.tensors[one], weights.tensors[other] = weights.tensors[other], weights.tensors[one]
+    assert weights.checksum() != before
 
 
 def test_a_full_fine_tuning_outlives_the_weights_it_began_with(tune, start, base, tmp_path):
