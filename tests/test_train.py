@@ -17,6 +17,7 @@ import evaluate
 import metrics
 import train
 from data.loader import open_dataset, read_windows
+from data.tokenizer import ByteTokenizer
 from device import choose_dtype
 from lock import Lock
 from model import Decoder
@@ -625,3 +626,10 @@ def test_a_signal_while_the_sample_is_printed_ends_at_once_and_leaves_the_run(st
     monkeypatch.setattr(train, "show_sample", lambda run: os.kill(os.getpid(), signal.SIGINT))
     assert start()[0] == 130
     assert checkpoint.load_newest(tmp_path / "run")["step"] == 12
+
+
+def test_the_sample_at_the_end_stops_where_its_text_ends(start, monkeypatch):
+    monkeypatch.setattr(train, "load_tokenizer", lambda folder: ByteTokenizer())
+    monkeypatch.setattr(train, "generate", lambda *_, **__: iter([[ord("Q")], [256], [ord("Z")]]))
+    code, out, _ = start("sample_tokens=3", "sample_prompt=x")
+    assert code == 0 and out.endswith("--- sample ---\nxQ\n")
