@@ -1,150 +1,185 @@
-"""Measure this program on this machine:  python bench.py train|sample|norm [options]  (--help lists them).
+"""Measure this program on this machine:  python bench.py [WHAT] [options]  (--help lists them; alone: everything).
 
 All that is compared is timed in turn, every other round backwards (A B B A ...), so that a machine whose speed drifts
 drifts for all alike. The ceiling is measured here and now: for a step of train.py it is the rate of large matrix
-products, for sampling, which reads every weight for each token, and for a norm it is the rate of a copy.
+products, for sampling, which reads every weight for each token, the rate of reading, and for a norm that of a copy.
 """
 
 import copy
 import dataclasses
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-from bench_norm import NormBench, at_least_one, in_turn, machine, norms, several
-from config.schema import Config, convert, help_text, knobs_of, split_arguments, typed, user_errors
+import bench_beside as beside
+import bench_cost as costs
+from bench_beside import fresh_run, middle, own_options, print_table, spread, values_in_turn, written
+from bench_norm import NormBench, at_least_one, machine, norms, seconds_of, several, why_not
+from config.schema import Config, convert, help_text, one_line, user_errors
 from cost import flops_per_token, parameter_count
-from device import autocast, choose_device, choose_dtype, copy_rate, matmul_rate, peak_memory
+from device import autocast, choose_device, choose_dtype, matmul_rate, peak_memory
 from model import Decoder, ModelConfig, knob
-from run import Run, read_config, set_up
+from run import Run, read_config
 from sample import SampleOptions, for_inference, generate
 from train import first_step, timed_step
 
-USAGE = """python bench.py train [config/PRESET.py] [steps=20] [key=value ...]
-python bench.py sample [config/PRESET.py] [key=value ...]
-python bench.py norm [key=value ...]
-
-norm: every norm, and the residual sum with the norm after it, in every way there is to compute them. Options:"""
-SAMPLE_USAGE = "sample: tokens that sample.py makes with random weights of the preset's model. Options:"
-TRAIN_USAGE = """train: a step of train.py, eager and compiled. steps=20 are timed of each way, after the first.
-Every knob of a run can be set, for sample too:"""
+USAGE = "python bench.py WHAT [config/PRESET.py] [key=value ...]\n\nWithout WHAT, everything that can be measured here."
+M15 = "n_layer=6 n_head=6 n_embd=288 n_hidden=768 block_size=256 vocab_size=32000 tie_embeddings=true"
+M110 = "n_layer=12 n_head=12 n_embd=768 n_hidden=2048 block_size=1024 vocab_size=32000 tie_embeddings=true"
+HF = {"eager": "transformers", "compiled": "transformers compiled"}  # the rows that ours are held against
+BESIDE = "beside=transformers"
+EVERYTHING = [line.split() for line in (
+    f"train n_layer=4 n_head=4 n_embd=128 n_hidden=384 block_size=64 batch_size=12 dtype=float32 {BESIDE} "
+    "optimizer=adamw", f"train n_layer=6 n_head=6 n_embd=384 n_hidden=1024 block_size=256 batch_size=16 dtype=float32 "
+    f"{BESIDE} optimizer=adamw", f"sample {M15} batches=1,16 tokens=128 {BESIDE}",
+    f"sample {M110} batches=1,16 steps=3 {BESIDE}", f"sample {M15} batches=1 tokens=128 llama2c=run",
+    f"sample {M110} batches=1 steps=3 llama2c=run", "norm", "nanogpt", "memory rounds=3", "growth",
+    "prepare rounds=3", "start steps=20 rounds=5")]
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0, 2 for the user's error, or 130 after Ctrl-C."""
-    if not argv or {"-h", "--help"} & set(argv):
-        print(help_text(USAGE, NormBench), help_text(SAMPLE_USAGE, SampleBench),
-              help_text(TRAIN_USAGE, Config, ModelConfig), sep="\n\n")
+    """Returns the exit code, 0; the user's errors leave with 2, Ctrl-C with 130. What was measured is printed."""
+    if {"-h", "--help"} & set(argv):
+        print(USAGE, *(help_text(f"{name}: {about}", kind) for name, (_, kind, about) in BENCHES.items()),
+              help_text("Every knob of a run, for all that can be given a preset:", Config, ModelConfig), sep="\n\n")
         return 0
     with user_errors():
-        what, *rest = argv
-        if what not in BENCHES:
-            raise ValueError(f"bench.py measures {', '.join(BENCHES)}, got {what!r}")
-        measure = BENCHES[what](rest)
-    try:
-        measure()
-    except KeyboardInterrupt:  # what was measured is printed
-        return 130
+        if argv and argv[0] not in BENCHES:
+            raise ValueError(f"bench.py measures {', '.join(BENCHES)}, got {argv[0]!r}")
+        if argv:
+            BENCHES[argv[0]][0](argv[1:])
+        for line in EVERYTHING if not argv else []:
+            attempt(line)
     return 0
+
+
+def attempt(line: list[str]) -> None:
+    """Measures, or says why that cannot be done here; then without the others, if they were asked for."""
+    print(f"\n$ python bench.py {' '.join(line)}", flush=True)
+    try:
+        BENCHES[line[0]][0](line[1:])
+    except (ValueError, OSError) as error:
+        print(f"not measured: {one_line(error)}", flush=True)
+        if BESIDE in line:
+            attempt([word for word in line if word != BESIDE])
 
 
 # -- train: the step of a run ------------------------------------------------------------------------------------------
 
-def training(arguments: list[str]) -> Callable[[], None]:
-    """Sets the runs up, and returns what measures them; ValueError for the user's mistakes."""
-    _, pairs = split_arguments(arguments)
-    steps = at_least_one(convert("steps", pairs.get("steps", "20"), int))
-    config = read_config([a for a in arguments if not a.removeprefix("--").startswith("steps=")])
-    with tempfile.TemporaryDirectory() as folder:
-        runs = runs_to_time(dataclasses.replace(config, out_dir=str(Path(folder) / "run"), resume="no"))
-    return partial(report_training, runs, steps)
+@dataclass(frozen=True, kw_only=True)
+class TrainBench:
+    """The options of `bench.py train` as they are written; every knob of a run can be set, too."""
+
+    steps: int = knob(20, "timed steps of each way, after the first")
+    beside: Literal["none", "transformers"] = knob("none", "transformers = a plain loop around its model, too")
 
 
-def runs_to_time(config: Config) -> dict[str, Run]:
-    """The same run twice, eager and compiled."""
-    return {name: set_up(dataclasses.replace(config, compile=compiled))
-            for name, compiled in (("eager", False), ("compiled", True))}
+def training(arguments: list[str]) -> None:
+    """Times train.py's own step, eager and compiled, and transformers', in turn."""
+    options, places, knobs = own_options(TrainBench, arguments)
+    config, others = read_config([*places, *written(knobs)]), {}
+    if options.beside == "transformers":
+        beside.check_comparable(config)
+    runs = {name: fresh_run(config, compile=name == "compiled") for name in ("eager", "compiled")}
+    if options.beside == "transformers":
+        others = {HF[name]: beside.hf_step(run.config, run.data) for name, run in runs.items()}
+        if reason := why_not("compile", runs["eager"].config.device):
+            print(f"not measured: {HF['compiled']}: {reason}")
+            del others[HF["compiled"]]
+    report_training(runs, others, options.steps)
 
 
-def report_training(runs: dict[str, Run], steps: int) -> None:
-    """Times `steps` steps of each run in turn and prints a line for each."""
+def report_training(runs: dict[str, Run], others: dict[str, Callable[[], float]], steps: int) -> None:
+    """Times `steps` steps of each in turn and prints a line for each."""
     config = runs["eager"].config
-    tokens = config.batch_size * config.model.block_size
-    rate = matmul_rate(config.device, config.dtype)
+    tokens, rate = config.batch_size * config.model.block_size, matmul_rate(config.device, config.dtype)
     print(f"{parameter_count(config.model):,} parameters, {config.batch_size} x {config.model.block_size} tokens, "
-          f"{config.optimizer}; {machine(config.device, config.dtype)}\nmatrix products: {rate / 1e9:,.0f} GFLOP/s\n"
-          f"{'':10}{'first step':>12}{'median':>10}{'quartiles':>16}{'tokens/s':>12}{'of matmul rate':>16}")
-    first = {name: first_step(run)[-1] for name, run in runs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for name in in_turn(list(runs), steps):
-        seconds[name].append(timed_step(runs[name])[-1])
+          f"{config.optimizer}; {machine(config.device, config.dtype)}\nmatrix products: {rate / 1e9:,.0f} GFLOP/s")
+    first = {name: first_step(run)[-1] for name, run in runs.items()} | {name: step() for name, step in others.items()}
+    seconds = values_in_turn({name: partial(lambda run: timed_step(run)[-1], run) for name, run in runs.items()}
+                             | others, steps)
+    rows = [("", "first step", "ms of a step", "tokens/s", f"of {'transformers' if others else 'eager'}",
+             "of matmul rate")]
     for name, times in seconds.items():
-        median = statistics.median(times)
-        low, _, high = statistics.quantiles(times, n=4) if steps > 1 else (median,) * 3
-        share = tokens * flops_per_token(config.model) / median / rate
-        name_now = name if runs[name].config.compile == (name == "compiled") else "eager (no compiler)"
-        print(f"{name_now:10}{first[name]:>10.1f} s{1000 * median:>7.0f} ms{1000 * low:>8.0f} -{1000 * high:>5.0f} ms"
-              f"{tokens / median:>12,.0f}{share:>15.0%}")
-    print(f"peak memory of both together: {peak_memory(config.device) / 1e9:.2f} GB")
+        way = "compiled" if name == HF["compiled"] or name in runs and runs[name].config.compile else "eager"
+        like = seconds[HF[way] if others else "eager"]
+        rows.append((name if name in (way, *others) else "eager (no compiler)", f"{first[name]:.1f} s",
+                     spread(times, 1000), f"{tokens / middle(times):,.0f}", f"{middle(like) / middle(times):.2f}",
+                     f"{tokens * flops_per_token(config.model) / middle(times) / rate:.0%}"))
+    print_table(rows)
+    print(f"peak memory of all together: {peak_memory(config.device) / 1e9:.2f} GB")
 
 
 # -- sample: the tokens of generate ------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, kw_only=True)
 class SampleBench:
-    """The options of `bench.py sample` as they are written."""
+    """The options of `bench.py sample` as they are written: what sample.py makes of the preset's model, untrained."""
 
     dtypes: str = knob("auto", "of the matrix products, such as float32,bfloat16; auto = float32 and sample.py's own")
     quantize: str = knob("all", "of none, int8; all = both")
     batches: str = knob("1,4", "samples at once, each of these")
     tokens: int = knob(32, "new tokens of each sample")
     steps: int = knob(5, "timed rounds of each")
+    beside: Literal["none", "transformers"] = knob("none", "transformers = its generate in float32, too")
+    llama2c: str = knob("", "path of llama2.c's program run, to be measured too, with one sample; '' = not")
 
 
-def sampling(arguments: list[str]) -> Callable[[], None]:
-    """Reads the options, and returns what measures them; ValueError for the user's mistakes."""
-    places, pairs = split_arguments(arguments)
-    own = knobs_of(SampleBench)
-    options = SampleBench(**typed({k: v for k, v in pairs.items() if k in own}, own, "command line"))
-    at_least_one(options.steps), at_least_one(options.tokens)
+def sampling(arguments: list[str]) -> None:
+    """Times sample.py's generate in each way, and others', in turn, for each number of samples at once."""
+    options, places, knobs = own_options(SampleBench, arguments)
     batches = [at_least_one(convert("batches", text, int)) for text in options.batches.split(",")]
-    config = read_config([*places, *(f"{k}={v}" for k, v in pairs.items() if k not in own)])
-    device = choose_device(config.device)
+    run = read_config([*places, *written(knobs)])
+    device = choose_device(run.device)
     dtypes = options.dtypes if options.dtypes != "auto" else f"float32,{choose_dtype('auto', device)}"
     dtypes = [choose_dtype(d, device) for d in several("dtypes", dtypes, ("float32", "bfloat16", "float16"))]
     ways = [SampleOptions(device=device, dtype=dtype, quantize=quantize)
             for dtype, quantize in product(dtypes, several("quantize", options.quantize, ("none", "int8")))]
-    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 32000)
-    return partial(report_sampling, model, ways, batches, options)
+    config = dataclasses.replace(run.model, vocab_size=run.model.vocab_size or 32000)
+    base, hf = Decoder(config), None
+    size, models = matrix_bytes(base), {}
+    if options.beside == "transformers":
+        beside.check_comparable(dataclasses.replace(run, model=config))
+        hf = beside.hf_model(config).to(device).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        in_c = beside.llama2c_rate(options.llama2c, base, Path(folder)) if options.llama2c else None
+        for way in ways:  # each model once: several of a billion parameters are a lot
+            if stored(way) not in models:
+                models[stored(way)] = copy.deepcopy(base).to(device)
+                for_inference(models[stored(way)], way)
+        limit = read_rate(device)
+        print(f"{parameter_count(config):,} parameters, vocab {config.vocab_size:,}, {options.tokens} tokens after the "
+              f"first; {machine(device)}\nreading 256 MB: {limit / 1e9:.1f} GB/s")
+        for batch in batches:
+            calls = {way.dtype + (" int8" if way.quantize == "int8" else ""): (
+                partial(sampling_rate, models[stored(way)], way, batch, options.tokens),
+                matrix_bytes(models[stored(way)])) for way in ways}
+            if hf:
+                calls["transformers"] = partial(beside.hf_rate, hf, batch, options.tokens), size
+            if in_c and batch == 1:
+                calls["llama2.c"] = partial(in_c, options.tokens), size
+            report_sampling(batch, calls, options.steps, limit)
 
 
-def report_sampling(config: ModelConfig, ways: list[SampleOptions], batches: list[int], options: SampleBench) -> None:
-    """Times sample.py's generate in each way and prints a line for each way and batch."""
-    device, base, models = ways[0].device, Decoder(config).to(ways[0].device), {}
-    for way in ways:  # each model once: several of a billion parameters are a lot
-        if stored(way) not in models:
-            models[stored(way)] = base if stored(way) == "float32" else copy.deepcopy(base)
-            for_inference(models[stored(way)], way)
-    print(f"{parameter_count(config):,} parameters, vocab {config.vocab_size:,}, {options.tokens} tokens after the "
-          f"first; {machine(device)}\ncopies read and write {copy_rate(device) / 1e9:.1f} GB/s\n"
-          f"{'':16}{'samples':>8}{'tokens/s':>10}{'of the first':>14}{'matrices':>12}{'read at':>11}")
-    for batch in batches:
-        rates: dict[SampleOptions, list[float]] = {way: [] for way in ways}
-        for way in in_turn(ways, options.steps):
-            rates[way].append(sampling_rate(models[stored(way)], way, batch, options.tokens))
-        for way, found in rates.items():
-            size, rate = matrix_bytes(models[stored(way)]), statistics.median(found)
-            name = way.dtype + (" int8" if way.quantize == "int8" else "")
-            print(f"{name:16}{batch:>8}{rate:>10,.1f}{rate / statistics.median(rates[ways[0]]):>14.2f}"
-                  f"{size / 1e6:>9,.0f} MB{size * rate / batch / 1e9:>6.1f} GB/s", flush=True)
+def report_sampling(batch: int, calls: dict[str, tuple[Callable[[], float], int]], steps: int, limit: float) -> None:
+    """A line for each way to make tokens: a function that returns tokens/s, and the bytes of its matrices."""
+    rates = values_in_turn({name: call for name, (call, _) in calls.items()}, steps)
+    first = middle(next(iter(rates.values())))
+    rows = [("", "samples", "tokens/s", "of the first", "matrices", "read at", "of the limit")]
+    for name, found in rates.items():
+        size, rate = calls[name][1], middle(found)
+        rows.append((name, f"{batch}", spread(found), f"{rate / first:.2f}", f"{size / 1e6:,.0f} MB",
+                     f"{size * rate / batch / 1e9:.1f} GB/s", f"{size * rate / batch / limit:.0%}"))
+    print_table(rows)
 
 
 def stored(way: SampleOptions) -> str:
@@ -167,10 +202,27 @@ def matrix_bytes(model: Decoder) -> int:
     """Bytes of all matrices that are read for a token: not the embedding, of which that is a row."""
     head = model.embed if model.head is None else model.head
     weights = [getattr(module, "weight", None) for module in (*model.blocks.modules(), head)]
-    return sum(weight.nbytes for weight in weights if isinstance(weight, Tensor))
+    return sum(weight.numel() * weight.element_size() for weight in weights if isinstance(weight, Tensor))
 
 
-BENCHES = {"train": training, "sample": sampling, "norm": norms}
+@cache
+def read_rate(device: str, size: int = 2**28) -> float:
+    """Bytes/s at which memory is read: the best of sums over `size` bytes, and of their products with a vector."""
+    matrix = torch.ones(2**12, size // 2**14, device=device)
+    vector = torch.ones(matrix.shape[1], device=device)
+    reads = (matrix.sum, lambda: matrix @ vector)
+    return size / min(seconds_of(read, device, None) for _ in range(5) for read in reads)
+
+
+BENCHES = {  # what does it, its options, and what it is
+    "train": (training, TrainBench, "a step of train.py, eager and compiled; beside these, every knob of a run"),
+    "sample": (sampling, SampleBench, "tokens that sample.py makes with random weights of a preset's model"),
+    "norm": (lambda rest: norms(rest)(), NormBench, "every norm, and residual sums with the norm after, in every way"),
+    "nanogpt": (beside.nanogpt, beside.NanoBench, "FOLDER TEXT: time to loss; FOLDER is a checkout of nanoGPT"),
+    "memory": (costs.memory, costs.ProcessBench, "of a training step, ours and transformers'"),
+    "growth": (costs.growth, costs.ProcessBench, "time and memory of a step against parameters, context and batch"),
+    "prepare": (costs.preparing, costs.PrepareBench, "[TEXT]: data/prepare.py and a plain loop"),
+    "start": (costs.starting, costs.ProcessBench, "of train.py until it has done a step, and what is around a step")}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -123,7 +123,7 @@ def write_bin(path: str | Path, config: ModelConfig, weights: dict[str, Tensor])
     def write(file: BinaryIO) -> None:
         file.write(HEADER.pack(*numbers.values()))
         for name in parts:
-            weight = weights[name] if name else torch.stack(rope_table(config))[..., :config.head_size // 2]
+            weight = weights[name] if name else torch.stack(rope_table(config))[..., config.head_size // 2:]
             weight = exchange(weight, 2, config.head_size // 2) if name.endswith(ROTATED) else weight
             file.write(weight.contiguous().numpy().astype("<f4", copy=False))
 

@@ -1,4 +1,4 @@
-"""A LLaMA-style decoder in one file; with norm.py beside it, it works alone.
+"""A LLaMA-style decoder in one file; with norm.py and loss.py beside it, it works alone.
 
 Legend: B batch, T time, C channels (n_embd), H heads, K key/value heads, D head size, F hidden size of the
 feed-forward, V vocabulary, S cache size. Reading order is from the configuration through the leaves to the root.
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from loss import head_loss
 from norm import ELEMENTWISE, NORM_LEAVES, PARAMETERS, Norm, refusal
 
 
@@ -125,6 +126,7 @@ class ModelConfig:
 UNGATED = ("gelu", "relu2")
 SCALED_EMBEDDING = ("dyt", "derf")  # these norms do not bring the stream to a known size
 FINAL_NORM = ("pre", "sandwich", "out")  # post and deepnorm end in a norm anyway
+SHORT = 1024  # tokens up to which a CPU computes all T x T scores at once, in bfloat16
 LARGEST = {"n_layer": 10_000, "n_head": 10_000, "n_embd": 1_000_000, "block_size": 100_000_000}
 
 
@@ -144,16 +146,16 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin for each position, [block_size, D] fp32, in Hugging Face's half-split layout (halves repeat)."""
+    """cos and sin for each position, [block_size, D] fp32, in Hugging Face's half-split layout: both halves are for the
+    same angles. The first half of sin has its sign turned, for `rotate`."""
     angles = torch.outer(torch.arange(config.block_size, dtype=torch.float32), rope_frequencies(config))
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pair (x[i], x[i + D/2]) by its position's angle. x [B, heads, T, D], cos and sin [T, D]."""
-    left, right = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class KVCache:
@@ -211,10 +213,25 @@ class Attention(nn.Module):
             past = k.shape[2] - T
             if past and T > 1:  # token t of the new ones sees the past and the new ones up to itself
                 mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and k.shape[2] == T, enable_gqa=self.kv_heads != self.heads)
+        dropout, causal = self.dropout if self.training else 0.0, mask is None and k.shape[2] == T
+        if causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= SHORT:
+            y = plain_attention(q, k, v, dropout)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal,
+                                               enable_gqa=self.kv_heads != self.heads)
         return self.out(y.transpose(1, 2).flatten(2))  # [B, H, T, D] -> [B, T, H * D] -> [B, T, C]
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal attention as batched products and a softmax: q [B, H, T, D], k and v [B, K, T, D] -> [B, H, T, D].
+
+    For a CPU in bfloat16, where PyTorch's kernel takes two to four times as long (LOG.md) while T x T still fits.
+    """
+    B, H, T, D = q.shape
+    k, v = (x.repeat_interleave(H // x.shape[1], dim=1).flatten(0, 1) for x in (k, v))  # [B * H, T, D]
+    future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    scores = torch.baddbmm(future, q.flatten(0, 1), k.mT, alpha=1 / math.sqrt(D))  # [B * H, T, T]
+    return (F.dropout(scores.softmax(-1), dropout) @ v).view(B, H, T, D)
 
 
 class FeedForward(nn.Module):
@@ -315,11 +332,21 @@ class Decoder(nn.Module):
         if seed is not None:
             initialise(self, seed)
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """ids [B, T] -> logits [B, T, V]; with targets [B, T] instead the mean cross-entropy, nats per token in fp32.
 
-        With a cache, ids are the tokens that follow those in it, and it is extended by them. The loss is part of
-        forward so that a compiled or wrapped model is one call.
+        The loss is part of forward so that a compiled or wrapped model is one call.
+        """
+        x = self.features(ids)
+        if targets is None:
+            return self.logits(x)
+        weight = self.embed.weight if self.head is None else self.head.weight
+        return head_loss(x.flatten(0, 1), targets.flatten(), self.logits, weight)
+
+    def features(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """ids [B, T] -> what the head reads, [B, T, C].
+
+        With a cache, ids are the tokens that follow those in it, and it is extended by them.
         """
         start, T = (cache.length if cache else 0), ids.shape[1]
         if start + T > self.config.block_size:
@@ -333,11 +360,11 @@ class Decoder(nn.Module):
                 x = block(x, cos, sin, cache)
         if cache is not None:
             cache.length += T
-        x = self.norm(x)
-        logits = F.linear(x, self.embed.weight) if self.head is None else self.head(x)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return self.norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Features [..., C] -> logits [..., V]."""
+        return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
 
 
 def initialise(model: Decoder, seed: int) -> None:

@@ -1,15 +1,18 @@
 """Parameter groups, optimizers and the learning-rate schedule."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from device import choose_dtype
 from norm import NORM_LEAVES
 
 HAVE_FUSED_ADAMW = ("cuda", "cpu", "mps")
 SPIKE_WINDOW, SPIKE_LEAST = 128, 32  # gradient norms that a spike is judged by, and the fewest that suffice
+AT_ONCE = 2**26  # elements that Muon makes orthogonal together, at most: a step needs a few times their memory
 
 
 def lr_at(step: int, *, schedule: str, peak: float, floor: float, warmup: int, total: int,
@@ -54,12 +57,64 @@ def group_of(name: str, parameter: Tensor) -> str:
     raise ValueError(f"no optimizer group is known for the parameter {name}: give it one in optim.group_of()")
 
 
+def orthogonalise(x: Tensor) -> Tensor:
+    """x [n, rows, cols], rows <= cols, with about its singular vectors and all singular values near 1.
+
+    Five steps of a quintic Newton-Schulz iteration, after Jordan et al. 2024; only matrix products, so in x's dtype.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """The momentum of each matrix, made orthogonal (Jordan et al. 2024), is its step, scaled to the size of AdamW's
+    (Liu et al. 2025, arXiv 2502.16982), so one learning rate serves both.
+
+    torch.optim.Muon's arithmetic, but with all matrices of one shape, or its transpose, in one product: one by one they
+    are too small to keep a processor busy.
+    """
+
+    def __init__(self, params: Iterable, momentum: float):
+        super().__init__(params, {"lr": 0.0, "momentum": momentum, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            alike = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike[tuple(sorted(p.shape))].append(p)
+            for (rows, cols), matrices in alike.items():
+                most = max(1, AT_ONCE // (rows * cols))
+                for i in range(0, len(matrices), most):
+                    self.move(matrices[i:i + most], **{k: group[k] for k in ("lr", "momentum", "weight_decay")})
+
+    def move(self, matrices: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+        """The step of matrices of one shape, or its transpose."""
+        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
+        gradients = [p.grad for p in matrices]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        ahead = torch.stack([wide(g.lerp(b, momentum)) for g, b in zip(gradients, buffers, strict=True)])  # Nesterov's
+        ahead /= torch.linalg.vector_norm(ahead, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        dtype = getattr(torch, choose_dtype("auto", str(ahead.device)))
+        size = 0.2 * math.sqrt(ahead.shape[-1])  # the root mean square of AdamW's steps, times that of ours before
+        for p, orthogonal in zip(matrices, orthogonalise(ahead.to(dtype)).to(ahead.dtype), strict=True):
+            p.mul_(1 - lr * weight_decay).add_(orthogonal if wide(p) is p else orthogonal.mT, alpha=-lr * size)
+
+
+def wide(matrix: Tensor) -> Tensor:
+    """The matrix, or its transpose where that has fewer rows."""
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+
+
 class Optimizers:
     """One or two torch optimizers over one model, each parameter but frozen ones in exactly one group of one of them.
 
     Gains, biases and the embedding are not decayed; embedding and head learn at `embed_lr` times the rate. With `muon`
-    the Blocks' matrices go to Muon (Jordan et al. 2024), its step scaled to the size of AdamW's (Liu et al. 2025,
-    arXiv 2502.16982), so one learning rate serves both.
+    the Blocks' matrices go to Muon.
     """
 
     def __init__(self, model: nn.Module, *, optimizer: str, weight_decay: float, betas: tuple[float, float],
@@ -74,7 +129,7 @@ class Optimizers:
         ready = {name: {"params": group} | settings[name] for name, group in groups.items() if group}
         self.all: list[torch.optim.Optimizer] = []
         if optimizer == "muon":
-            self.all.append(torch.optim.Muon([ready.pop("hidden")], momentum=momentum, adjust_lr_fn="match_rms_adamw"))
+            self.all.append(Muon([ready.pop("hidden")], momentum))
         if ready:  # not if adapters are all there is, and Muon has them
             fused = next(model.parameters()).device.type in HAVE_FUSED_ADAMW
             self.all.append(torch.optim.AdamW(list(ready.values()), betas=betas, fused=fused))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_tokenizer import TRICKY, byte_level_json, llama_json, random_texts
 from transformers import AutoTokenizer
@@ -89,11 +89,16 @@ def test_transformers_gives_our_ids_and_texts_of_the_standard_library(made, kind
         assert_equal(ours, theirs, text)
 
 
+def names_a_special_token(kind: str, text: str) -> bool:
+    """A tokenizer.json from elsewhere stays as it came, and there transformers makes special tokens of such texts."""
+    return kind == "llama3" and any(name in text for name in ("<s>", "</s>", "<unk>"))
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "char"])
 def test_transformers_gives_our_ids_and_texts_of_odd_texts(made, kind):
     ours, theirs, _ = made[kind]
     for text in TRICKY + random_texts(100):
-        if kind != "llama3" or not any(name in text for name in ("<s>", "</s>", "<unk>")):  # it came like that
+        if not names_a_special_token(kind, text):
             assert_equal(ours, theirs, text)
 
 
@@ -101,6 +106,7 @@ def test_transformers_gives_our_ids_and_texts_of_odd_texts(made, kind):
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(st.sampled_from("ab _(\n\t\u2581\u00e90159'\U0001f600") | st.characters(exclude_categories=["Cs"])))
 def test_transformers_gives_our_ids_and_texts_of_any_text(made, kind, text):
+    assume(not names_a_special_token(kind, text))
     assert_equal(*made[kind][:2], text)
 
 

@@ -10,6 +10,7 @@ from model import (
     Decoder,
     KVCache,
     ModelConfig,
+    plain_attention,
     rope_frequencies,
     rope_table,
     rotate,
@@ -98,8 +99,33 @@ def test_heads_may_be_narrower_or_wider_than_a_share_of_the_channels(head_dim):
     assert parameter_count(model.config) == sum(p.numel() for p in model.parameters())
     assert torch.equal(Decoder(config(head_dim=16))(tokens()), Decoder(config())(tokens()))
     cache, ids = KVCache(model.config, 2, 64, "cpu"), tokens()
-    parts = [model(part, cache=cache) for part in ids.split(20, dim=1)]
+    parts = [model.logits(model.features(part, cache)) for part in ids.split(20, dim=1)]
     assert torch.allclose(torch.cat(parts, dim=1), model(ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_plain_attention_is_pytorchs(kv_heads):
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, 8, generator=random, dtype=torch.float64, requires_grad=True)
+               for heads in (4, kv_heads, kv_heads))
+    ours = plain_attention(q, k, v, 0.0)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    for mine, wanted in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (ours, theirs)), strict=True):
+        assert torch.allclose(mine, wanted, atol=1e-12)
+    torch.manual_seed(0)
+    assert (plain_attention(q, k, v, 0.5) - ours).abs().max() > 0.1
+
+
+def test_a_cpu_takes_plain_attention_in_bfloat16_alone_and_the_loss_is_the_same(monkeypatch):
+    calls, model, x = [], Decoder(config(n_kv_head=2)), tokens()
+    monkeypatch.setattr("model.plain_attention", lambda *qkv: (calls.append(1), plain_attention(*qkv))[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model(x, x).item()
+        monkeypatch.setattr("model.SHORT", 63)
+        assert len(calls) == 2 and model(x, x).item() == pytest.approx(plain, rel=1e-3)
+    model(x, x), model(x[:, :20])
+    assert len(calls) == 2
 
 
 def test_qk_norm_equals_hugging_faces_qwen3():
@@ -193,7 +219,7 @@ def test_every_variant_counts_its_parameters_and_runs_with_a_cache(knobs):
     model, x = Decoder(c).eval(), tokens(3, 20)
     assert parameter_count(c) == sum(p.numel() for p in model.parameters())
     cache = KVCache(c, 3, 20, "cpu")
-    parts = [model(x[:, a:b], cache=cache) for a, b in ((0, 7), (7, 8), (8, 20))]
+    parts = [model.logits(model.features(x[:, a:b], cache)) for a, b in ((0, 7), (7, 8), (8, 20))]
     assert torch.allclose(torch.cat(parts, dim=1), model(x), atol=1e-5)
 
 
@@ -260,7 +286,8 @@ def test_future_tokens_do_not_change_past_logits():
 def test_cached_logits_equal_uncached_logits(heads):
     model, x = with_random_gains(Decoder(config(n_kv_head=HEADS[heads]))).eval(), tokens(3, 20)
     cache = KVCache(model.config, 3, 20, "cpu")
-    parts = [model(x[:, a:b], cache=cache) for a, b in ((0, 7), (7, 8), (8, 15), (15, 20))]  # prefill, step, chunks
+    parts = [model.logits(model.features(x[:, a:b], cache))  # prefill, step, chunks
+             for a, b in ((0, 7), (7, 8), (8, 15), (15, 20))]
     assert torch.allclose(torch.cat(parts, dim=1), model(x), atol=1e-5)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from model import Decoder, ModelConfig
 from norm import EAGER
-from optim import SPIKE_LEAST, SPIKE_WINDOW, Optimizers, group_of, lr_at, spike_threshold
+from optim import SPIKE_LEAST, SPIKE_WINDOW, Muon, Optimizers, group_of, lr_at, orthogonalise, spike_threshold
 
 SCHEDULE = dict(peak=1.0, floor=0.1, warmup=10, total=110, decay_fraction=0.2)
 
@@ -82,7 +82,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     model, optimizers = build("muon")
     muon, adamw = optimizers
     names = {p: n for n, p in model.named_parameters()}
-    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    assert isinstance(muon, Muon) and isinstance(adamw, torch.optim.AdamW)
     for parameter in (p for g in muon.param_groups for p in g["params"]):
         assert names[parameter].startswith("blocks.") and parameter.ndim == 2
 
@@ -93,6 +93,65 @@ def test_muon_moves_a_matrix_as_far_as_adamw_would():
     step(model, optimizers, lr=1e-2)
     moved = (model.blocks[0].ffn.up.weight - before * (1 - 1e-2 * 0.1)).square().mean().sqrt()
     assert 0.1e-2 < moved < 0.4e-2  # 0.2 x the learning rate: the size of AdamW's steps in mid-training
+
+
+SHAPES = [(16, 16), (32, 16), (16, 32), (32, 16), (24, 8)]
+
+
+def muon_steps(make, shapes, steps=3):
+    """The matrices after some steps with random gradients, which are those of a matrix's place in SHAPES."""
+    def random(*seed, shape):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(hash(seed)))
+
+    matrices = [torch.nn.Parameter(random(i, shape=SHAPES[i])) for i in shapes]
+    optimizer = make(matrices)
+    for step in range(steps):
+        for i, p in zip(shapes, matrices, strict=True):
+            p.grad = random(i, step + 1, shape=SHAPES[i])
+        optimizer.step()
+    return [p.detach() for p in matrices]
+
+
+def our_muon(matrices):
+    optimizer = Muon([{"params": matrices, "weight_decay": 0.1}], momentum=0.9)
+    optimizer.param_groups[0]["lr"] = 0.02
+    return optimizer
+
+
+def test_muon_moves_as_pytorchs(monkeypatch):
+    """PyTorch's computes in bfloat16, so about to its precision; ours in float32 here."""
+    monkeypatch.setattr("optim.choose_dtype", lambda *_: "float32")
+    ours = muon_steps(our_muon, range(5))
+    theirs = muon_steps(lambda p: torch.optim.Muon(p, lr=0.02, momentum=0.9, weight_decay=0.1,
+                                                   adjust_lr_fn="match_rms_adamw"), range(5))
+    for i, (mine, wanted) in enumerate(zip(ours, theirs, strict=True)):
+        start = muon_steps(our_muon, range(5), steps=0)[i]
+        assert (mine - wanted).norm() < 0.03 * (wanted - start).norm(), SHAPES[i]
+
+
+def test_a_matrix_moves_the_same_alone_and_with_others_of_its_shape(monkeypatch):
+    together = muon_steps(our_muon, range(5))
+    for i, matrix in enumerate(together):
+        assert torch.allclose(muon_steps(our_muon, [i])[0], matrix, atol=1e-4), SHAPES[i]
+    monkeypatch.setattr("optim.AT_ONCE", 2 * 32 * 16)  # two of three at once
+    for some, matrix in zip(muon_steps(our_muon, range(5)), together, strict=True):
+        assert torch.allclose(some, matrix, atol=1e-4)
+
+
+def test_orthogonal_matrices_have_singular_values_near_one_and_the_same_vectors():
+    x = torch.randn(3, 20, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, v = torch.linalg.svd(x / x.norm(dim=(1, 2), keepdim=True), full_matrices=False)
+    after = u.mT @ orthogonalise(u @ (s.unsqueeze(-1) * v)) @ v.mT
+    values = after.diagonal(dim1=1, dim2=2)
+    assert (after - torch.diag_embed(values)).abs().max() < 1e-12
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_a_matrix_without_a_gradient_stays():
+    matrices = [torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    matrices[0].grad = torch.eye(4)
+    our_muon(matrices).step()
+    assert matrices[0][0, 0] != 1 and torch.equal(matrices[1].detach(), torch.ones(4, 4))
 
 
 def test_adamw_is_the_fused_one():

@@ -7,7 +7,7 @@ import torch
 
 import quantize
 from model import Decoder, ModelConfig
-from quantize import Int8Linear, fold_norms, quantize_int8, round_matrices
+from quantize import Int8Linear, PackedLinear, fold_norms, pack_matrices, quantize_int8, round_matrices
 from sample import generate
 
 
@@ -114,9 +114,10 @@ def test_a_quantized_model_is_a_model_of_the_rounded_matrices(tied):
 
 def test_a_quantized_model_gives_the_same_with_and_without_a_cache():
     model, seen = quantize_int8(small()), []
-    handle = model.register_forward_hook(lambda module, inputs, output: seen.append(output[0, -1]))
+    logits = model.logits
+    model.logits = lambda x: (seen.append(logits(x)[0]), logits(x))[1]
     ids = [3] + [new[0] for new in generate(model, [3], 20, seed=2)]
-    handle.remove()
+    model.logits = logits
     with torch.no_grad():
         torch.testing.assert_close(torch.stack(seen), model(torch.tensor([ids[:20]]))[0], atol=1e-5, rtol=1e-5)
 
@@ -156,3 +157,35 @@ def test_folded_norms_give_the_same_logits(knobs):
 def test_norms_that_no_matrix_follows_are_not_folded(knobs):
     with pytest.raises(ValueError, match="only rmsnorm and rmsnorm1p with norm_pos=pre can be folded"):
         fold_norms(small(**knobs))
+
+
+# --- packed for oneDNN
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("rows", [1, 4, 5, 40])
+@pytest.mark.parametrize("shape", [(37, 24), (64, 100), (300, 16)])
+def test_packed_products_are_those_of_the_matrix(shape, rows, dtype, error):
+    weight, x = random(*shape), random(2, rows, shape[1], seed=1)
+    y = PackedLinear(weight, dtype)(x)
+    wanted = x.to(dtype).double() @ weight.to(dtype).double().T
+    assert y.dtype == dtype and y.shape == (2, rows, shape[0])
+    assert (y - wanted).abs().max() < error * wanted.abs().max()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_packed_model_gives_the_same_logits(monkeypatch, tied):
+    monkeypatch.setattr(quantize, "SMALL", 48 * 48)  # k and v are smaller
+    model = small(tie_embeddings=tied)
+    wanted = model(IDS)
+    packed = pack_matrices(copy.deepcopy(model), torch.float32)
+    kinds = {name: type(module) for name, module in packed.named_modules()}
+    assert {kinds["blocks.0.attn.q"], kinds["blocks.1.ffn.down"]} == {PackedLinear}
+    assert kinds["blocks.0.attn.k"] == kinds["head"] == torch.nn.Linear
+    with torch.no_grad():
+        assert torch.allclose(packed(IDS), wanted, atol=1e-5)
+        assert torch.allclose(packed(IDS, IDS), model(IDS, IDS), atol=1e-5)
+        half = pack_matrices(copy.deepcopy(model), torch.bfloat16)
+        assert not any(isinstance(m, torch.nn.Linear) for m in half.modules())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (half(IDS) - model(IDS)).abs().max() < 0.03 * wanted.abs().max()

@@ -15,7 +15,7 @@ import sample
 from config.schema import Config
 from data.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_sha256
 from model import Decoder, ModelConfig
-from sample import SampleOptions, generate, logits_to_probabilities, penalise, prompt_ids, window_start
+from sample import SampleOptions, draw, generate, logits_to_probabilities, penalise, prompt_ids, window_start
 from weights import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +54,12 @@ def greedy_without_cache(model: Decoder, ids: list[int], count: int) -> list[int
     return ids[-count:]
 
 
+def record(model: Decoder, seen: list) -> None:
+    """Puts the logits of each call, [B, V], into `seen`."""
+    logits = model.logits
+    model.logits = lambda x: (seen.append(logits(x)), seen[-1])[1]
+
+
 def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     """Pearson's statistic in standard deviations above its mean."""
     expected = probabilities * counts.sum()
@@ -68,14 +74,13 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
 @pytest.mark.parametrize("block_size", [1, 7, 8])
 def test_cached_logits_equal_uncached_ones_before_and_far_past_the_block_size(kv_heads, block_size):
     model, seen = tiny(n_kv_head=kv_heads, block_size=block_size), []
-    handle = model.register_forward_hook(lambda module, inputs, output: seen.append(output[:, -1]))
+    record(model, seen)
     prompt = [3, 1, 4]
     new = ids_of(model, prompt, 40, num_samples=2, seed=5)
-    handle.remove()
     assert len(seen) == 40
     for row in range(2):
         ids = prompt + [tokens[row] for tokens in new]
-        for step, logits in enumerate(seen):
+        for step, logits in enumerate(seen[:40]):
             length = len(prompt) + step
             window = ids[window_start(length, block_size):length]
             expected = model(torch.tensor([window]))[0, -1]
@@ -99,7 +104,7 @@ def test_a_text_continued_in_two_parts_is_the_same_text():
 
 def test_only_the_newest_token_is_computed_until_the_window_is_full():
     model, lengths = tiny(), []
-    handle = model.register_forward_hook(lambda module, inputs, output: lengths.append(inputs[0].shape[1]))
+    handle = model.embed.register_forward_hook(lambda module, inputs, output: lengths.append(inputs[0].shape[1]))
     ids_of(model, [1, 2, 3], 14)
     handle.remove()
     assert lengths == [3, 1, 1, 1, 1, 1, 5, 1, 1, 1, 5, 1, 1, 1]
@@ -165,7 +170,7 @@ def test_a_repetition_penalty_spreads_greedy_ids():
 
 def test_generate_leaves_no_trace_in_the_callers_torch():
     model, before = tiny().train(), torch.get_rng_state()
-    handle = model.register_forward_hook(lambda module, inputs, output: graphs.append(output.requires_grad))
+    handle = model.norm.register_forward_hook(lambda module, inputs, output: graphs.append(output.requires_grad))
     graphs = []
     tokens = generate(model, [1], 5, seed=9)
     next(tokens)
@@ -184,16 +189,16 @@ def test_dropout_is_off_while_sampling():
 
 
 def test_under_autocast_the_cache_has_its_dtype_and_is_still_exact():
-    model, seen = tiny(), []
-    handle = model.register_forward_hook(
-        lambda _, inputs, named, output: seen.append((named["cache"].keys.dtype, output[0, -1])), with_kwargs=True)
+    model, seen, dtypes = tiny(), [], []
+    record(model, seen)
+    handle = model.blocks[0].register_forward_hook(lambda _, inputs, output: dtypes.append(inputs[3].keys.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         ids = [3] + [tokens[0] for tokens in ids_of(model, [3], 7)]
         handle.remove()
-        for length, (dtype, logits) in enumerate(seen, 1):
-            assert dtype == torch.bfloat16
+        assert dtypes == [torch.bfloat16] * 7
+        for length, logits in enumerate(seen[:7], 1):
             expected = model(torch.tensor([ids[:length]]))[0, -1]
-            torch.testing.assert_close(logits, expected, atol=0.05, rtol=0.05)
+            torch.testing.assert_close(logits[0], expected, atol=0.05, rtol=0.05)
 
 
 def test_logits_that_are_not_finite_are_named():
@@ -249,6 +254,20 @@ def test_top_k_keeps_exactly_k_of_equal_logits():
 def test_extreme_logits_and_ties_give_probabilities_too():
     assert logits_to_probabilities(torch.tensor([[3e38, -3e38, 0.0]]), temperature=0.5).tolist() == [[1, 0, 0]]
     assert logits_to_probabilities(torch.zeros(1, 3), temperature=0.0).tolist() == [[1, 0, 0]]
+
+
+def test_each_id_is_drawn_as_often_as_its_probability_says_and_never_at_zero():
+    probabilities = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0]]).expand(100_000, -1)
+    ids = draw(probabilities, torch.Generator().manual_seed(0))
+    shares = ids.flatten().bincount(minlength=6) / len(ids)
+    assert ids.shape == (100_000, 1)
+    assert torch.allclose(shares, probabilities[0], atol=5e-3) and not shares[probabilities[0] == 0].any()
+
+
+@pytest.mark.parametrize("number, wanted", [(0.0, 1), (0.1999, 1), (0.2001, 3), (1 - 2**-24, 4), (1.0, 4)])
+def test_a_draw_is_where_the_running_sum_passes_the_number(monkeypatch, number, wanted):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, number))
+    assert draw(torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0]]), None).item() == wanted
 
 
 def test_a_penalty_lowers_seen_logits_of_either_sign():

@@ -156,7 +156,7 @@ def test_bad_command_lines_are_refused_in_one_line(arguments, words):
     ("out_dir = 3", "out_dir must be text in quotes, got 3"),
     ("n_layer = 2.0", "n_layer must be a whole number, got 2.0"),
     ("n_layer = " + "+".join("1" * 20_000), "is nested too deeply"),
-    ("n_layer = " + "+".join("1" * 1500), "nested too deeply"),
+    ("n_layer = " + "+".join("1" * 3000), "nested too deeply"),
     ("n_layer = " + "-" * 90_000 + "1", "is nested too deeply"),
     ("seed = 0x" + "f" * 9000, "arithmetic of numbers (below 2**63)"), ("learning_rate = " + "9" * 4000, "below 2**63"),
     ("out_dir = " + "9" * 5000, "4300 digits"), ("seed = 10 ** 17 * 1000", "seed must be a whole number, got 1000"),

@@ -1,0 +1,78 @@
+"""The loss of a decoder's last layer, without ever holding the logits of all tokens.
+
+A batch has vocab_size logits for each token, in fp32: often the largest tensor of a training step, and a plain
+cross-entropy keeps two or three of its size for backward. Here they exist for some rows at a time.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from norm import widen
+
+LOGITS, PARTS = 2**25, 8  # so many at once, or this part of them all if that is more: few pieces compile soon
+
+
+def head_loss(x: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """Mean cross-entropy, nats, in fp32, of logits(x) = x @ weight.T [N, V] against targets [N] int64.
+
+    x [N, C], weight [V, C]; targets below 0 do not count. Without gradients logits() alone is used, so that the head
+    may be any function of x.
+    """
+    rows = rows_at_once(len(x), len(weight))
+    if torch.is_grad_enabled() and x.requires_grad:
+        return HeadLoss.apply(x, weight, targets, rows)
+    sums = [F.cross_entropy(widen(logits(some)), wanted, reduction="sum", ignore_index=-100)
+            for some, wanted in zip(x.split(rows), targets.split(rows), strict=True)]
+    return torch.stack(sums).sum() / (targets >= 0).sum()
+
+
+def rows_at_once(rows: int, vocab: int) -> int:
+    return -(-max(LOGITS, rows * vocab // PARTS) // vocab)
+
+
+class HeadLoss(torch.autograd.Function):
+    """The gradient is computed in forward, while the logits of some rows are at hand, so they are neither kept nor
+    computed twice; as in Liger Kernel (Hsu et al. 2024, arXiv 2410.10989).
+
+    Products are in autocast's dtype, sums in fp32. In float16 errors divided by the number of rows would vanish, and
+    sums of whole ones overflow: products see them times a power of two that brings their sum near 1,000 means.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        factor = 2.0 ** (10 - rows.bit_length())
+        with torch.autocast(kind, enabled=False):
+            narrow, matrix = x.to(dtype), weight.to(dtype)
+            dx, dweight = [], torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+            total = widen(x.new_zeros(()))
+            for some, wanted in zip(narrow.split(rows), targets.split(rows), strict=True):
+                loss, error = loss_and_error(widen(some @ matrix.T), wanted, factor)
+                total, error = total + loss, error.to(dtype)
+                dx.append(error @ matrix)
+                if dweight is not None:
+                    dweight += error.T @ some
+        count = (targets >= 0).sum()
+        ctx.save_for_backward(torch.cat(dx), dweight, count * factor)
+        ctx.dtype = x.dtype
+        return total / count
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        dx, dweight, divisor = ctx.saved_tensors
+        scale = dloss / divisor
+        return (dx * scale).to(ctx.dtype), None if dweight is None else dweight * scale, None, None
+
+
+def loss_and_error(logits: Tensor, targets: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """The sum of the cross-entropies of logits [R, V], which are overwritten, and `factor` times its gradient by them:
+    softmax less the one-hot target."""
+    counts, place = (targets >= 0).unsqueeze(1), targets.clamp(min=0).unsqueeze(1)
+    log_sum = logits.logsumexp(1, keepdim=True)
+    loss = ((log_sum - logits.gather(1, place)) * counts).sum()
+    error = logits.sub_(log_sum).exp_()
+    return loss, error.scatter_add_(1, place, torch.full_like(log_sum, -1.0)).mul_(counts * factor)
