@@ -30,6 +30,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 from tqdm import tqdm
 
 if not __package__:  # run as a script: import from the repository's root, not from data/
@@ -40,9 +41,9 @@ from data.corpus import CHUNK, Corpus, Piece, open_corpus
 from data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
+    TiktokenTokenizer,
     Tokenizer,
     load_tokenizer,
-    named_tiktoken,
     read_sentencepiece,
     tokenizer_sha256,
     train_sentencepiece,
@@ -110,6 +111,19 @@ def make_tokenizer(choice: str, vocab_size: int | None, corpus: Corpus) -> Token
         return read_sentencepiece(choice)
     raise ValueError(f"tokenizer={choice} is unknown; choose from {', '.join(makers)}, tiktoken:NAME, PATH.model, "
                      "FOLDER")
+
+
+def named_tiktoken(name: str) -> TiktokenTokenizer:
+    """One of tiktoken's encodings by name; fetched from the network unless tiktoken has it in its cache."""
+    names = tiktoken.list_encoding_names()
+    if name not in names:
+        raise ValueError(f"tokenizer=tiktoken:{name} is unknown; choose from {', '.join(sorted(names))}")
+    try:
+        return TiktokenTokenizer(tiktoken.get_encoding(name))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise OSError(f"tiktoken:{name} could not be fetched ({reason}); go online once, or use another tokenizer") \
+            from None
 
 
 def encode(tokenizer: Tokenizer, dtype: str, task: list[Piece]) -> dict[str, bytes]:

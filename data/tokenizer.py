@@ -40,6 +40,8 @@ PROBE = """import sys, sentencepiece
 model = sentencepiece.SentencePieceProcessor(model_proto=sys.stdin.buffer.read())
 model.decode(model.encode('a b')), [model.id_to_piece(i) for i in range(len(model))]"""
 PATTERN_PROBE = "".join(map(chr, range(0x180))) + " words, of all  kinds\n\n\t \u4f60\U0001f600 12 " + 64 * "a" + "!"
+PART = 2000  # characters that SentencePiece is given at once, about: it is slower, the longer a text
+LINE_END = re.compile(r"\n(?!\n)")
 SPACE_RUN = 50_000  # characters; tiktoken overflows its stack on a run of white space some times as long
 
 
@@ -155,6 +157,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.drops_spaces = self.first.normalize("a  b") == self.first.normalize("a b")
         mark = [self.first.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self.mark = mark if all(self.first.is_byte(i) for i in mark) and not self.drops_spaces else None
+        # Whether a text cut at the end of a line has the same ids: no piece goes on after one.
+        self.splits = bool(self.mark and "\n" in self.first.normalize("\n")
+                           and not any(re.search(b"\n[^\n]", piece) for piece in pieces))
         self.probe()
 
     def _piece_bytes(self, i: int) -> bytes:
@@ -166,6 +171,13 @@ class SentencePieceTokenizer(Tokenizer):
         return piece.replace(SPACE, " ").encode()
 
     def encode(self, text: str, start: bool = True) -> list[int]:
+        ids, begin = [], 0
+        while self.splits and (end := LINE_END.search(text, begin + PART)):
+            ids += self._encode(text[begin:end.end()], start and not begin)
+            begin = end.end()
+        return ids + self._encode(text[begin:], start and not begin)
+
+    def _encode(self, text: str, start: bool) -> list[int]:
         processor = self.first if start else self.rest
         if self.mark is None or SPACE not in text:
             return processor.encode(text)
@@ -385,16 +397,3 @@ def read_sentencepiece(path: str | Path) -> SentencePieceTokenizer:
         return SentencePieceTokenizer(model)
     except (ValueError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def named_tiktoken(name: str) -> TiktokenTokenizer:
-    """One of tiktoken's encodings by name; fetched from the network unless tiktoken has it in its cache."""
-    names = tiktoken.list_encoding_names()
-    if name not in names:
-        raise ValueError(f"tokenizer=tiktoken:{name} is unknown; choose from {', '.join(sorted(names))}")
-    try:
-        return TiktokenTokenizer(tiktoken.get_encoding(name))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise OSError(f"tiktoken:{name} could not be fetched ({reason}); go online once, or use another tokenizer") \
-            from None

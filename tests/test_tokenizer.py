@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import data.tokenizer as tokenizer_module
+from data.prepare import named_tiktoken
 from data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -20,7 +21,6 @@ from data.tokenizer import (
     SentencePieceTokenizer,
     TiktokenTokenizer,
     load_tokenizer,
-    named_tiktoken,
     read_sentencepiece,
     tokenizer_sha256,
     train_sentencepiece,
@@ -299,6 +299,32 @@ def test_a_folder_must_have_exactly_one_tokenizer(made, tmp_path):
     made["sentencepiece"].save(tmp_path)
     with pytest.raises(ValueError, match="both"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("model", ["ours", "foreign"])
+@pytest.mark.parametrize("start", [True, False])
+def test_a_text_cut_at_line_ends_has_the_ids_of_the_whole(made, monkeypatch, model, start):
+    """The longer a text, the slower SentencePiece; it is given a few lines at once."""
+    tokenizer = made["sentencepiece"] if model == "ours" else SentencePieceTokenizer(foreign_model())
+    whole = tokenizer.first if start else tokenizer.rest
+    texts = [text for text in TRICKY + random_texts(100) if SPACE not in text]
+    texts += ["\n".join(texts), "\n\n".join(texts) + "\n", "x\n\n\n y\n", "\n\n", "a\n", inspect.getsource(json)]
+    assert tokenizer.splits
+    for part in (0, 1, 40):
+        monkeypatch.setattr(tokenizer_module, "PART", part)
+        for text in texts:
+            assert tokenizer.encode(text, start) == whole.encode(text), text
+
+
+def test_a_text_is_not_cut_where_a_piece_goes_on_after_a_line_end():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a\nb" * 20] * 50), model_writer=model, model_type="bpe", vocab_size=270,
+        hard_vocab_limit=False, byte_fallback=True, minloglevel=2, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, add_dummy_prefix=False, required_chars="\n", split_by_unicode_script=False)
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    assert any(b"\nb" in piece for piece in tokenizer.pieces) and not tokenizer.splits
+    assert tokenizer.encode("a\nb" * 2000) == tokenizer.first.encode("a\nb" * 2000)
 
 
 def test_tiktoken_survives_very_long_runs_of_spaces(made):
