@@ -3,9 +3,10 @@
 import dataclasses
 
 from config.schema import Config
-from device import matmul_rate, total_memory
+from device import total_memory
 from lora import adapter_count
-from model import FINAL_NORM, SCALED_EMBEDDING, UNGATED, ModelConfig
+from loss import rows_at_once
+from model import FINAL_NORM, SCALED_EMBEDDING, SHORT, UNGATED, ModelConfig
 from norm import PARAMETERS, SCALARS
 
 
@@ -35,38 +36,47 @@ def flops_per_token(config: ModelConfig) -> float:
 
 
 def memory_estimate(config: ModelConfig, micro_batch: int, dtype: str, checkpointing: bool = False,
-                    lora_rank: int = 0) -> tuple[float, float]:
+                    lora_rank: int = 0, device: str = "cuda") -> tuple[float, float]:
     """Bytes that training needs, about: (weights + gradient + two moments in fp32, activations of one micro-batch).
 
     Counted from what each operation keeps for backward; a compiled or fused one keeps less. With adapters, gradient and
     moments are theirs alone.
     """
     s = 4 if dtype == "float32" else 2
-    C, F = config.n_embd, config.hidden_size
+    C, F, T, V = config.n_embd, config.hidden_size, config.block_size, config.vocab_size
     block = 4 * 8 * C + s * (8 * C + 4 * F)  # fp32: residual stream and norms; s: inputs of matrix products
+    if device == "cpu" and dtype == "bfloat16" and T <= SHORT:
+        block += s * config.n_head * T  # what plain attention keeps
     per_token = block * (1 if checkpointing else config.n_layer) + 4 * C * config.n_layer * checkpointing
-    logits = config.vocab_size * (s + 3 * 4)  # as computed, in fp32, log-softmax and its gradient
+    tokens = micro_batch * T
+    rows = min(tokens, rows_at_once(tokens, V)) if V else 0
+    logits = rows * V * (4 + 2 * s)  # of some rows: as computed, in fp32, and their errors
     whole, adapters = parameter_count(config), adapter_count(config, lora_rank)
     fixed = 4.0 * whole + 16.0 * adapters if lora_rank else 16.0 * whole
-    return fixed, float(micro_batch * config.block_size * (per_token + logits))
+    return fixed, float(tokens * per_token + logits)
 
 
 def fit_to_machine(config: Config) -> Config:
     """The micro-batch and whether to compile, where they are automatic; refuses a model far beyond the memory."""
-    fixed, one = memory_estimate(config.model, 1, config.dtype, config.activation_checkpointing, config.lora_rank)
+    def need(micro_batch: int) -> float:
+        return sum(memory_estimate(config.model, micro_batch, config.dtype, config.activation_checkpointing,
+                                   config.lora_rank, config.device))
+
     room = total_memory(config.device)
-    if fixed + one > 1.5 * room:
+    if need(1) > 1.5 * room:
         raise ValueError(f"{parameter_count(config.model) / 1e9:.1f} billion parameters need about "
-                         f"{(fixed + one) / 1e9:,.0f} GB to train, {config.device} has {room / 1e9:,.0f} GB: lower "
+                         f"{need(1) / 1e9:,.0f} GB to train, {config.device} has {room / 1e9:,.0f} GB: lower "
                          f"n_embd, n_layer, block_size or vocab_size")
-    fits = [m for m in range(1, config.batch_size + 1) if config.batch_size % m == 0 and fixed + m * one < 0.8 * room]
+    fits = [m for m in range(1, config.batch_size + 1) if config.batch_size % m == 0 and need(m) < 0.8 * room]
     return dataclasses.replace(config, micro_batch_size=config.micro_batch_size or max(fits, default=1),
                                compile=pays_to_compile(config) if config.compile == "auto" else config.compile)
 
 
 def pays_to_compile(config: Config) -> bool:
-    """On CUDA always. On a CPU it saves a seventh of a step but takes most of a minute, so only where a run is long."""
+    """On CUDA always. On a CPU where the run saves more time than compiling takes: about 20 ns of a step for each
+    token, layer and channel, against 25 s and 2 s for each layer (measured on 2 cores, LOG.md)."""
     if config.device.startswith("cuda"):
         return True
-    work = flops_per_token(config.model) * config.batch_size * config.model.block_size * config.max_iters
-    return config.device == "cpu" and work / matmul_rate("cpu", config.dtype) > 150
+    model = config.model
+    saved = 2e-8 * config.batch_size * model.block_size * model.n_layer * model.n_embd * config.max_iters
+    return config.device == "cpu" and saved > 25 + 2 * model.n_layer

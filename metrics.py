@@ -162,7 +162,7 @@ def summary(config: Config, data: Dataset, step: int, rate: float) -> str:
     model = config.model
     tokens, parameters = config.batch_size * model.block_size, parameter_count(model)
     fixed, kept = memory_estimate(model, config.micro_batch_size, config.dtype, config.activation_checkpointing,
-                                  config.lora_rank)
+                                  config.lora_rank, config.device)
     begun = f", begun with the weights of {config.init_from}" if config.init_from else ""
     learn = adapter_count(model, config.lora_rank)
     share = f", beside which {learn:,} ({learn / parameters:.2%}) are trained" if config.lora_rank else ""

@@ -2,7 +2,8 @@
 
 import pytest
 
-from cost import flops_per_token, memory_estimate, parameter_count
+from config.schema import Config
+from cost import flops_per_token, memory_estimate, parameter_count, pays_to_compile
 from model import Decoder, ModelConfig
 
 
@@ -29,3 +30,23 @@ def test_memory_estimate_grows_as_it_should():
     assert memory_estimate(config(), 4, "float32")[1] == 4 * one
     assert memory_estimate(config(), 1, "bfloat16")[1] < one
     assert memory_estimate(config(), 1, "float32", checkpointing=True)[1] < one
+
+
+def test_memory_for_logits_is_bounded_and_a_cpu_keeps_its_scores_in_bfloat16():
+    large = config(vocab_size=50_000, block_size=1024)
+    few, many = (memory_estimate(large, m, "float32")[1] for m in (1, 8))
+    assert many < 8 * few - 7 * 2**25 * 4 * 2  # the logits of 671 tokens, whether there are 1,024 or 8,192
+    plain, fused = (memory_estimate(large, 2, "bfloat16", device=device)[1] for device in ("cpu", "cuda"))
+    assert plain - fused == 2 * 1024 * large.n_layer * large.n_head * 1024 * 2  # T x T scores in bfloat16
+    for dtype, block_size in (("float32", 1024), ("bfloat16", 1025)):
+        c = config(block_size=block_size)
+        assert memory_estimate(c, 2, dtype, device="cpu") == memory_estimate(c, 2, dtype, device="cuda")
+
+
+@pytest.mark.parametrize("device, max_iters, wanted", [("cuda:0", 1, True), ("mps", 10**6, False), ("cpu", 1500, False),
+                                                       ("cpu", 1700, True)])
+def test_a_cpu_compiles_where_a_run_is_long_enough(device, max_iters, wanted):
+    """4 layers of 128 channels save 21 ms of a step of 2,048 tokens, and take 33 s."""
+    model = ModelConfig(n_layer=4, n_head=2, n_embd=128, block_size=256)
+    run = Config(model=model, batch_size=8, max_iters=max_iters, warmup_iters=0, device=device)
+    assert pays_to_compile(run) == wanted

@@ -361,3 +361,18 @@ def test_weights_depend_on_the_seed_and_on_nothing_else():
     b, c = Decoder(config(), seed=1), Decoder(config(), seed=2)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     assert not torch.equal(a.embed.weight, c.embed.weight)
+
+
+def test_a_step_and_an_evaluation_compile_as_one_graph_each_and_only_once():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter, model = CompileCounterWithBackend("aot_eager"), Decoder(config())
+    forward = torch.compile(model, backend=counter, dynamic=False, fullgraph=True)
+    for seed in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = forward(tokens(seed=seed), tokens(seed=seed + 1))
+            assert loss.item() == pytest.approx(model(tokens(seed=seed), tokens(seed=seed + 1)).item(), rel=1e-3)
+            loss.backward()
+        with torch.no_grad():
+            forward(tokens(seed=seed), tokens(seed=seed + 1))
+    assert counter.frame_count == 2
