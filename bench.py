@@ -177,7 +177,7 @@ def report_sampling(batch: int, calls: dict[str, tuple[Callable[[], float], int]
     rows = [("", "samples", "tokens/s", "of the first", "matrices", "read at", "of the limit")]
     for name, found in rates.items():
         size, rate = calls[name][1], middle(found)
-        rows.append((name, f"{batch}", spread(found), f"{rate / first:.2f}", f"{size / 1e6:,.0f} MB",
+        rows.append((name, f"{batch}", spread(found, 1, int(rate < 20)), f"{rate / first:.2f}", f"{size / 1e6:,.0f} MB",
                      f"{size * rate / batch / 1e9:.1f} GB/s", f"{size * rate / batch / limit:.0%}"))
     print_table(rows)
 
