@@ -35,8 +35,8 @@ def flops_per_token(config: ModelConfig) -> float:
     return 6 * matrices + 12 * config.n_layer * config.n_head * config.head_size * config.block_size
 
 
-def memory_estimate(config: ModelConfig, micro_batch: int, dtype: str, checkpointing: bool = False,
-                    lora_rank: int = 0, device: str = "cuda") -> tuple[float, float]:
+def memory_estimate(config: ModelConfig, micro_batch: int, dtype: str, device: str, checkpointing: bool = False,
+                    lora_rank: int = 0) -> tuple[float, float]:
     """Bytes that training needs, about: (weights + gradient + two moments in fp32, activations of one micro-batch).
 
     Counted from what each operation keeps for backward; a compiled or fused one keeps less. With adapters, gradient and
@@ -59,8 +59,8 @@ def memory_estimate(config: ModelConfig, micro_batch: int, dtype: str, checkpoin
 def fit_to_machine(config: Config) -> Config:
     """The micro-batch and whether to compile, where they are automatic; refuses a model far beyond the memory."""
     def need(micro_batch: int) -> float:
-        return sum(memory_estimate(config.model, micro_batch, config.dtype, config.activation_checkpointing,
-                                   config.lora_rank, config.device))
+        return sum(memory_estimate(config.model, micro_batch, config.dtype, config.device,
+                                   config.activation_checkpointing, config.lora_rank))
 
     room = total_memory(config.device)
     if need(1) > 1.5 * room:

@@ -161,8 +161,8 @@ def summary(config: Config, data: Dataset, step: int, rate: float) -> str:
     """What is about to happen, and what auto chose."""
     model = config.model
     tokens, parameters = config.batch_size * model.block_size, parameter_count(model)
-    fixed, kept = memory_estimate(model, config.micro_batch_size, config.dtype, config.activation_checkpointing,
-                                  config.lora_rank, config.device)
+    fixed, kept = memory_estimate(model, config.micro_batch_size, config.dtype, config.device,
+                                  config.activation_checkpointing, config.lora_rank)
     begun = f", begun with the weights of {config.init_from}" if config.init_from else ""
     learn = adapter_count(model, config.lora_rank)
     share = f", beside which {learn:,} ({learn / parameters:.2%}) are trained" if config.lora_rank else ""

@@ -170,7 +170,7 @@ OURS = ["preset=config/tiny.py", *(knob for knob in SMALL if not knob.startswith
 def test_bench_nanogpt_prints_both_and_ours_for_as_long(measure, nanogpt_folder, data_folder, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in [*nanogpt_folder.rglob("*"), *(ROOT / "data").iterdir()]}
     text = data_folder / "words.txt"
-    code, out, err = measure("nanogpt", str(nanogpt_folder), str(text), *OURS, "rounds=2")
+    code, out, err = measure("nanogpt", str(nanogpt_folder), str(text), *OURS)
     assert code == 0, err
     rows = rows_of(out, "less nanoGPT's")
     assert list(rows) == ["nanoGPT", "ours", "ours, as long"]

@@ -25,22 +25,22 @@ def test_flops_by_hand():
 
 
 def test_memory_estimate_grows_as_it_should():
-    fixed, one = memory_estimate(config(), 1, "float32")
+    fixed, one = memory_estimate(config(), 1, "float32", "cpu")
     assert fixed == 16 * parameter_count(config())
-    assert memory_estimate(config(), 4, "float32")[1] == 4 * one
-    assert memory_estimate(config(), 1, "bfloat16")[1] < one
-    assert memory_estimate(config(), 1, "float32", checkpointing=True)[1] < one
+    assert memory_estimate(config(), 4, "float32", "cpu")[1] == 4 * one
+    assert memory_estimate(config(), 1, "bfloat16", "cpu")[1] < one
+    assert memory_estimate(config(), 1, "float32", "cpu", checkpointing=True)[1] < one
 
 
 def test_memory_for_logits_is_bounded_and_a_cpu_keeps_its_scores_in_bfloat16():
     large = config(vocab_size=50_000, block_size=1024)
-    few, many = (memory_estimate(large, m, "float32")[1] for m in (1, 8))
+    few, many = (memory_estimate(large, m, "float32", "cpu")[1] for m in (1, 8))
     assert many < 8 * few - 7 * 2**25 * 4 * 2  # the logits of 671 tokens, whether there are 1,024 or 8,192
-    plain, fused = (memory_estimate(large, 2, "bfloat16", device=device)[1] for device in ("cpu", "cuda"))
+    plain, fused = (memory_estimate(large, 2, "bfloat16", device)[1] for device in ("cpu", "cuda"))
     assert plain - fused == 2 * 1024 * large.n_layer * large.n_head * 1024 * 2  # T x T scores in bfloat16
     for dtype, block_size in (("float32", 1024), ("bfloat16", 1025)):
         c = config(block_size=block_size)
-        assert memory_estimate(c, 2, dtype, device="cpu") == memory_estimate(c, 2, dtype, device="cuda")
+        assert memory_estimate(c, 2, dtype, "cpu") == memory_estimate(c, 2, dtype, "cuda")
 
 
 @pytest.mark.parametrize("device, max_iters, wanted", [("cuda:0", 1, True), ("mps", 10**6, False), ("cpu", 1500, False),

@@ -168,7 +168,7 @@ def test_training_learns(start, tmp_path, knobs):
 def test_compiled_training_is_the_same_training(start, tmp_path):
     start("max_iters=4")
     code, out, _ = start("compile=true", "max_iters=4", out="compiled")
-    assert code == 0 and ", compiled" in out
+    assert code == 0 and ", compiled" in out and out.count("compiled in ") == 1
     assert final_state(tmp_path / "run")[0].keys() == final_state(tmp_path / "compiled")[0].keys()  # no _orig_mod
     losses = [[r["loss"] for r in metrics.read_metrics(tmp_path / name) if "loss" in r] for name in ("run", "compiled")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
