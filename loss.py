@@ -18,18 +18,19 @@ LOGITS, PARTS = 2**25, 8  # so many at once, or this part of them all if that is
 def head_loss(x: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
     """Mean cross-entropy, nats, in fp32, of logits(x) = x @ weight.T [N, V] against targets [N] int64.
 
-    x [N, C], weight [V, C]; targets below 0 do not count. Without gradients logits() alone is used, so that the head
+    x [N, C], weight [V, C]; targets of -100 do not count. Without gradients logits() alone is used, so that the head
     may be any function of x.
     """
     rows = rows_at_once(len(x), len(weight))
     if torch.is_grad_enabled() and x.requires_grad:
         return HeadLoss.apply(x, weight, targets, rows)
-    sums = [F.cross_entropy(widen(logits(some)), wanted, reduction="sum", ignore_index=-100)
+    sums = [F.cross_entropy(widen(logits(some)), wanted, reduction="sum")
             for some, wanted in zip(x.split(rows), targets.split(rows), strict=True)]
     return torch.stack(sums).sum() / (targets >= 0).sum()
 
 
 def rows_at_once(rows: int, vocab: int) -> int:
+    """Of so many rows, how many have their logits computed at once, at most."""
     return -(-max(LOGITS, rows * vocab // PARTS) // vocab)
 
 
@@ -38,7 +39,7 @@ class HeadLoss(torch.autograd.Function):
     computed twice; as in Liger Kernel (Hsu et al. 2024, arXiv 2410.10989).
 
     Products are in autocast's dtype, sums in fp32. In float16 errors divided by the number of rows would vanish, and
-    sums of whole ones overflow: products see them times a power of two that brings their sum near 1,000 means.
+    sums of whole ones overflow: products see them times a power of two near 1,000 / rows.
     """
 
     @staticmethod

@@ -81,9 +81,16 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, None, "none", [], "")
 
 
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether PyTorch packs on this CPU: with oneDNN on x86, bfloat16 only where the hardware has it."""
+    x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    has_dtype = dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported()
+    return x86 and has_dtype and torch.backends.mkldnn.is_available()
+
+
 def pack_matrices(model: Decoder, dtype: torch.dtype) -> Decoder:
-    """The same matrices in `dtype`, in place, for a CPU whose PyTorch has oneDNN. Small ones of float32 stay as they
-    are: they are read from the cache, where MKL is faster."""
+    """The same matrices in `dtype`, in place, for a CPU that can_pack it. Small ones of float32 stay as they are: they
+    are read from the cache, where MKL is faster."""
     def linear(weight: Tensor) -> nn.Module:
         if dtype == torch.float32 and weight.numel() < SMALL:
             return plain_linear(weight.detach())

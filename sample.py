@@ -24,7 +24,7 @@ from data.tokenizer import Tokenizer
 from device import autocast, choose_device, choose_dtype, keep_freed_memory
 from evaluate import evaluate, find_dataset
 from model import Decoder, KVCache, knob
-from quantize import pack_matrices, quantize_int8, round_matrices
+from quantize import can_pack, pack_matrices, quantize_int8, round_matrices
 from weights import load_model
 
 USAGE = "python sample.py FOLDER [key=value ...]\n\nFOLDER is a run's or Hugging Face's. Every knob with its default:"
@@ -298,12 +298,13 @@ def read_text(file: BinaryIO, name: str) -> str:
 
 def for_inference(model: Decoder, options: SampleOptions) -> None:
     """Stores the matrices as they are used, so that each token reads less. Only int8 changes more than last digits."""
+    dtype = getattr(torch, options.dtype)
     if options.quantize == "int8":
         quantize_int8(model)
-    elif options.device == "cpu" and torch.backends.mkldnn.is_available():
-        pack_matrices(model, getattr(torch, options.dtype))
-    elif options.dtype != "float32":
-        round_matrices(model, getattr(torch, options.dtype))
+    elif options.device == "cpu" and can_pack(dtype):
+        pack_matrices(model, dtype)
+    elif dtype != torch.float32:
+        round_matrices(model, dtype)
     if options.device == "cpu":
         keep_freed_memory()
 

@@ -7,8 +7,8 @@ import torch
 
 import quantize
 from model import Decoder, ModelConfig
-from quantize import Int8Linear, PackedLinear, fold_norms, pack_matrices, quantize_int8, round_matrices
-from sample import generate
+from quantize import Int8Linear, PackedLinear, can_pack, fold_norms, pack_matrices, quantize_int8, round_matrices
+from sample import SampleOptions, for_inference, generate
 
 
 def random(*shape, seed=0) -> torch.Tensor:
@@ -189,3 +189,19 @@ def test_a_packed_model_gives_the_same_logits(monkeypatch, tied):
         assert not any(isinstance(m, torch.nn.Linear) for m in half.modules())
         with torch.autocast("cpu", torch.bfloat16):
             assert (half(IDS) - model(IDS)).abs().max() < 0.03 * wanted.abs().max()
+
+
+def test_packing_is_for_x86_with_onednn_and_bfloat16_for_hardware_that_has_it(monkeypatch):
+    assert can_pack(torch.float32)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert can_pack(torch.float32) and not can_pack(torch.bfloat16)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert not can_pack(torch.float32)
+
+
+@pytest.mark.parametrize("dtype, wanted", [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_cpu_that_cannot_pack_rounds(monkeypatch, dtype, wanted):
+    monkeypatch.setattr("sample.can_pack", lambda dtype: False)
+    model = small()
+    for_inference(model, SampleOptions(device="cpu", dtype=dtype))
+    assert type(model.head) is torch.nn.Linear and model.head.weight.dtype == wanted
