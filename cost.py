@@ -49,7 +49,7 @@ def memory_estimate(config: ModelConfig, micro_batch: int, dtype: str, device: s
         block += s * config.n_head * T  # what plain attention keeps
     per_token = block * (1 if checkpointing else config.n_layer) + 4 * C * config.n_layer * checkpointing
     tokens = micro_batch * T
-    rows = min(tokens, rows_at_once(tokens, V)) if V else 0
+    rows = min(tokens, rows_at_once(tokens, V))
     logits = rows * V * (4 + 2 * s)  # of some rows: as computed, in fp32, and their errors
     whole, adapters = parameter_count(config), adapter_count(config, lora_rank)
     fixed = 4.0 * whole + 16.0 * adapters if lora_rank else 16.0 * whole

@@ -105,9 +105,9 @@ def train(run: Run, tracker=None) -> int:
                 if config.watch and log.is_due(run.step + 1):
                     log.watch(run.step + 1, observe(run))
                 done = timed_step(run) if log.steps_timed else first_step(run, interrupts)
-                if done and run.config.compile and not log.steps_timed:
-                    log.line(f"compiled in {done[-1]:.0f} s, the first step included; PyTorch caches it for later runs")
                 if done:
+                    if run.config.compile and not log.steps_timed:
+                        log.line(f"compiled in {done[-1]:.0f} s, the first step included; later runs find it cached")
                     log.training(run.step, *done)
         except (FloatingPointError, OSError) as error:  # OSError: the last save failed, or the data changed
             bad_numbers, good = isinstance(error, FloatingPointError), checkpoint.all_in(run.folder)

@@ -14,7 +14,7 @@ n_hidden = 384           # LLaMA's rule would round 341 up to 512
 block_size = 64
 
 batch_size = 16
-max_iters = 180          # ten seconds; ten times as many are as long as nanoGPT's run, and much better
+max_iters = 180          # ten seconds; eight times as many take as long as nanoGPT's run, and are much better
 optimizer = "muon"
 learning_rate = 1.6e-2
 embed_lr = 4.0           # a character is one row of the embedding, and 180 steps are few
