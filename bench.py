@@ -22,6 +22,7 @@ from torch import Tensor
 
 import bench_beside as beside
 import bench_cost as costs
+import bench_plan
 from bench_beside import fresh_run, middle, own_options, print_table, spread, values_in_turn, written
 from bench_norm import NormBench, at_least_one, machine, norms, seconds_of, several, why_not
 from config.schema import Config, convert, help_text, one_line, user_errors
@@ -35,6 +36,8 @@ from train import first_step, timed_step
 USAGE = "python bench.py WHAT [config/PRESET.py] [key=value ...]\n\nWithout WHAT, everything that can be measured here."
 M15 = "n_layer=6 n_head=6 n_embd=288 n_hidden=768 block_size=256 vocab_size=32000 tie_embeddings=true"
 M110 = "n_layer=12 n_head=12 n_embd=768 n_hidden=2048 block_size=1024 vocab_size=32000 tie_embeddings=true"
+M8030 = ("n_layer=32 n_head=32 n_kv_head=8 n_embd=4096 n_hidden=14336 block_size=8192 vocab_size=128256 "
+         "tie_embeddings=false activation_checkpointing=true")  # Llama 3.1 8B
 HF = {"eager": "transformers", "compiled": "transformers compiled"}  # the rows that ours are held against
 BESIDE = "beside=transformers"
 EVERYTHING = [line.split() for line in (
@@ -43,7 +46,8 @@ EVERYTHING = [line.split() for line in (
         "n_layer=6 n_head=6 n_embd=384 n_hidden=1024 block_size=256 batch_size=16")),
     f"sample {M15} batches=1,16 tokens=128 {BESIDE}", f"sample {M110} batches=1,16 steps=3 {BESIDE}",
     f"sample {M15} batches=1 tokens=128 llama2c=run", f"sample {M110} batches=1 steps=3 llama2c=run", "norm",
-    "nanogpt", "memory rounds=3", "growth", "prepare rounds=3", "start steps=20 rounds=5")]
+    "nanogpt", "memory rounds=3", "growth", "prepare rounds=3", "start steps=20 rounds=5",
+    f"plan {M8030} batch_size=256 gpus=64 flops=989e12 efficiency=0.393 memory=80")]  # efficiency: test_bench_plan.py
 
 
 def main(argv: list[str]) -> int:
@@ -222,7 +226,8 @@ BENCHES = {  # what does it, its options, and what it is
     "memory": (costs.memory, costs.ProcessBench, "of a training step, ours and transformers'"),
     "growth": (costs.growth, costs.ProcessBench, "time and memory of a step against parameters, context and batch"),
     "prepare": (costs.preparing, costs.PrepareBench, "[TEXT]: data/prepare.py and a plain loop"),
-    "start": (costs.starting, costs.ProcessBench, "of train.py until it has done a step, and what is around a step")}
+    "start": (costs.starting, costs.ProcessBench, "of train.py until it has done a step, and what is around a step"),
+    "plan": (bench_plan.planning, bench_plan.PlanBench, "many devices, computed; beside these, every knob of a run")}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -11,6 +11,7 @@ import itertools
 import os
 import pickletools
 import re
+import shutil
 import stat
 import warnings
 import zipfile
@@ -35,7 +36,8 @@ LARGEST_PICKLE = 2**23  # bytes of names, shapes and numbers, about 150 for a te
 LARGEST_TABLE = 2**28  # angles of RoPE: 2 million tokens of context with heads of 128
 ARCHITECTURE = tuple(name for name in ModelConfig.__dataclass_fields__ if name not in ("dropout", "norm_impl"))
 FIXED = (*ARCHITECTURE, "lora_rank", "lora_alpha", "batch_size", "seed", "optimizer")  # changing these is another run
-NEVER_COMPARED = ("out_dir", "resume", "log_interval", "keep", "sample_prompt", "sample_tokens", "tracker", "watch")
+NEVER_COMPARED = ("out_dir", "resume", "log_interval", "keep", "sample_prompt", "sample_tokens", "sharded",
+                  "tracker", "watch")
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -44,7 +46,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 def step_of(path: Path) -> int | None:
     """The step in the name of a numbered checkpoint; None for any other file."""
-    match = re.fullmatch(r"ckpt_(\d{8,15})\.pt", path.name)
+    match = re.fullmatch(r"ckpt_(\d{8,15})\.(pt|shards)", path.name)
     return int(match[1]) if match else None
 
 
@@ -67,12 +69,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any],
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the disk has the names in a folder, too."""
     if os.name == "posix":  # Windows cannot open a folder, and needs no such call
-        folder = os.open(path.parent, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(handle)
         finally:
-            os.close(folder)
+            os.close(handle)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -138,6 +145,8 @@ def foreign_global(archive: zipfile.ZipFile) -> str | None:
 
 def load(path: Path) -> dict[str, Any]:
     """A verified checkpoint as plain tensors on the CPU and plain types. ValueError if it is not a sound one."""
+    if path.suffix == ".shards":
+        raise ValueError(f"{path} is in parts: python sharded.py {path.parent} makes it one file")
     verify(path)
     try:
         with warnings.catch_warnings():
@@ -146,6 +155,15 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:  # the unpickler raises many kinds; nothing but plain data is ever accepted
         reason = str(error).strip().splitlines()[0][:200]
         raise ValueError(f"{path} is not a checkpoint of this program ({reason})") from error
+    state = checked(path, state, os.path.getsize(path))
+    bad = first_non_finite(state)
+    if bad:
+        raise ValueError(f"{path}: {bad} holds NaN or Inf")
+    return state
+
+
+def checked(path: Path, state: Any, size: int) -> dict[str, Any]:
+    """What was read from `path`, `size` bytes, with its configuration typed; ValueError if `save` did not write it."""
     if not isinstance(state, dict) or type(state.get("format")) is not str or state["format"] != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this program")
     for name, kind in FIELDS.items():
@@ -157,13 +175,10 @@ def load(path: Path) -> dict[str, Any]:
     for name, value in state["base"].items():
         if type(value) is not BASE.get(name):
             raise ValueError(f"{path}: base {name!r:.80} is {value!r:.80}: it is damaged")
-    bad = first_not_plain(state, os.path.getsize(path))
+    bad = first_not_plain(state, size)
     if bad:
         raise ValueError(f"{path} is not a checkpoint of this program: {bad}")
     state["config"] = typed(state["config"], knobs_of(Config, ModelConfig), str(path))
-    bad = first_non_finite(state)
-    if bad:
-        raise ValueError(f"{path}: {bad} holds NaN or Inf")
     if step_of(path) not in (None, state["step"]):
         raise ValueError(f"{path} holds step {state['step']}: it has been renamed")
     return state
@@ -204,13 +219,15 @@ def first_non_finite(state: dict[str, Any]) -> str | None:
 
 
 def all_in(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every numbered checkpoint in `folder`, oldest first. Other files are not ours and not seen."""
+    """(step, path) of every numbered checkpoint in `folder`, oldest first. Other files are not ours and not seen. One
+    that is there in parts and whole has the whole last."""
     if not folder.is_dir():
         return []
-    return sorted((step_of(path), path) for path in folder.iterdir() if step_of(path) is not None)
+    there = [(step_of(path), path) for path in folder.iterdir() if step_of(path) is not None]
+    return sorted(there, key=lambda one: (one[0], one[1].suffix == ".pt"))
 
 
-def load_newest(folder: Path) -> dict[str, Any]:
+def load_newest(folder: Path, load: Callable[[Path], dict[str, Any]] = load) -> dict[str, Any]:
     """The newest sound checkpoint; a damaged one is named loudly and the one before it is taken."""
     problems = []
     for step, path in reversed(all_in(folder)):
@@ -246,7 +263,7 @@ def prune(folder: Path, keep: int, step: int) -> None:
     to go back, does not count. One that cannot be removed is named and stays."""
     for _, path in [(s, p) for s, p in all_in(folder) if s <= step][:-keep]:
         try:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         except OSError as error:
             warn(f"{path} could not be removed ({error})")
 
@@ -274,19 +291,26 @@ def build_model(config: ModelConfig, weights: dict[str, torch.Tensor], device: s
     return model.to(device)
 
 
-def load_weights(model: Decoder, weights: dict[str, torch.Tensor]) -> None:
-    """Puts weights by name in the place of all that is not frozen; a missing, surplus or wrongly shaped one is named.
+def load_weights(model: Decoder, weights: dict[str, torch.Tensor], frozen: bool = False) -> None:
+    """Puts weights by name in the place of all that is not frozen, or of all that is; a missing, surplus or wrongly
+    shaped one is named.
 
     Nothing is copied that has the model's device and dtype already, so what is given belongs to the model then.
     """
-    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in check_weights(model, weights, frozen).items():
+        parameter.data = weights[name].to(parameter)
+
+
+def check_weights(model: Decoder, weights: dict[str, torch.Tensor], frozen: bool) -> dict[str, torch.nn.Parameter]:
+    """What of the model is not frozen, or is, by name. ValueError unless `weights` have the same names and shapes."""
+    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad != frozen}
     for name in sorted(own.keys() ^ weights.keys()):
         raise ValueError(f"the checkpoint {'lacks' if name in own else 'has a surplus'} {name}")
     for name, parameter in own.items():
         if weights[name].shape != parameter.shape:
             raise ValueError(f"{name} is {list(weights[name].shape)} in the checkpoint, "
                              f"{list(parameter.shape)} in the model")
-        parameter.data = weights[name].to(parameter)
+    return own
 
 
 def compare_with_run(state: dict[str, Any], config: dict[str, Any], data: dict[str, Any]) -> list[str]:

@@ -284,12 +284,12 @@ class Lab:
                 if code in (0, NOT_FINITE):
                     bar.write(self.finish(cell, code), file=sys.stdout)
                     bar.update()
-                elif not (stop or self.interrupts.came):
+                elif not (stop or self.interrupts.noted):
                     stop = self.explain(cell, code)
                     for process in running.values():
                         process.terminate()
                 running.pop(cell.name)
-                stop = 128 + self.interrupts.came if self.interrupts.came else stop
+                stop = 128 + self.interrupts.noted if self.interrupts.noted else stop
         if stop:
             raise SystemExit(stop)
 

@@ -36,11 +36,12 @@ def flops_per_token(config: ModelConfig) -> float:
 
 
 def memory_estimate(config: ModelConfig, micro_batch: int, dtype: str, device: str, checkpointing: bool = False,
-                    lora_rank: int = 0) -> tuple[float, float]:
+                    lora_rank: int = 0, shards: int = 1) -> tuple[float, float]:
     """Bytes that training needs, about: (weights + gradient + two moments in fp32, activations of one micro-batch).
 
     Counted from what each operation keeps for backward; a compiled or fused one keeps less. With adapters, gradient and
-    moments are theirs alone.
+    moments are theirs alone. Of `shards` devices that share the weights each has its part, and whole, with their
+    gradient, those of two Blocks (one at work, one on its way), of the embedding and of the head.
     """
     s = 4 if dtype == "float32" else 2
     C, F, T, V = config.n_embd, config.hidden_size, config.block_size, config.vocab_size
@@ -52,24 +53,48 @@ def memory_estimate(config: ModelConfig, micro_batch: int, dtype: str, device: s
     rows = min(tokens, rows_at_once(tokens, V))
     logits = rows * V * (4 + 2 * s)  # of some rows: as computed, in fp32, and their errors
     whole, adapters = parameter_count(config), adapter_count(config, lora_rank)
-    fixed = 4.0 * whole + 16.0 * adapters if lora_rank else 16.0 * whole
+    fixed = (4.0 * whole + 16.0 * adapters if lora_rank else 16.0 * whole) / shards
+    if shards > 1:
+        ends = V * C * (1 if config.tie_embeddings else 2)
+        gradient = 0 if lora_rank else 4
+        fixed += (4 + gradient) * ends + (s + gradient) * 2 * (whole - ends) / config.n_layer
     return fixed, float(tokens * per_token + logits)
 
 
-def fit_to_machine(config: Config) -> Config:
-    """The micro-batch and whether to compile, where they are automatic; refuses a model far beyond the memory."""
-    def need(micro_batch: int) -> float:
-        return sum(memory_estimate(config.model, micro_batch, config.dtype, config.device,
-                                   config.activation_checkpointing, config.lora_rank))
+def fit_to_machine(config: Config, ranks: int = 1, local_ranks: int = 1) -> Config:
+    """How ranks share the model, the micro-batch and whether to compile, where they are automatic; refuses a model far
+    beyond the memory, and a batch that the ranks cannot share."""
+    if config.batch_size % (ranks * max(1, config.micro_batch_size)):
+        raise ValueError(batch_problem(config, ranks))
+    room = total_memory(config.device) / (local_ranks if config.device == "cpu" else 1)
 
-    room = total_memory(config.device)
-    if need(1) > 1.5 * room:
+    def need(micro_batch: int, shards: int) -> float:
+        return sum(memory_estimate(config.model, micro_batch, config.dtype, config.device,
+                                   config.activation_checkpointing, config.lora_rank, shards))
+
+    if config.parallel == "auto":
+        config = dataclasses.replace(config, parallel="ddp" if ranks == 1 or need(1, 1) < 0.8 * room else "fsdp")
+    shards = ranks if config.parallel == "fsdp" else 1
+    if need(1, shards) > 1.5 * room:
         raise ValueError(f"{parameter_count(config.model) / 1e9:.1f} billion parameters need about "
-                         f"{need(1) / 1e9:,.0f} GB to train, {config.device} has {room / 1e9:,.0f} GB: lower "
-                         f"n_embd, n_layer, block_size or vocab_size")
-    fits = [m for m in range(1, config.batch_size + 1) if config.batch_size % m == 0 and need(m) < 0.8 * room]
+                         f"{need(1, shards) / 1e9:,.0f} GB to train, {config.device} has {room / 1e9:,.0f} GB: "
+                         f"lower n_embd, n_layer, block_size or vocab_size, or have more devices share it")
+    if config.sharded == "auto":  # weights and moments in fp32, and as much again while they become a file
+        large = 2 * 12 * parameter_count(config.model) > total_memory("cpu")
+        config = dataclasses.replace(config, sharded=shards > 1 and large)
+    share = config.batch_size // ranks
+    fits = [m for m in range(1, share + 1) if share % m == 0 and need(m, shards) < 0.8 * room]
     return dataclasses.replace(config, micro_batch_size=config.micro_batch_size or max(fits, default=1),
                                compile=pays_to_compile(config) if config.compile == "auto" else config.compile)
+
+
+def batch_problem(config: Config, ranks: int) -> str:
+    """Why the ranks cannot share the batch, and which near one they could."""
+    unit = ranks * max(1, config.micro_batch_size)
+    below, above = config.batch_size // unit * unit, -(-config.batch_size // unit) * unit
+    micro = f" times micro_batch_size={config.micro_batch_size}" if config.micro_batch_size else ""
+    return (f"batch_size={config.batch_size} must be a multiple of the {ranks} ranks that share it{micro}: nearest "
+            f"{f'are {below} and {above}' if below else f'is {above}'}; or start fewer ranks")
 
 
 def pays_to_compile(config: Config) -> bool:

@@ -16,14 +16,21 @@ from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
-def choose_device(wanted: str) -> str:
-    """The device that `wanted` names, checked; auto = CUDA, then MPS, then CPU."""
+def choose_device(wanted: str, local_rank: int = 0, local_size: int = 1) -> str:
+    """The device that `wanted` names, checked; auto = CUDA, then MPS, then CPU. Of `local_size` processes on this
+    machine each has a GPU of its own, or they share the CPU."""
     present = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    present += ["mps"] if torch.backends.mps.is_available() else []
+    gpus = len(present)
+    present += ["mps"] if torch.backends.mps.is_available() and local_size == 1 else []
     present += ["cpu"]
+    if local_size > 1 and wanted.startswith("cuda:"):
+        raise ValueError(f"device={wanted} is one for {local_size} ranks: device=cuda gives each its own")
+    if local_size > max(1, gpus) and (wanted == "cuda" or wanted == "auto" and gpus):
+        raise ValueError(f"{local_size} ranks on a machine with {gpus} GPUs: start {max(1, gpus)} of them here, or set "
+                         f"device=cpu")
     if wanted == "auto":
-        return present[0]
-    device = "cuda:0" if wanted == "cuda" else wanted
+        return present[local_rank] if gpus else present[0]
+    device = f"cuda:{local_rank}" if wanted == "cuda" else wanted
     if device not in present:
         raise ValueError(f"device={wanted} is not on this machine; it has {', '.join(present)} (or auto)")
     return device

@@ -15,6 +15,7 @@ from torch import Tensor
 from data.loader import DATA, Dataset, open_dataset, read_windows, val_starts
 from device import autocast, to_device
 from model import Decoder
+from world import ALONE, World
 
 LONGEST = 2048  # tokens of a window unless more are asked for: some models could read 100,000 at once, few machines
 LOGITS = 2**24  # computed at once unless the batch is given: 64 MB in fp32, and with more a CPU is no faster
@@ -22,23 +23,25 @@ LOGITS = 2**24  # computed at once unless the batch is given: 64 MB in fp32, and
 
 @torch.no_grad()
 def mean_loss(forward: Callable[[Tensor, Tensor], Tensor], tokens: np.ndarray, starts: np.ndarray, block_size: int,
-              batch: int, device: str, dtype: str, stop: Callable[[], bool] = lambda: False) -> float | None:
-    """Mean loss (nats per token) of forward(x, y) over the windows of `tokens` that begin at `starts`, `batch` at once.
+              batch: int, device: str, dtype: str, stop: Callable[[], bool] = lambda: False,
+              world: World = ALONE) -> float | None:
+    """Mean loss (nats per token) of forward(x, y) over the windows of `tokens` that begin at `starts`, `batch` at once
+    on each rank, which take turns.
 
     NaN or Inf where the model gives it; None if stop() became true in between.
     """
     total = 0.0
-    for i in range(0, len(starts), batch):
+    for i in range(0, len(starts), batch * world.size):
         if stop():
             return None
-        some = starts[i:i + batch]
-        x, y = read_windows(tokens, some, block_size)
-        short = (0, 0, 0, batch - len(some))  # always one shape, so a compiled model has one graph
+        some = starts[i + world.rank * batch:][:batch]
+        x, y = read_windows(tokens, some if len(some) else starts[:1], block_size)  # no rank may be missing in forward
+        short = (0, 0, 0, batch - len(x))  # always one shape, so a compiled model has one graph
         x, y = F.pad(x, short), F.pad(y, short, value=-100)  # -100: not counted in the loss
         with autocast(device, dtype):
-            loss = forward(to_device(x, device), to_device(y, device))
-        total += loss.item() * len(some)
-    return total / len(starts)
+            loss = forward(to_device(x, device), to_device(y, device)).item()
+        total += loss * len(some) if len(some) else 0.0
+    return world.sum(total) / len(starts)
 
 
 @dataclass(frozen=True)

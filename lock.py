@@ -1,6 +1,7 @@
 """One run, one writer: the lock on out_dir."""
 
 import os
+import shutil
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-OURS = ("ckpt_*.pt", "best.pt", "tokenizer.*", "*.json", "*.jsonl")  # what checkpoint.write_atomically writes there
+OURS = ("ckpt_*.pt", "best.pt", "*.shards", "tokenizer.*", "*.json", "*.jsonl")  # what is written there
 
 
 class Lock:
@@ -35,7 +36,7 @@ class Lock:
         print(f"process {os.getpid()} on {socket.gethostname()}", file=self.file, flush=True)
         for name in OURS:
             for unfinished in folder.glob(f".{name}.tmp"):
-                unfinished.unlink()
+                shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
 
     def taken(self) -> TextIO:
         """The open and locked file."""

@@ -16,14 +16,12 @@ class LoRALinear(nn.Module):
     """W x + scale B A x: weight W [out, in] is frozen, A [rank, in] is random and B [out, rank] zero, so at its start
     it is exactly the layer that it replaces."""
 
-    def __init__(self, linear: nn.Linear, rank: int, scale: float, generator: torch.Generator):
+    def __init__(self, linear: nn.Linear, rank: int, scale: float):
         super().__init__()
         outputs, inputs = linear.weight.shape
         self.weight, self.scale = nn.Parameter(linear.weight.detach(), requires_grad=False), scale
-        bound = 1 / math.sqrt(inputs)  # as nn.Linear draws its weights
-        start = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
-        self.lora_a = nn.Parameter(start.to(linear.weight.device))
-        self.lora_b = nn.Parameter(torch.zeros(outputs, rank, device=linear.weight.device))
+        self.lora_a = nn.Parameter(torch.empty(rank, inputs, device=linear.weight.device))
+        self.lora_b = nn.Parameter(torch.empty(outputs, rank, device=linear.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
@@ -32,15 +30,25 @@ class LoRALinear(nn.Module):
 def add_adapters(model: Decoder, rank: int, alpha: float, seed: int) -> None:
     """Freezes the model and puts an adapter on each projection of each Block, in place."""
     model.requires_grad_(False)
-    for layer, block in enumerate(model.blocks):
+    for block in model.blocks:
         for part, roles in PROJECTIONS.items():
             for role in roles:
                 linear = getattr(getattr(block, part), role)
                 if linear is None:  # a feed-forward without a gate
                     continue
-                name = f"{seed} blocks.{layer}.{part}.{role}"
-                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-                setattr(getattr(block, part), role, LoRALinear(linear, rank, alpha / rank, generator))
+                setattr(getattr(block, part), role, LoRALinear(linear, rank, alpha / rank))
+    draw_adapters(model, seed)
+
+
+@torch.no_grad()
+def draw_adapters(model: Decoder, seed: int) -> None:
+    """Draws each A as nn.Linear draws its weights, from a generator seeded by its name, and makes each B zero."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            bound, generator = 1 / math.sqrt(module.lora_a.shape[1]), torch.Generator()
+            generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            module.lora_a.copy_(torch.empty(module.lora_a.shape).uniform_(-bound, bound, generator=generator))
+            module.lora_b.zero_()
 
 
 def merged(weights: dict[str, Tensor], adapters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ class HeadLoss(torch.autograd.Function):
         factor = 2.0 ** (10 - rows.bit_length())
         with torch.autocast(kind, enabled=False):
             narrow, matrix = x.to(dtype), weight.to(dtype)
-            dx, dweight = [], torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+            dx, dweight = [], widen(torch.zeros_like(weight)) if ctx.needs_input_grad[1] else None
             total = widen(x.new_zeros(()))
             for some, wanted in zip(narrow.split(rows), targets.split(rows), strict=True):
                 loss, error = loss_and_error(widen(some @ matrix.T), wanted, factor)

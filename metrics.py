@@ -19,6 +19,7 @@ from cost import memory_estimate, parameter_count
 from data.loader import Dataset
 from device import peak_memory
 from lora import adapter_count
+from world import ALONE, World
 
 FILE = "metrics.jsonl"
 
@@ -44,7 +45,7 @@ def has_evaluation(records: list[dict[str, Any]], step: int) -> bool:
 
 
 class Log:
-    """Takes the records of one run.
+    """Takes the records of one run, on all ranks alike; main writes and prints them.
 
     Printing and writing never stop the training: a failing file or tracker is named; when the reader of our output
     has gone (`| head`), the run is asked to save and end like after a signal.
@@ -52,15 +53,15 @@ class Log:
 
     def __init__(self, folder: Path, *, first_step: int, last_step: int, tokens_per_step: int, flops_per_step: float,
                  matmul_rate: float, bytes_per_token: float, device: str, interval: int,
-                 tracker: Callable[[dict], None] | None, stop: Callable[[int], None]):
+                 tracker: Callable[[dict], None] | None, stop: Callable[[int], None], world: World = ALONE):
         self.folder, self.last_step, self.interval, self.device = folder, last_step, interval, device
         self.tokens_per_step, self.flops_per_step, self.matmul_rate = tokens_per_step, flops_per_step, matmul_rate
         self.bytes_per_token, self.tracker, self.stop = bytes_per_token, tracker, stop
         self.steps_timed, self.recent = 0, []  # seconds of the steps since the last record
-        self.records = [r for r in read_metrics(folder) if r["step"] <= first_step] if first_step else []
-        self._write_all()
-        self.bar = tqdm(total=last_step, initial=first_step, disable=not sys.stderr.isatty(), unit="step",
-                        dynamic_ncols=True, file=sys.stderr)
+        self.world, self.records = world, world.main(self._begin, first_step)
+        self.records = world.share(self.records)
+        self.bar = tqdm(total=last_step, initial=first_step, disable=not (world.is_main and sys.stderr.isatty()),
+                        unit="step", dynamic_ncols=True, file=sys.stderr)
 
     def __enter__(self) -> "Log":
         return self
@@ -68,8 +69,16 @@ class Log:
     def __exit__(self, *_) -> None:
         self.bar.close()
 
+    def _begin(self, first_step: int) -> list[dict[str, Any]]:
+        """The records up to the step that the run goes on from, and no others in the file any more."""
+        self.records = [r for r in read_metrics(self.folder) if r["step"] <= first_step] if first_step else []
+        self._write_all()
+        return self.records
+
     def line(self, text: str, file=None) -> None:
-        """Prints above the bar."""
+        """Prints above the bar; what all ranks have to say is said by main."""
+        if not self.world.is_main:
+            return
         stream = file or sys.stdout
         try:
             self.bar.write(text, file=stream)
@@ -118,6 +127,8 @@ class Log:
 
     def write(self, record: dict[str, Any]) -> None:
         self.records.append(record)
+        if not self.world.is_main:
+            return
         for name, sink, form in (("metrics.jsonl", self._to_file, record), ("tracker", self.tracker, flat(record))):
             if sink is None:
                 continue
@@ -157,12 +168,14 @@ def flat(record: dict[str, Any]) -> dict[str, float]:
                       for i, value in enumerate(values) if value is not None}
 
 
-def summary(config: Config, data: Dataset, step: int, rate: float) -> str:
+def summary(config: Config, data: Dataset, step: int, rate: float, ranks: int = 1) -> str:
     """What is about to happen, and what auto chose."""
     model = config.model
     tokens, parameters = config.batch_size * model.block_size, parameter_count(model)
     fixed, kept = memory_estimate(model, config.micro_batch_size, config.dtype, config.device,
-                                  config.activation_checkpointing, config.lora_rank)
+                                  config.activation_checkpointing, config.lora_rank,
+                                  ranks if config.parallel == "fsdp" else 1)
+    many = f"{ranks} ranks with {config.parallel} and, each, " if ranks > 1 else ""
     begun = f", begun with the weights of {config.init_from}" if config.init_from else ""
     learn = adapter_count(model, config.lora_rank)
     share = f", beside which {learn:,} ({learn / parameters:.2%}) are trained" if config.lora_rank else ""
@@ -178,9 +191,9 @@ def summary(config: Config, data: Dataset, step: int, rate: float) -> str:
         f"micro-batches of {config.micro_batch_size}: {config.max_iters * tokens / parameters:.2g} tokens per "
         f"parameter, {config.max_iters * tokens / len(data.train):.2g} epochs; {config.optimizer}, "
         f"{config.lr_schedule}",
-        f"memory   about {(fixed + kept) / 1e9:.2f} GB: {fixed / 1e9:.2f} weights and optimizer, "
-        f"{kept / 1e9:.2f} activations",
-        f"machine  {config.device}, {config.dtype} at {rate / 1e9:,.0f} GFLOP/s (measured), "
+        f"memory   {'on each ' if ranks > 1 else ''}about {(fixed + kept) / 1e9:.2f} GB: {fixed / 1e9:.2f} weights and "
+        f"optimizer, {kept / 1e9:.2f} activations",
+        f"machine  {many}{config.device}, {config.dtype} at {rate / 1e9:,.0f} GFLOP/s (measured), "
         f"{'compiled' if config.compile else 'not compiled'}",
         f"out      {config.out_dir} from step {step}{begun}{disk_warning(config, learn or parameters)}"))
 
@@ -188,7 +201,8 @@ def summary(config: Config, data: Dataset, step: int, rate: float) -> str:
 def disk_warning(config: Config, parameters: int) -> str:
     """A line if the checkpoints of a run will not fit on the disk of out_dir, those already there counted."""
     whole = 3 * 4 * parameters  # weights and two moments in fp32
-    there = sum(path.stat().st_size for path in Path(config.out_dir).glob("*.pt"))
+    out = Path(config.out_dir)
+    there = sum(path.stat().st_size for path in (*out.glob("*.pt"), *out.glob("*.shards/*")))
     needed = (config.keep + 1) * whole + 2 * whole // 3  # one more while it is written; best.pt twice, of weights alone
     room = there + shutil.disk_usage(config.out_dir).free
     if room > needed:

@@ -8,7 +8,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -179,7 +179,7 @@ class KVCache:
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A matrix without bias. Its numbers come from `initialise` or a checkpoint: PyTorch would draw others in vain."""
-    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False)
+    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, device=torch.get_default_device())
 
 
 class Attention(nn.Module):
@@ -301,7 +301,11 @@ class Scale(nn.Module):
 
     def __init__(self, start: float):
         super().__init__()
-        self.gain = nn.Parameter(torch.tensor([start]))
+        self.start, self.gain = start, nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.gain, self.start)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gain
@@ -320,7 +324,8 @@ class Decoder(nn.Module):
             raise ValueError("vocab_size is still 0 (automatic): set it to the tokenizer's before building a model")
         self.config = config
         self.activation_checkpointing = False
-        self.embed = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.n_embd)
+        self.embed = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.n_embd,
+                                        device=torch.get_default_device())
         self.embed_scale = Scale(math.sqrt(config.n_embd)) if config.norm in SCALED_EMBEDDING else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -367,8 +372,9 @@ class Decoder(nn.Module):
         return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
 
 
-def initialise(model: Decoder, seed: int) -> None:
-    """Draws every matrix by its role; a parameter without a known role is an error.
+@torch.no_grad()
+def initialise(model: Decoder, seed: int, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
+    """Draws every matrix by its role and puts it, put(parameter, drawn); a parameter without a known role is an error.
 
     Each has a generator of its own, seeded by its name: the same seed gives the same weight whatever else is in the
     model. Norms keep their constants. Matrices that write into the residual stream shrink with depth (GPT-2); deepnorm
@@ -391,5 +397,4 @@ def initialise(model: Decoder, seed: int) -> None:
         if role not in std:
             raise ValueError(f"no initialisation is known for the parameter {name}: give its role one in initialise()")
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        with torch.no_grad():
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std[role], generator=generator))
+        put(parameter, torch.empty(parameter.shape).normal_(0.0, std[role], generator=generator))

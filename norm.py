@@ -221,10 +221,14 @@ class Norm(nn.Module):
         super().__init__()
         self.kind, self.function = kind, norm_function(kind, impl)
         self.constants = () if kind in ELEMENTWISE else (eps, p) if kind == "prmsnorm" else (eps,)
-        for name, initial in PARAMETERS[kind].items():
-            value = torch.full((1 if name in SCALARS else width,), alpha if name == "alpha" else initial)
-            self.register_parameter(name, nn.Parameter(value))
-        self.width = width
+        self.width, self.start = width, PARAMETERS[kind] | ({"alpha": alpha} if "alpha" in PARAMETERS[kind] else {})
+        for name in self.start:
+            self.register_parameter(name, nn.Parameter(torch.empty(1 if name in SCALARS else width)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name, value in self.start.items():
+            nn.init.constant_(getattr(self, name), value)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

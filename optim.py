@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -97,12 +97,18 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
         gradients = [p.grad for p in matrices]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        ahead = torch.stack([wide(g.lerp(b, momentum)) for g, b in zip(gradients, buffers, strict=True)])  # Nesterov's
-        ahead /= torch.linalg.vector_norm(ahead, dim=(1, 2), keepdim=True).clamp(min=1e-7)
-        dtype = getattr(torch, choose_dtype("auto", str(ahead.device)))
-        size = 0.2 * math.sqrt(ahead.shape[-1])  # the root mean square of AdamW's steps, times that of ours before
-        for p, orthogonal in zip(matrices, orthogonalise(ahead.to(dtype)).to(ahead.dtype), strict=True):
-            p.mul_(1 - lr * weight_decay).add_(orthogonal if wide(p) is p else orthogonal.mT, alpha=-lr * size)
+        ahead = [g.lerp(b, momentum) for g, b in zip(gradients, buffers, strict=True)]  # Nesterov's
+        size = 0.2 * math.sqrt(max(matrices[0].shape))  # the root mean square of AdamW's steps, times that of ours
+        for p, direction in zip(matrices, self.directions(ahead), strict=True):
+            p.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr * size)
+
+    def directions(self, ahead: list[Tensor]) -> list[Tensor]:
+        """The matrices, of one shape or its transpose, made orthogonal."""
+        together = torch.stack([wide(matrix) for matrix in ahead])
+        together /= torch.linalg.vector_norm(together, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        dtype = getattr(torch, choose_dtype("auto", str(together.device)))
+        ready = orthogonalise(together.to(dtype)).to(together.dtype)
+        return [one if wide(matrix) is matrix else one.mT for matrix, one in zip(ahead, ready, strict=True)]
 
 
 def wide(matrix: Tensor) -> Tensor:
@@ -118,7 +124,7 @@ class Optimizers:
     """
 
     def __init__(self, model: nn.Module, *, optimizer: str, weight_decay: float, betas: tuple[float, float],
-                 momentum: float, embed_lr: float = 1.0):
+                 momentum: float, embed_lr: float = 1.0, muon: Callable[..., Muon] = Muon):
         self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         groups: dict[str, list[Tensor]] = {"hidden": [], "head": [], "embed": [], "gain": []}
         for parameter, name in self.names.items():
@@ -129,7 +135,7 @@ class Optimizers:
         ready = {name: {"params": group} | settings[name] for name, group in groups.items() if group}
         self.all: list[torch.optim.Optimizer] = []
         if optimizer == "muon":
-            self.all.append(Muon([ready.pop("hidden")], momentum))
+            self.all.append(muon([ready.pop("hidden")], momentum))
         if ready:  # not if adapters are all there is, and Muon has them
             fused = next(model.parameters()).device.type in HAVE_FUSED_ADAMW
             self.all.append(torch.optim.AdamW(list(ready.values()), betas=betas, fused=fused))

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 import checkpoint
+import sharded
 from config.schema import UNDECIDED, Config, load_config
 from cost import fit_to_machine, parameter_count
 from data.corpus import open_corpus
@@ -20,10 +22,20 @@ from data.loader import DATA, Dataset, open_dataset, train_starts, val_starts
 from data.prepare import prepare
 from data.tokenizer import tokenizer_file, tokenizer_sha256
 from device import choose_device, choose_dtype, keep_freed_memory, versions
-from lora import add_adapters
 from model import Decoder
 from optim import Optimizers
+from parallel import (
+    build_model,
+    check_shared,
+    like_parameters,
+    load_model,
+    muon_for,
+    without_data,
+    wrap,
+    zeros_like_parameters,
+)
 from weights import Weights, inherited, is_hf, open_base, open_weights
+from world import ALONE, World
 
 
 @dataclass
@@ -36,6 +48,7 @@ class Run:
     forward: nn.Module
     optimizers: Optimizers
     scaler: torch.amp.GradScaler
+    world: World = ALONE
     step: int = 0  # optimizer steps done
     best_val_loss: float = math.inf
     base: dict[str, Any] = field(default_factory=dict)  # of adapters: path and checksum of the weights they are for
@@ -51,21 +64,51 @@ def read_config(argv: list[str]) -> Config:
     return load_config(argv, inherited)
 
 
-def set_up(wanted: Config) -> Run:
-    """Checks everything, prepares a text that is not a data set yet, builds or restores the run."""
+def set_up(wanted: Config, world: World = ALONE) -> Run:
+    """Checks everything, prepares a text that is not a data set yet, builds or restores the run.
+
+    Main reads and decides; the others are told, and need only the data set on their own disk.
+    """
+    device = world.everywhere(choose_device, wanted.device, world.local_rank, world.local_size)
+    config, data, begin = world.main(decide, wanted, device, world) or (None, None, None)
+    config, folder, outline = world.share(data and (config, data.folder, without_data(begin)))
+    data = world.everywhere(lambda: data or open_dataset(folder))
+    fingerprint = world.share(data.fingerprint)
+    world.everywhere(check_same, data, fingerprint)
+    return build(dataclasses.replace(config, device=device), data, begin or outline, world)
+
+
+def decide(wanted: Config, device: str, world: World) -> tuple[Config, Dataset, dict[str, Any]]:
+    """The configuration with nothing left open, the data, and what to begin with: `weights` of init_from or None, a
+    checkpoint `saved` or None, and of what they are adapters or a continuation, `base`."""
     saved = find_saved(wanted)
-    device = choose_device(wanted.device)
     config = dataclasses.replace(wanted, device=device, dtype=choose_dtype(wanted.dtype, device))
     start = find_start(config, saved)
     tokenizer = Path(config.out_dir) if saved else start.folder if start else None
     data = open_dataset(find_dataset(config.dataset, tokenizer if config.init_from else None))
     config = fit_to_data(config, data, start)
-    config = keep_what_was_automatic(config, wanted, saved)
-    config = fit_to_machine(config)
+    config = keep_what_was_automatic(config, wanted, saved, world)
+    config = fit_to_machine(config, world.size, world.local_size)
+    check_shared(config, world)
     if saved:
         for line in checkpoint.compare_with_run(saved, config.flat(), data.fingerprint):
             print(f"resuming with {line}")
-    return build(config, data, saved, start)
+    begin = {"saved": saved, "weights": start and start.tensors, "base": base_of(config, saved, start)}
+    return config, data, begin
+
+
+def base_of(config: Config, saved: dict[str, Any] | None, start: Weights | None) -> dict[str, Any]:
+    """What a run's checkpoints say of the weights that it began with."""
+    base = ({"context": start.context} if start else {}) | (saved["base"] if saved else {})
+    if config.lora_rank:
+        path = os.path.relpath(start.place.resolve(), Path(config.out_dir).resolve())  # so that both can move together
+        base |= {"path": path, "checksum": start.checksum()}
+    return base
+
+
+def check_same(data: Dataset, fingerprint: dict[str, Any]) -> None:
+    if data.fingerprint != fingerprint:
+        raise ValueError(f"{data.folder} on {socket.gethostname()} is not the data set that rank 0 has there: copy it")
 
 
 def find_saved(config: Config) -> dict[str, Any] | None:
@@ -74,13 +117,14 @@ def find_saved(config: Config) -> dict[str, Any] | None:
     there = checkpoint.all_in(folder)
     if is_hf(folder):
         raise ValueError(f"out_dir={folder} is a Hugging Face folder, whose files would be lost: name another")
-    if config.resume == "no" and (there or (folder / "best.pt").exists()):
-        newest = there[-1][1].name if there else "best.pt"
+    best = [*folder.glob("best.pt"), *folder.glob("best_*.shards")]
+    if config.resume == "no" and (there or best):
+        newest = there[-1][1].name if there else best[0].name
         raise ValueError(f"{folder} already holds a run ({newest}): continue it with resume=auto, or name "
                          f"another out_dir")
     if not there and config.resume == "yes":
         raise ValueError(f"resume=yes, but there is no checkpoint in {folder}: resume=auto would start afresh")
-    return checkpoint.load_newest(folder) if there else None
+    return checkpoint.load_newest(folder, sharded.load) if there else None
 
 
 def find_start(config: Config, saved: dict[str, Any] | None) -> Weights | None:
@@ -143,46 +187,52 @@ def fit_to_data(config: Config, data: Dataset, start: Weights | None) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=wanted or vocab))
 
 
-def keep_what_was_automatic(config: Config, wanted: Config, saved: dict[str, Any] | None) -> Config:
+def keep_what_was_automatic(config: Config, wanted: Config, saved: dict[str, Any] | None, world: World) -> Config:
     """On the same device a resumed run keeps what auto chose at its start, so that it stays bitwise the same run."""
-    before = saved["config"] if saved else {}
+    before = dict(saved["config"]) if saved else {}
     if before.get("device") != config.device:
         return config
+    if "micro_batch_size" in before and config.batch_size % (world.size * before["micro_batch_size"]):
+        del before["micro_batch_size"]  # it began on fewer ranks
     if wanted.dtype == "auto":
         choose_dtype(before.get("dtype", "auto"), config.device)  # refuses it where the device is now an older one
     automatic = [name for name in ("dtype", "compile", "micro_batch_size") if getattr(wanted, name) in ("auto", 0)]
     return dataclasses.replace(config, **{name: before[name] for name in automatic if name in before})
 
 
-def build(config: Config, data: Dataset, saved: dict[str, Any] | None, start: Weights | None) -> Run:
+def build(config: Config, data: Dataset, begin: dict[str, Any], world: World = ALONE) -> Run:
     """Model, optimizers and scaler, at their first step or at the saved one."""
     if config.device.startswith("cuda"):
+        torch.cuda.set_device(config.device)
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
     elif config.device == "cpu":
         keep_freed_memory()
-    model, base = Decoder(config.model, seed=None if start or saved else config.seed), saved["base"] if saved else {}
-    if start:
-        checkpoint.load_weights(model, start.tensors)
-        base = {"context": start.context} | base
-    if config.lora_rank:
-        add_adapters(model, config.lora_rank, config.lora_alpha, config.seed)
-        path = os.path.relpath(start.place.resolve(), Path(config.out_dir).resolve())  # so that both can move together
-        base |= {"path": path, "checksum": start.checksum()}
-    model.to(config.device)
-    model.activation_checkpointing = config.activation_checkpointing
+    weights, saved = begin["weights"], begin["saved"]
+    model = build_model(config, world, seed=None if weights or saved else config.seed)
+    if weights:
+        load_model(model, weights, world, frozen=bool(config.lora_rank))
+    if saved and "shards" not in saved:
+        load_model(model, saved["model"], world)
     optimizers = Optimizers(model, optimizer=config.optimizer, weight_decay=config.weight_decay,
                             betas=(config.beta1, config.beta2), momentum=config.muon_momentum,
-                            embed_lr=config.embed_lr)
+                            embed_lr=config.embed_lr, muon=muon_for(config, world))
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
-    forward = torch.compile(model, dynamic=False) if config.compile else model
-    run = Run(config, data, model, forward, optimizers, scaler, base=base)
+    run = Run(config, data, model, wrap(model, config, world), optimizers, scaler, world, base=begin["base"])
     if saved:
-        checkpoint.load_weights(model, saved["model"])
-        optimizers.load_state_dict(saved["optimizer"])
+        optimizers.load_state_dict(restore(saved, model) if "shards" in saved else
+                                   like_parameters(saved["optimizer"], model, world))
         if saved["scaler"]:  # empty if the run was not in float16 so far
             scaler.load_state_dict(saved["scaler"])
         run.step, run.best_val_loss, run.grad_norms = saved["step"], saved["best_val_loss"], saved["grad_norms"]
     return run
+
+
+def restore(saved: dict[str, Any], model: Decoder) -> dict[str, dict[str, torch.Tensor]]:
+    """Reads a checkpoint in parts into the model, each rank what it needs; returns the optimizer's state."""
+    weights = {name: p.detach() for name, p in checkpoint.check_weights(model, saved["model"], frozen=False).items()}
+    moments = zeros_like_parameters(saved["optimizer"], model)
+    sharded.read_into({"model": weights, "optimizer": moments}, Path(saved["shards"]))
+    return moments
 
 
 def claim_folder(run: Run) -> None:

@@ -9,6 +9,7 @@ import math
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 import checkpoint
+import sharded
 import watch
 from config.schema import Config, catch_signals, help_text, restore_signals, user_errors, warn
 from cost import flops_per_token
@@ -27,8 +29,10 @@ from lock import Lock
 from metrics import Log, has_evaluation, open_tracker, plot_losses, read_metrics, summary
 from model import ModelConfig
 from optim import SPIKE_WINDOW, lr_at, spike_threshold
+from parallel import accumulate, clip_gradients, finish_gradients, gathered, is_shared, plain, release
 from run import Run, claim_folder, read_config, set_up
 from sample import generate, prompt_ids, show
+from world import ALONE, World, join, leave
 
 USAGE = ("python train.py [config/PRESET.py] [key=value ...]\n\nWithout a preset, config/small.py is run. Every knob, "
          "and what it is where the preset is silent:")
@@ -38,10 +42,10 @@ SAMPLING = dict(temperature=0.8, top_p=0.9, repetition_penalty=1.15)  # small mo
 
 class Interrupts:
     """Ctrl-C, SIGTERM and a closed terminal become a flag, looked at wherever stopping is safe; a second signal quits
-    at once."""
+    at once, but not with several ranks, whose launcher passes on what it gets itself and has its own time limit."""
 
-    def __init__(self):
-        self.came = 0
+    def __init__(self, world: World = ALONE):
+        self.world, self.noted, self.came = world, 0, 0  # came: what all ranks know of
 
     def __enter__(self) -> "Interrupts":
         self.before = catch_signals(self.note)
@@ -51,13 +55,18 @@ class Interrupts:
         restore_signals(self.before)
 
     def note(self, number: int, frame: Any = None) -> None:
-        if self.came and number != signal.SIGHUP:  # of which shell and kernel may each send one
+        if self.noted and number != signal.SIGHUP and self.world.size == 1:  # shell and kernel may each send a SIGHUP
             raise SystemExit(128 + number)
-        self.came = self.came or number
+        self.ask_to_stop(number)
 
     def ask_to_stop(self, number: int) -> None:
         """As if the signal had come first, but never as a second one: for a reader of our output that has gone."""
-        self.came = self.came or number
+        self.noted = self.noted or number
+
+    def agreed(self) -> bool:
+        """Whether a signal came to any rank so far. All ranks must ask at the same place, and get the same answer."""
+        self.came = self.world.largest(self.noted)
+        return bool(self.came)
 
 
 def main(argv: list[str]) -> int:
@@ -66,16 +75,17 @@ def main(argv: list[str]) -> int:
         print(help_text(USAGE, Config, ModelConfig))
         return 0
     with user_errors():
-        config = read_config(argv)
-        lock = Lock(Path(config.out_dir))
+        world = join()
+        config = world.everywhere(read_config, argv)
+        lock = world.main(Lock, Path(config.out_dir)) or nullcontext()
     with lock:
         with user_errors():
-            run = set_up(config)
-            tracker = open_tracker(run.config.tracker, run.folder, run.config.flat())
-            claim_folder(run)
+            run = set_up(config, world)
+            tracker = world.main(open_tracker, run.config.tracker, run.folder, run.config.flat())
+            world.main(claim_folder, run)
         code = train(run, tracker)
         with user_errors():  # the run is over and saved, so a signal may end the rest at once
-            if code == 0:
+            if code == 0 and world.is_main:
                 plot_losses(run.folder)
                 show_sample(run)
     return code
@@ -84,11 +94,12 @@ def main(argv: list[str]) -> int:
 def train(run: Run, tracker=None) -> int:
     """The loop: evaluate, save, step. Returns the exit code."""
     config = run.config
-    if run.step >= config.max_iters and has_evaluation(read_metrics(run.folder), run.step):
-        checkpoint.prune(run.folder, config.keep, run.step)  # a kill may have come before it
+    world = run.world
+    if run.step >= config.max_iters and world.share(world.main(is_evaluated, run)):
+        world.main(checkpoint.prune, run.folder, config.keep, run.step)  # a kill may have come before it
         print(f"already at step {run.step} of {config.max_iters}: nothing to do (a larger max_iters would go on)")
         return 0
-    with Interrupts() as interrupts, open_log(run, tracker, interrupts) as log:
+    with Interrupts(world) as interrupts, open_log(run, tracker, interrupts) as log:
         try:
             while True:
                 if evaluation_is_due(run, log):
@@ -96,13 +107,13 @@ def train(run: Run, tracker=None) -> int:
                     if val_loss is not None:  # None: a signal came in between; the resumed run evaluates again
                         log.evaluation(run.step, val_loss)
                         save_if_best(run, val_loss)
-                last = run.step >= config.max_iters or bool(interrupts.came)
+                last = interrupts.agreed() or run.step >= config.max_iters
                 if last or (config.save_interval and run.step and run.step % config.save_interval == 0):
                     save(run, checkpoint.path_of(run.folder, run.step), must=last)
-                    checkpoint.prune(run.folder, config.keep, run.step)
+                    world.main(checkpoint.prune, run.folder, config.keep, run.step)
                 if last:
                     break
-                if config.watch and log.is_due(run.step + 1):
+                if config.watch and world.is_main and log.is_due(run.step + 1):
                     log.watch(run.step + 1, observe(run))
                 done = timed_step(run) if log.steps_timed else first_step(run, interrupts)
                 if done:
@@ -127,10 +138,12 @@ def open_log(run: Run, tracker, interrupts: Interrupts) -> Log:
     config, rate = run.config, matmul_rate(run.config.device, run.config.dtype)
     tokens = config.batch_size * config.model.block_size
     log = Log(run.folder, first_step=run.step, last_step=config.max_iters, interval=config.log_interval,
-              tokens_per_step=tokens, flops_per_step=tokens * flops_per_token(config.model), matmul_rate=rate,
+              tokens_per_step=tokens, flops_per_step=tokens * flops_per_token(config.model),
+              matmul_rate=rate * run.world.size,
               bytes_per_token=run.data.bytes_per_token("val"), device=config.device, tracker=tracker,
-              stop=interrupts.ask_to_stop)
-    log.line(summary(config, run.data, run.step, rate))
+              stop=interrupts.ask_to_stop, world=run.world)
+    if run.world.is_main:
+        log.line(summary(config, run.data, run.step, rate, run.world.size))
     return log
 
 
@@ -142,31 +155,34 @@ def observe(run: Run) -> watch.Scales:
     return watch.observe(run.model, x, y, config.dtype, run.scaler.get_scale())
 
 
-def timed_step(run: Run) -> tuple[float, float, float, float]:
+def timed_step(run: Run, first: bool = False) -> tuple[float, float, float, float]:
     """One optimizer step: (loss, learning rate, gradient norm, seconds)."""
     start = time.perf_counter()
+    if first:
+        settle(run)
     return *train_step(run), time.perf_counter() - start  # train_step has waited for the device
 
 
 def first_step(run: Run, interrupts: Interrupts | None = None) -> tuple[float, float, float, float] | None:
     """The first step of a process, where two things may turn out not to work here; they are mended, and said.
 
-    None if there was no step: a signal reached the compiler too, and it stopped.
+    None if there was no step: a signal reached the compiler too, and it stopped. With several ranks nothing is mended,
+    since the others would not know.
     """
     while True:
         try:
-            return timed_step(run)
+            return timed_step(run, first=True)
         except torch.cuda.OutOfMemoryError:
             micro = run.config.micro_batch_size
-            if micro == 1 or run.optimizers.state_dict():  # in the update itself, which cannot be taken back
+            if run.world.size > 1 or micro == 1 or run.optimizers.state_dict():  # the update cannot be taken back
                 raise
             smaller = max(m for m in range(1, micro // 2 + 1) if run.config.batch_size % m == 0)
             print(f"out of GPU memory with micro_batch_size={micro}: trying {smaller}")
             run.config = dataclasses.replace(run.config, micro_batch_size=smaller)
         except torch._dynamo.exc.TorchDynamoException as error:
-            if not run.config.compile:
+            if not run.config.compile or run.world.size > 1:
                 raise
-            if interrupts is not None and interrupts.came:
+            if interrupts is not None and interrupts.noted:
                 return None
             print(f"torch.compile does not work here, going on without: {str(error).strip().splitlines()[0]:.200}")
             run.forward, run.config = run.model, dataclasses.replace(run.config, compile=False)
@@ -185,20 +201,13 @@ def train_step(run: Run) -> tuple[float, float, float]:
     lr = lr_at(step, schedule=config.lr_schedule, peak=config.learning_rate, floor=config.min_lr,
                warmup=config.warmup_iters, total=config.max_iters, decay_fraction=config.decay_fraction)
     run.optimizers.set_lr(lr)
-    torch.manual_seed(config.seed * 1_000_003 + step)
+    torch.manual_seed(config.seed * 1_000_003 + step + (run.world.rank << 43))
     run.model.train()
-    x, y = batch(run.data, step, config.batch_size, config.model.block_size, config.seed)
-    parts = config.batch_size // config.micro_batch_size
-    total = torch.zeros((), device=config.device)
-    for inputs, targets in zip(x.chunk(parts), y.chunk(parts), strict=True):
-        with autocast(config.device, config.dtype):
-            loss = run.forward(to_device(inputs, config.device), to_device(targets, config.device)) / parts
-        run.scaler.scale(loss).backward()
-        total += loss.detach()
+    total = gradients(run)
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-    loss, norm = torch.stack((total, norm)).tolist()  # the one wait for the device
+    norm = clip_gradients(run.model.parameters(), config.grad_clip)
+    loss, norm = torch.stack((run.world.mean_(total), norm)).tolist()  # the one wait for the device
     check_finite(run, loss, norm)
     if math.isfinite(norm) and not skipped_as_spike(run, norm):  # not so: an overflow in float16, which update() notes
         for optimizer in run.optimizers:
@@ -207,6 +216,31 @@ def train_step(run: Run) -> tuple[float, float, float]:
     run.optimizers.zero_grad()
     run.step += 1
     return loss, lr, norm
+
+
+def gradients(run: Run) -> torch.Tensor:
+    """Leaves the gradient of run.step's global batch in the parameters; returns the loss of this rank's part of it."""
+    config, world = run.config, run.world
+    x, y = batch(run.data, run.step, config.batch_size, config.model.block_size, config.seed, world.rank, world.size)
+    parts = len(x) // config.micro_batch_size
+    total = torch.zeros((), device=config.device)
+    for i, (inputs, targets) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
+        accumulate(run.forward, last=i == parts - 1)
+        with autocast(config.device, config.dtype):
+            loss = run.forward(to_device(inputs, config.device), to_device(targets, config.device)) / parts
+        run.scaler.scale(loss).backward()
+        total += loss.detach()
+    finish_gradients(run.model, config, world)
+    return total
+
+
+def settle(run: Run) -> None:
+    """DDP sums gradients in another order from its second backward on; one whose result is thrown away lets a resumed
+    run begin with that order, so that it stays bitwise the same run."""
+    if run.world.size > 1 and run.config.parallel == "ddp":
+        run.model.train()
+        gradients(run)
+        run.optimizers.zero_grad()
 
 
 def check_finite(run: Run, loss: float, norm: float) -> None:
@@ -221,7 +255,7 @@ def skipped_as_spike(run: Run, norm: float) -> bool:
     threshold = spike_threshold(run.grad_norms, run.config.skip_spikes)
     run.grad_norms = [*run.grad_norms, min(norm, threshold)][-SPIKE_WINDOW:]
     spike = norm > threshold
-    if spike:
+    if spike and run.world.is_main:
         warn(f"step {run.step + 1}: the gradient norm {norm:.3g} is above {threshold:.3g}, its update is skipped")
     return spike
 
@@ -235,10 +269,15 @@ def evaluate(run: Run, interrupts: Interrupts | None = None) -> float | None:
     block_size = config.model.block_size
     loss = mean_loss(run.forward, run.data.val, val_starts(len(run.data.val), block_size, config.eval_iters),
                      block_size, config.micro_batch_size, config.device, config.dtype,
-                     stop=lambda: interrupts is not None and bool(interrupts.came))
+                     stop=lambda: interrupts is not None and interrupts.agreed(), world=run.world)
+    release(run.model, config, run.world)
     if loss is not None and not math.isfinite(loss):
         raise FloatingPointError(f"validation loss {loss} at step {run.step}")
     return loss
+
+
+def is_evaluated(run: Run) -> bool:
+    return has_evaluation(read_metrics(run.folder), run.step)
 
 
 def evaluation_is_due(run: Run, log: Log) -> bool:
@@ -262,17 +301,29 @@ def save(run: Run, path: Path, optimizer: bool = True, must: bool = False) -> bo
     state = {"step": run.step, "model": learned, "optimizer": run.optimizers.state_dict() if optimizer else {},
              "scaler": run.scaler.state_dict(), "config": run.config.flat(), "data": run.data.fingerprint,
              "base": run.base, "best_val_loss": run.best_val_loss, "grad_norms": run.grad_norms}
+    if run.config.sharded:
+        return write(run, sharded.path_of(path, run.step), state, must)
+    state = gathered(state, run.world)
+    return run.world.share(run.world.main(write, run, path, state, must))
+
+
+def write(run: Run, path: Path, state: dict[str, Any], must: bool) -> bool:
+    """Writes a checkpoint, or all ranks together its parts."""
     try:
         if not run.folder.is_dir():
             warn(f"{run.folder} has vanished and is made again")
             claim_folder(run)
-        checkpoint.save(path, state)
+        if run.config.sharded:
+            sharded.save(path, state, run.world)
+        else:
+            checkpoint.save(path, state)
     except (OSError, RuntimeError, ValueError) as error:  # torch.save turns a full disk into a RuntimeError
         first_line = str(error).partition("\n")[0]
         reason = f"{path} could not be saved ({first_line:.200})"
         if must:
             raise OSError(reason) from error
-        warn(f"{reason}; training goes on")
+        if run.world.is_main:
+            warn(f"{reason}; training goes on")
         return False
     return True
 
@@ -281,6 +332,9 @@ def show_sample(run: Run) -> None:
     """A text by the weights just trained, up to its end, if one is wanted."""
     if not run.config.sample_tokens:
         return
+    if is_shared(run.config, run.world):
+        print(f"python sample.py {run.folder} prompt=... makes a text: no rank has all weights now")
+        return
     config, tokenizer, prompt = run.config, load_tokenizer(run.folder), run.config.sample_prompt
     try:
         start = prompt_ids(tokenizer, prompt)
@@ -288,11 +342,11 @@ def show_sample(run: Run) -> None:
         print(f"the sample starts from nothing, not with sample_prompt: {error}")
         prompt, start = "", prompt_ids(tokenizer, "")
     with autocast(config.device, config.dtype):
-        ids = [new for new, in generate(run.model, start, config.sample_tokens, vocab_size=tokenizer.vocab_size,
+        ids = [new for new, in generate(plain(run.model), start, config.sample_tokens, vocab_size=tokenizer.vocab_size,
                                         seed=config.seed, **SAMPLING)]
     text = tokenizer.decode(takewhile(lambda i: i not in tokenizer.end_ids, ids))
     show(f"--- sample ---\n{prompt}{text}\n", raw=False)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main, sys.argv[1:])

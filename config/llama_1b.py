@@ -1,4 +1,4 @@
-"""The shape of Llama 3.2 1B (without its 128k vocabulary): many weeks on one 80 GB GPU.
+"""The shape of Llama 3.2 1B (without its 128k vocabulary): many weeks on one 80 GB GPU, days on several.
 
 First: python data/prepare.py fineweb-edu. Weights and optimizer alone take 17 GB.
 """

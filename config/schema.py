@@ -76,6 +76,12 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
         "auto", "of the matrix products; weights stay float32. auto = bfloat16 where the hardware has it, else float32")
     compile: Literal["auto", True, False] = knob("auto", "torch.compile; auto = where it works and pays for itself")
+    parallel: Literal["auto", "ddp", "fsdp"] = knob(
+        "auto", "several ranks (torchrun): ddp = each has all weights, fsdp = each has a part of every matrix; auto = "
+                "ddp where the whole fits a device")
+    sharded: Literal["auto", True, False] = knob(
+        "auto", "fsdp: each rank writes its part of a checkpoint, and sharded.py makes one file of them; auto = where "
+                "one of these machines could not hold it all")
     activation_checkpointing: bool = knob(False, "compute each Block twice to keep less: slower, less memory")
 
     def __post_init__(self):

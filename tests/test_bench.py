@@ -102,7 +102,7 @@ def test_the_bytes_of_the_matrices_are_those_read_for_a_token():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["trian"], "bench.py measures train, sample, norm, nanogpt, memory, growth, prepare, start, got 'trian'"),
+    (["trian"], "bench.py measures train, sample, norm, nanogpt, memory, growth, prepare, start, plan, got 'trian'"),
     (["train", "steps=0"], "steps must be 1 or more"), (["train", "steps=x"], "steps must be a whole number"),
     (["train", "learing_rate=1"], "did you mean learning_rate"),
     (["train", "beside=transformer"], "beside must be none or transformers"),

@@ -49,7 +49,7 @@ def test_at_the_start_adapters_change_nothing():
 
 def test_an_adapter_is_scale_times_b_a():
     linear = torch.nn.Linear(3, 2, bias=False)
-    layer = LoRALinear(linear, 1, 0.5, torch.Generator())
+    layer = LoRALinear(linear, 1, 0.5)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
         layer.lora_a.copy_(torch.tensor([[1.0, 2, 3]]))

@@ -9,7 +9,6 @@ import multiprocessing.forkserver
 import os
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,12 +17,15 @@ from unittest.mock import patch
 
 import torch
 import torch._dynamo  # AdamW would import it in every child
+import torch.distributed as dist
+import torch.distributed.fsdp  # and the ranks of a shared model this
 from conftest import ROOT, SMALL, prepare_words
 
 import checkpoint
 import metrics
 import run as run_module
 import train
+from world import leave
 
 TIMES = ("step_ms", "tok_per_s", "peak_memory_mb")  # of a record: what no two runs have equal
 SERVER = multiprocessing.get_context("forkserver")
@@ -101,7 +103,9 @@ def command(out: Path, **knobs: object) -> list[str]:
     return [str(ROOT / "config" / "tiny.py"), *(f"{k}={v}" for k, v in (small | {"out_dir": out} | knobs).items())]
 
 
-def _child(arguments: list[str], data: Path, output: Path, before: Callable[[], None] | None) -> None:
+def _child(arguments: list[str], data: Path, output: Path, before: Callable[[], None] | None,
+           variables: dict[str, str]) -> None:
+    os.environ.update(variables)
     os.setsid()  # so that a signal to its group reaches it and what it started, as Ctrl-C does
     sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(sink, 1)
@@ -113,22 +117,23 @@ def _child(arguments: list[str], data: Path, output: Path, before: Callable[[], 
     train.plot_losses, train.matmul_rate = lambda folder: None, lambda device, dtype: 1e9  # both take longer than a run
     if before:
         before()
-    sys.exit(train.main(arguments))
+    leave(train.main, arguments)
 
 
 class Child:
     """train.py with these arguments, in a process of its own. `before` is called in it first: a top-level function of
     a module here, or a functools.partial of one, that replaces what the fault is about. What it prints goes to
-    `output`, which is beside its out_dir unless it is named."""
+    `output`, which is beside its out_dir unless it is named. `variables` are added to its environment."""
 
     def __init__(self, arguments: list[str], data: Path, before: Callable[[], None] | None = None,
-                 output: Path | None = None):
+                 output: Path | None = None, variables: dict[str, str] | None = None):
         out = next(a.removeprefix("out_dir=") for a in reversed(arguments) if a.startswith("out_dir="))
         self.folder, self.output = Path(out), output or Path(f"{out}.log")
         self.output.unlink(missing_ok=True)
         with patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"):  # it is not told our sys.path
             multiprocessing.forkserver.ensure_running()
-        self.process = SERVER.Process(target=_child, args=(arguments, data, self.output, before))
+        self.process = SERVER.Process(target=_child, args=(arguments, data, self.output, before,
+                                                            variables or {}))
         self.process.start()
 
     def wait(self, seconds: float = 120) -> int:
@@ -155,6 +160,32 @@ class Child:
                 return True
             time.sleep(0.002)
         return bool(seen())
+
+
+class Ranks:
+    """train.py with these arguments on several ranks of this machine, each a Child; this process is the place where
+    they meet, which with torchrun is torchrun. What rank N prints goes to OUT.N.log."""
+
+    def __init__(self, size: int, arguments: list[str], data: Path, before: Callable[[], None] | None = None):
+        out = next(a.removeprefix("out_dir=") for a in reversed(arguments) if a.startswith("out_dir="))
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # gone when this object is
+        shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1",
+                  "MASTER_PORT": self.store.port, "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+        self.all = [Child(arguments, data, before, Path(f"{out}.{rank}.log"),
+                          {k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()})
+                    for rank in range(size)]
+
+    def wait(self, seconds: float = 120) -> list[int]:
+        """The exit code of each rank. TimeoutError, and all killed, if one has not ended by then."""
+        try:
+            return [child.wait(seconds) for child in self.all]
+        finally:
+            for child in self.all:
+                if child.process.exitcode is None:
+                    child.signal(signal.SIGKILL)
+
+    def texts(self) -> list[str]:
+        return [child.text() for child in self.all]
 
 
 def run(arguments: list[str], data: Path, before: Callable[[], None] | None = None) -> tuple[int, str]:

@@ -1,0 +1,24 @@
+"""The shape of Llama 2 7B: many GPUs. `python bench.py plan config/llama_7b.py gpus=64 ...` says how many.
+
+First: python data/prepare.py fineweb-edu. Weights, gradient and optimizer take 108 GB, so FSDP shares them.
+"""
+
+out_dir = "out/llama_7b"
+dataset = "fineweb-edu"
+
+n_layer = 32
+n_head = 32
+n_embd = 4096
+n_hidden = 11008
+block_size = 4096
+vocab_size = 50_304    # GPT-2's 50,257 padded to a multiple of 64
+
+batch_size = 1024      # 4,194,304 tokens per step, as Llama's
+max_iters = 32_000     # 134 billion tokens: twenty per parameter
+learning_rate = 3e-4
+min_lr = 3e-5
+warmup_iters = 2000
+parallel = "fsdp"
+eval_interval = 500
+eval_iters = 1024
+save_interval = 500
