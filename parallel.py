@@ -6,7 +6,7 @@ while it works (FSDP2, Zhao et al. 2023, arXiv 2304.11277). What norms and adapt
 every rank and in fp32, so that sharing does not change what a norm computes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -208,23 +208,31 @@ def zeros_like_parameters(saved: dict[str, dict[str, Tensor]], model: Decoder) -
                    for key, value in state.items()} for name, state in saved.items()}
 
 
+class CopiedMuon(Muon):
+    """Muon where each rank has every matrix: each makes its share of the momenta orthogonal and gives it to all."""
+
+    def directions(self, ahead: list[Tensor]) -> list[Tensor]:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        mine = ahead[rank::size]
+        ready = super().directions(mine) if mine else []
+        given = exchange([ready] * size, [[t.shape for t in ahead[r::size]] for r in range(size)], ahead[0])
+        return [given[i % size][i // size] for i in range(len(ahead))]
+
+
 class SharedMuon(Muon):
     """Muon where each rank has some rows of every matrix: one rank gathers a matrix, makes its momentum orthogonal, and
     gives the rows back, so that all work at once and none does another's work."""
 
     def directions(self, ahead: list[Tensor]) -> list[Tensor]:
         rank, size = dist.get_rank(), dist.get_world_size()
-        parts, owners = [t.to_local() for t in ahead], [i % size for i in range(len(ahead))]
-        mine = [t for t, owner in zip(ahead, owners, strict=True) if owner == rank]
-        gathered = exchange([[part for part, owner in zip(parts, owners, strict=True) if owner == to]
-                             for to in range(size)], [[rows_of(t, r) for t in mine] for r in range(size)], parts[0])
-        ready = super().directions([torch.cat(rows) for rows in zip(*gathered, strict=True)]) if mine else []
-        given = exchange([[direction.split([rows_of(t, r)[0] for r in range(size)])[to]
-                           for t, direction in zip(mine, ready, strict=True)] for to in range(size)],
-                         [[part.shape for part, owner in zip(parts, owners, strict=True) if owner == r]
-                          for r in range(size)], parts[0])
-        back = [iter(some) for some in given]
-        return [as_part(next(back[owner]), t) for t, owner in zip(ahead, owners, strict=True)]
+        parts, mine = [t.to_local() for t in ahead], ahead[rank::size]
+        came = exchange([parts[r::size] for r in range(size)], [[rows_of(t, r) for t in mine] for r in range(size)],
+                        parts[0])
+        ready = super().directions([torch.cat(rows) for rows in zip(*came, strict=True)]) if mine else []
+        rows = [one.split([rows_of(t, r)[0] for r in range(size)]) for t, one in zip(mine, ready, strict=True)]
+        given = exchange([[of_one[r] for of_one in rows] for r in range(size)],
+                         [[part.shape for part in parts[r::size]] for r in range(size)], parts[0])
+        return [as_part(given[i % size][i // size], t) for i, t in enumerate(ahead)]
 
 
 def rows_of(tensor: Tensor, rank: int) -> tuple[int, int]:
@@ -252,5 +260,8 @@ def as_part(rows: Tensor, like: Tensor) -> Tensor:
                               stride=like.stride())
 
 
-def muon_for(config: Config, world: World) -> Callable[..., Muon]:
-    return SharedMuon if is_shared(config, world) else Muon
+def muon_for(config: Config, world: World) -> type[Muon]:
+    """Muon that divides its work among the ranks, if there are several."""
+    if world.size == 1:
+        return Muon
+    return SharedMuon if config.parallel == "fsdp" else CopiedMuon

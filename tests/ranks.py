@@ -75,6 +75,11 @@ def poisoned(step: int) -> None:
     Decoder.forward = lambda self, *rest: forward(self, *rest) * (float("nan") if bad else 1)
 
 
+def seeds_told() -> None:
+    seed = torch.manual_seed
+    torch.manual_seed = lambda number: print("seed", number, file=sys.stderr) or seed(number)
+
+
 def other_data(folder: Path) -> None:
     """This rank's host has other tokens where rank 0 has its own."""
     opened = run_module.open_dataset
@@ -137,7 +142,7 @@ SHAPES = [(5, 7), (7, 5), (3, 3), (1, 6), *[(16, 16)] * 5]
 
 
 def muons(world: World) -> None:
-    """Three steps of SharedMuon are those of Muon on whole matrices."""
+    """Three steps of SharedMuon, and of CopiedMuon, are those of Muon."""
     optim.choose_dtype = lambda wanted, device: "float32"
     mesh, draw = init_device_mesh("cpu", (world.size,)), torch.Generator().manual_seed(0)
 
@@ -145,17 +150,18 @@ def muons(world: World) -> None:
         return distribute_tensor(tensor, mesh, [Shard(0)])
 
     plain = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
-    shared = [torch.nn.Parameter(part(p.detach())) for p in plain]
-    both = [kind([{"params": some, "lr": 0.1, "weight_decay": 0.1}], 0.9)
-            for kind, some in ((optim.Muon, plain), (parallel.SharedMuon, shared))]
+    copied, shared = ([torch.nn.Parameter(of(p.detach())) for p in plain] for of in (torch.clone, part))
+    three = [kind([{"params": some, "lr": 0.1, "weight_decay": 0.1}], 0.9) for kind, some in (
+        (optim.Muon, plain), (parallel.CopiedMuon, copied), (parallel.SharedMuon, shared))]
     for _ in range(3):
-        for p, q in zip(plain, shared, strict=True):
-            p.grad = torch.randn(p.shape, generator=draw)
-            q.grad = part(p.grad)
-        for optimizer in both:
+        for p, q, r in zip(plain, copied, shared, strict=True):
+            p.grad = q.grad = torch.randn(p.shape, generator=draw)
+            r.grad = part(p.grad)
+        for optimizer in three:
             optimizer.step()
-    for p, q in zip(plain, shared, strict=True):
-        torch.testing.assert_close(q.full_tensor(), p.data, rtol=1e-4, atol=1e-5)
+    for p, q, r in zip(plain, copied, shared, strict=True):
+        torch.testing.assert_close(q.data, p.data, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(r.full_tensor(), p.data, rtol=1e-4, atol=1e-5)
 
 
 def failing(rank: int, error: Exception, world: World) -> None:

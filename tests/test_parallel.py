@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import ranks
@@ -67,6 +69,12 @@ def test_the_training_is_that_of_one_process(whole, size, way, optimizer):
     ids=["parts ddp", "parts fsdp", "odd ddp", "odd fsdp", "computed twice"])
 def test_so_it_is_whatever_the_model_and_however_the_batch_is_cut(whole, size, way, knobs):
     assert_same_training(whole(size, parallel=way, **knobs), whole(1, **knobs))
+
+
+def test_dropout_has_other_masks_on_each_rank(tmp_path, data_folder):
+    codes, texts = trained(2, tmp_path / "run", data_folder, ranks.seeds_told, dropout=0.1, **SHORT)
+    seeds = [{line for line in text.splitlines() if line.startswith("seed ")} for text in texts]
+    assert codes == [0, 0] and len(seeds[0]) == len(seeds[1]) == 4 and not seeds[0] & seeds[1]
 
 
 def test_in_bfloat16_both_ways_are_the_same(whole):
@@ -185,8 +193,11 @@ def hosts():
             pytest.skip("needs ip and the right to make network namespaces")
         yield [[ip, "netns", "exec", name] for name in names]
     finally:
-        for name in names if ip else ():
-            subprocess.run([ip, "netns", "delete", name], capture_output=True)
+        end = time.monotonic() + 10
+        for name in names:
+            while Path("/run/netns", name).exists() and time.monotonic() < end:  # busy while a process is in it
+                subprocess.run([ip, "netns", "delete", name], capture_output=True)
+                time.sleep(0.05)
 
 
 def test_two_hosts_train_as_two_ranks_on_one(whole, hosts, tmp_path, data_folder):

@@ -3,10 +3,14 @@
 import json
 import os
 import pickle
+import shutil
+from functools import partial
 
 import pytest
 import torch
+from ranks import only, saved_again, trained
 from test_checkpoint import MODEL, flip_bit, state
+from test_parallel import same
 from test_train import assert_same_run
 
 import checkpoint
@@ -227,3 +231,45 @@ def test_a_fresh_run_does_not_take_the_place_of_one_in_parts(start):
     start("sharded=true")
     code, _, err = start("sharded=true")
     assert code == 2 and "already holds a run (ckpt_00000012.shards)" in err
+
+
+RANKS = {"max_iters": 4, "eval_interval": 2, "save_interval": 2, "keep": 9, "optimizer": "muon", "parallel": "fsdp"}
+
+
+@pytest.mark.parametrize("before, after, way", [(2, 2, "fsdp"), (2, 4, "fsdp"), (4, 1, "fsdp"), (4, 2, "ddp")])
+def test_any_number_of_ranks_reads_what_some_wrote_bit_for_bit(tmp_path, data_folder, before, after, way):
+    uncut, out, again = (tmp_path / name for name in ("uncut", "run", "again.pt"))
+    codes, texts = trained(before, uncut, data_folder, sharded=True, **RANKS)
+    assert not any(codes), texts
+    shutil.copytree(uncut, out)
+    shutil.rmtree(out / "ckpt_00000004.shards")
+    assert [len(list(path.glob("*.distcp"))) for _, path in checkpoint.all_in(uncut)] == [before, before]
+    tensors = sharded.read_manifest(uncut / "ckpt_00000002.shards")["tensors"]
+    assert len(tensors["model/embed.weight"]["parts"]) == before  # though an evaluation had made it whole
+    codes, texts = trained(after, out, data_folder, partial(saved_again, again), resume="yes",
+                           **RANKS | {"parallel": way})
+    assert not any(codes), texts
+    assert sharded.main([str(uncut), "checkpoint=2"]) == 0
+    loaded, wanted = checkpoint.load(again), checkpoint.load(uncut / "ckpt_00000002.pt")
+    assert same(wanted, loaded | {"config": wanted["config"]})
+    if (before, RANKS["parallel"]) == (after, way):
+        assert sharded.main([str(uncut)]) == 0
+        (uncut / "ckpt_00000002.pt").unlink()
+        (out / "ckpt_00000002.shards").rename(tmp_path / "aside")
+        assert same(*(checkpoint.load_newest(folder)["model"] for folder in (uncut, out)))
+
+
+def test_a_rank_that_cannot_write_its_part_is_told_and_the_run_goes_on_or_ends(tmp_path, data_folder):
+    codes, texts = trained(2, tmp_path / "run", data_folder, partial(only, 1, no_room), sharded=True, **RANKS)
+    assert codes == [1, 1] and "rank 1: " in texts[0] and "training goes on" in texts[0]
+    assert "could not be saved" in texts[0] and not list((tmp_path / "run").glob("*.shards"))
+
+
+def no_room():
+    """This rank's disk is full where parts are written."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    FileSystemWriter.write_data = full

@@ -20,7 +20,7 @@ from .harness import ROOT, Ranks, Report, command, difference, fault, words
 from .kill import HEAVY, last_step, printed, unreadable
 
 WAYS = ((2, "ddp"), (2, "fsdp"), (4, "ddp"))
-KNOBS = HEAVY | {"batch_size": 4, "max_iters": 40, "resume": "auto"}
+KNOBS = HEAVY | {"batch_size": 4, "max_iters": 40, "save_interval": 4, "resume": "auto"}
 SOON = 20.0  # seconds until a job has ended in which a rank was lost, on a machine that has other work
 PATIENCE = 5  # seconds that ranks wait for one that hangs, and torchrun for one that is to end
 
