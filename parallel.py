@@ -208,8 +208,16 @@ def zeros_like_parameters(saved: dict[str, dict[str, Tensor]], model: Decoder) -
                    for key, value in state.items()} for name, state in saved.items()}
 
 
-class CopiedMuon(Muon):
-    """Muon where each rank has every matrix: each makes its share of the momenta orthogonal and gives it to all."""
+class DividedMuon(Muon):
+    """Muon whose matrices the ranks divide among themselves."""
+
+    @property
+    def ranks(self) -> int:
+        return dist.get_world_size()
+
+
+class CopiedMuon(DividedMuon):
+    """Where each rank has every matrix: each makes its share of the momenta orthogonal and gives it to all."""
 
     def directions(self, ahead: list[Tensor]) -> list[Tensor]:
         rank, size = dist.get_rank(), dist.get_world_size()
@@ -219,8 +227,8 @@ class CopiedMuon(Muon):
         return [given[i % size][i // size] for i in range(len(ahead))]
 
 
-class SharedMuon(Muon):
-    """Muon where each rank has some rows of every matrix: one rank gathers a matrix, makes its momentum orthogonal, and
+class SharedMuon(DividedMuon):
+    """Where each rank has some rows of every matrix: one rank gathers a matrix, makes its momentum orthogonal, and
     gives the rows back, so that all work at once and none does another's work."""
 
     def directions(self, ahead: list[Tensor]) -> list[Tensor]:

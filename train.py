@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
         return 0
     with user_errors():
         world = join()
-        config = world.everywhere(read_config, argv)
+        config = world.share(world.main(read_config, argv))
         lock = world.main(Lock, Path(config.out_dir)) or nullcontext()
     with lock:
         with user_errors():
@@ -93,8 +93,7 @@ def main(argv: list[str]) -> int:
 
 def train(run: Run, tracker=None) -> int:
     """The loop: evaluate, save, step. Returns the exit code."""
-    config = run.config
-    world = run.world
+    config, world = run.config, run.world
     if run.step >= config.max_iters and world.share(world.main(is_evaluated, run)):
         world.main(checkpoint.prune, run.folder, config.keep, run.step)  # a kill may have come before it
         print(f"already at step {run.step} of {config.max_iters}: nothing to do (a larger max_iters would go on)")
@@ -139,9 +138,8 @@ def open_log(run: Run, tracker, interrupts: Interrupts) -> Log:
     tokens = config.batch_size * config.model.block_size
     log = Log(run.folder, first_step=run.step, last_step=config.max_iters, interval=config.log_interval,
               tokens_per_step=tokens, flops_per_step=tokens * flops_per_token(config.model),
-              matmul_rate=rate * run.world.size,
-              bytes_per_token=run.data.bytes_per_token("val"), device=config.device, tracker=tracker,
-              stop=interrupts.ask_to_stop, world=run.world)
+              matmul_rate=rate * run.world.size, bytes_per_token=run.data.bytes_per_token("val"),
+              device=config.device, tracker=tracker, stop=interrupts.ask_to_stop, world=run.world)
     if run.world.is_main:
         log.line(summary(config, run.data, run.step, rate, run.world.size))
     return log
@@ -221,6 +219,7 @@ def train_step(run: Run) -> tuple[float, float, float]:
 def gradients(run: Run) -> torch.Tensor:
     """Leaves the gradient of run.step's global batch in the parameters; returns the loss of this rank's part of it."""
     config, world = run.config, run.world
+    check_data(run)
     x, y = batch(run.data, run.step, config.batch_size, config.model.block_size, config.seed, world.rank, world.size)
     parts = len(x) // config.micro_batch_size
     total = torch.zeros((), device=config.device)
@@ -232,6 +231,12 @@ def gradients(run: Run) -> torch.Tensor:
         total += loss.detach()
     finish_gradients(run.model, config, world)
     return total
+
+
+def check_data(run: Run) -> None:
+    """OSError on all ranks if somebody has written to the data set of one."""
+    if problem := run.world.problem(run.data.check_unchanged):
+        raise OSError(problem)
 
 
 def settle(run: Run) -> None:
@@ -264,7 +269,7 @@ def skipped_as_spike(run: Run, norm: float) -> bool:
 def evaluate(run: Run, interrupts: Interrupts | None = None) -> float | None:
     """Mean loss (nats per token) over the validation windows, always the same ones; None if a signal came."""
     config = run.config
-    run.data.check_unchanged()
+    check_data(run)
     run.model.eval()
     block_size = config.model.block_size
     loss = mean_loss(run.forward, run.data.val, val_starts(len(run.data.val), block_size, config.eval_iters),

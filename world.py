@@ -68,11 +68,11 @@ class World:
             function(*arguments)
         except FAULTS as error:
             text = str(error)
-        told: list[Any] = [text]
-        if self.size > 1:
-            told = [None] * self.size
-            dist.all_gather_object(told, text)
-        return next((f"rank {rank}: {text}" if self.size > 1 else text for rank, text in enumerate(told) if text), None)
+        if self.size == 1 or not self.largest(text is not None):
+            return text
+        told: list[Any] = [None] * self.size
+        dist.all_gather_object(told, text)
+        return next(f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None)
 
     def main(self, function: Callable, *arguments) -> Any:
         """function(*arguments) on main, None elsewhere; the others wait, and end with it where it fails."""

@@ -141,27 +141,27 @@ def apart(dtype: str) -> None:
 SHAPES = [(5, 7), (7, 5), (3, 3), (1, 6), *[(16, 16)] * 5]
 
 
-def muons(world: World) -> None:
-    """Three steps of SharedMuon, and of CopiedMuon, are those of Muon."""
+def muons(kind: str, world: World) -> None:
+    """Three steps of SharedMuon, or CopiedMuon, are those of Muon on whole matrices."""
     optim.choose_dtype = lambda wanted, device: "float32"
     mesh, draw = init_device_mesh("cpu", (world.size,)), torch.Generator().manual_seed(0)
 
     def part(tensor):
-        return distribute_tensor(tensor, mesh, [Shard(0)])
+        return distribute_tensor(tensor, mesh, [Shard(0)]) if kind == "SharedMuon" else tensor.clone()
 
     plain = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
-    copied, shared = ([torch.nn.Parameter(of(p.detach())) for p in plain] for of in (torch.clone, part))
-    three = [kind([{"params": some, "lr": 0.1, "weight_decay": 0.1}], 0.9) for kind, some in (
-        (optim.Muon, plain), (parallel.CopiedMuon, copied), (parallel.SharedMuon, shared))]
+    divided = [torch.nn.Parameter(part(p.detach())) for p in plain]
+    both = [one([{"params": some, "lr": 0.1, "weight_decay": 0.1}], 0.9)
+            for one, some in ((optim.Muon, plain), (getattr(parallel, kind), divided))]
     for _ in range(3):
-        for p, q, r in zip(plain, copied, shared, strict=True):
-            p.grad = q.grad = torch.randn(p.shape, generator=draw)
-            r.grad = part(p.grad)
-        for optimizer in three:
+        for p, q in zip(plain, divided, strict=True):
+            p.grad = torch.randn(p.shape, generator=draw)
+            q.grad = part(p.grad)
+        for optimizer in both:
             optimizer.step()
-    for p, q, r in zip(plain, copied, shared, strict=True):
-        torch.testing.assert_close(q.data, p.data, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(r.full_tensor(), p.data, rtol=1e-4, atol=1e-5)
+    for p, q in zip(plain, divided, strict=True):
+        whole = q.full_tensor() if kind == "SharedMuon" else q.data
+        torch.testing.assert_close(whole, p.data, rtol=1e-4, atol=1e-5)
 
 
 def failing(rank: int, error: Exception, world: World) -> None:
@@ -182,6 +182,10 @@ def agreeing(world: World) -> None:
     assert world.largest(world.rank % 2) == 1
     mean = torch.full((2,), float(world.rank))
     assert world.mean_(mean).tolist() == [(world.size - 1) / 2] * 2
+
+
+def dying(world: World) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def impatient(seconds: float) -> None:

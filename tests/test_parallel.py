@@ -45,16 +45,19 @@ def whole(tmp_path_factory, data_folder):
     return folder
 
 
-def losses(folder):
-    return {(r["step"], key): r[key] for r in metrics.read_metrics(folder) for key in ("loss", "val_loss") if key in r}
+def numbers(folder):
+    return {(r["step"], key): r[key] for r in metrics.read_metrics(folder)
+            for key in ("loss", "grad_norm", "val_loss") if key in r}
 
 
-def assert_same_training(a, b, rel=1e-5):
-    assert len(losses(a)) == 6 and losses(a) == pytest.approx(losses(b), rel=rel)
-    weights, others = (checkpoint.load_newest(folder)["model"] for folder in (a, b))
-    assert weights.keys() == others.keys()
-    apart = {name: ((weight - others[name]).norm() / others[name].norm()).item() for name, weight in weights.items()}
-    assert max(apart.values()) < 2e-3, apart  # they have moved by about a tenth
+def assert_same_training(a, b):
+    """Up to rounding, which Muon's products in bfloat16 make large."""
+    assert len(numbers(a)) == 10 and numbers(a) == pytest.approx(numbers(b), rel=1e-5)
+    one, other = (checkpoint.load_newest(folder) for folder in (a, b))
+    assert one["model"].keys() == other["model"].keys()
+    for name, weight in one["model"].items():
+        off = (weight - other["model"][name]).norm() / other["model"][name].norm()
+        assert off < (2e-3 if "momentum_buffer" in one["optimizer"][name] else 1e-5), name
 
 
 @pytest.mark.parametrize("size, way", WAYS)
@@ -126,8 +129,10 @@ def test_a_shared_model_is_never_whole_but_for_its_gains(tmp_path, data_folder, 
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_shared_muon_is_muon(tmp_path, data_folder, size):
-    codes, texts = trained(size, tmp_path / "run", data_folder, partial(ranks.instead, ranks.muons))
+@pytest.mark.parametrize("kind", ["SharedMuon", "CopiedMuon"])
+def test_muon_divided_among_ranks_is_muon(tmp_path, data_folder, size, kind):
+    before = partial(ranks.instead, partial(ranks.muons, kind))  # of one shape too few for all, or of too few rows
+    codes, texts = trained(size, tmp_path / "run", data_folder, before)
     assert codes == [0] * size, texts
 
 

@@ -1,11 +1,12 @@
 """Ranks meet, agree and give up together: what one of them cannot do, none does, and one line says so."""
 
 import socket
+from datetime import timedelta
 from functools import partial
 
 import pytest
 import ranks
-from faults.harness import Child, command
+from faults.harness import Child, Ranks, command
 from ranks import instead, only, trained
 
 from data.prepare import prepare
@@ -18,6 +19,13 @@ WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": 
 def test_ranks_agree(tmp_path, data_folder):
     codes, texts = trained(3, tmp_path / "run", data_folder, partial(instead, ranks.agreeing))
     assert codes == [0, 0, 0], texts
+
+
+def test_ranks_that_a_launcher_starts_again_do_not_ask_for_the_dead(tmp_path, data_folder):
+    dead = Ranks(2, command(tmp_path / "run"), data_folder, partial(instead, ranks.dying))
+    assert dead.wait() == [-9, -9]
+    again = Ranks(2, command(tmp_path / "run"), data_folder, partial(instead, ranks.agreeing), dead.store)
+    assert again.wait(30) == [0, 0], again.texts()
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -42,6 +50,7 @@ def test_any_other_error_is_the_traceback_of_its_rank(tmp_path, data_folder, ran
     (WHOLE | {"LOCAL_RANK": "2"}, "cannot be"), (WHOLE | {"LOCAL_WORLD_SIZE": "3"}, "cannot be"),
     (WHOLE | {"WORLD_SIZE": "0"}, "cannot be")])
 def test_variables_that_no_launcher_sets_are_one_line(start, tmp_path, monkeypatch, variables, words):
+    monkeypatch.setattr("world.PATIENCE", timedelta(seconds=1))
     for name, text in variables.items():
         monkeypatch.setenv(name, text)
     code, _, err = start()

@@ -163,12 +163,13 @@ class Child:
 
 
 class Ranks:
-    """train.py with these arguments on several ranks of this machine, each a Child; this process is the place where
-    they meet, which with torchrun is torchrun. What rank N prints goes to OUT.N.log."""
+    """train.py with these arguments on several ranks of this machine, each a Child; this process has the store where
+    they meet, which with torchrun is torchrun's. What rank N prints goes to OUT.N.log."""
 
-    def __init__(self, size: int, arguments: list[str], data: Path, before: Callable[[], None] | None = None):
+    def __init__(self, size: int, arguments: list[str], data: Path, before: Callable[[], None] | None = None,
+                 store: dist.TCPStore | None = None):
         out = next(a.removeprefix("out_dir=") for a in reversed(arguments) if a.startswith("out_dir="))
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # gone when this object is
+        self.store = store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1",
                   "MASTER_PORT": self.store.port, "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
         self.all = [Child(arguments, data, before, Path(f"{out}.{rank}.log"),

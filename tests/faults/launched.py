@@ -22,7 +22,7 @@ from .kill import HEAVY, last_step, printed, unreadable
 WAYS = ((2, "ddp"), (2, "fsdp"), (4, "ddp"))
 KNOBS = HEAVY | {"batch_size": 4, "max_iters": 40, "save_interval": 4, "resume": "auto"}
 SOON = 20.0  # seconds until a job has ended in which a rank was lost, on a machine that has other work
-PATIENCE = 5  # seconds that ranks wait for one that hangs, and torchrun for one that is to end
+PATIENCE = 5  # seconds that ranks wait for one that hangs
 
 
 class Job:
@@ -126,6 +126,7 @@ def killed_and_restarted(tries: int, folder: Path) -> Report:
         lost = lost_steps(out)
         failure, silent = ends_as(whole, job)
         report.count(failure or orphans(ranks), silent=silent, lost=lost)
+    report.note = "killed twice, 2 and 4 ranks"
     return report
 
 
@@ -167,10 +168,10 @@ def hangs(tries: int, folder: Path) -> Report:
     for i in range(tries):
         size, way = WAYS[i % len(WAYS)]
         whole, out = uncut(folder, size, way), folder / f"run{i}"
-        job = Job(out, size, way, f"--shutdown-timeout={PATIENCE}", driver=driver)
+        job = Job(out, size, way, driver=driver)
         ranks = job.reach(pick.randint(1, 30))
         os.kill(ranks[i % size], signal.SIGSTOP)
-        failure, silent, lost, _ = over(job, ranks, 2 * PATIENCE + SOON)
+        failure, silent, lost, _ = over(job, ranks, PATIENCE + 30 + SOON)  # 30: as long torchrun waits
         if not failure:
             failure, silent = ends_as(whole, Job(out, size, way))
         report.count(failure, silent=silent, lost=lost)

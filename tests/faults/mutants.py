@@ -99,6 +99,10 @@ MUTANTS = (
            "        if not good(meta.get(field)):", "        if False:", tries=400),
     mutant("what a checkpoint unfolds to is not counted", "fuzz of a checkpoint", "checkpoint.py",
            "    for name, kind in FIELDS.items():\n", "    for name, kind in ():\n", tries=400),
+    mutant("ranks ask for the dead", "which torchrun starts", "world.py", "store=meeting_place(world)",
+           'store=next(dist.rendezvous("env://", timeout=PATIENCE))[0]', tries=1),
+    mutant("a lost rank is a traceback", "data of one rank", "world.py", "        if not lost:\n", "        if True:\n",
+           tries=4),
     mutant("a descriptor leaks with each save", "10,000 steps", "checkpoint.py", "            os.close(folder)\n",
            "            pass\n"),
 )
