@@ -202,14 +202,10 @@ def test_a_text_that_both_do_not_read_alike_is_refused(measure, nanogpt_folder, 
     assert code == 2 and "nanoGPT's validation tokens are not ours" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("broken, words", [
-    ({"train.py": "raise SystemExit('no such knob')"}, "train.py ended with 1: no such knob"),
-    ({"train.py": "print('done')"}, "FileNotFoundError")])
-def test_a_nanogpt_that_fails_is_one_line(measure, nanogpt_folder, data_folder, broken, words):
-    for name, text in broken.items():
-        (nanogpt_folder / name).write_text(text)
+def test_a_nanogpt_that_fails_is_one_line(measure, nanogpt_folder, data_folder):
+    (nanogpt_folder / "train.py").write_text("raise SystemExit('no such knob')")
     code, _, err = measure("nanogpt", str(nanogpt_folder), str(data_folder / "words.txt"), *OURS)
-    assert code == 2 and words in err and err.count("\n") == 1
+    assert code == 2 and "train.py ended with 1: no such knob" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -5,14 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
-from conftest import ROOT
+from conftest import ROOT, prepare_words
 from faults.harness import command, difference, run
 from ranks import only, trained
 
@@ -225,3 +227,35 @@ def test_two_hosts_train_as_two_ranks_on_one(whole, hosts, tmp_path, data_folder
     there = [(tmp_path / name / "run").exists() for name in "12"]
     assert sorted(there) == [False, True]  # where rank 0 is
     assert difference(whole(2, parallel="fsdp"), tmp_path / "12"[there.index(True)] / "run") == ""
+
+
+def tables(folder):
+    """Prints what README.md shows: how far ranks are from one process, and whether others go on from what they save."""
+    every = [(1, "ddp"), *WAYS]
+    knobs = SHORT | {"max_iters": 40, "warmup_iters": 5, "eval_interval": 20, "save_interval": 20}
+
+    def made(name, size, way, before=None, **more):
+        codes, texts = trained(size, folder / name, folder, before, parallel=way, **knobs | more)
+        assert not any(codes), texts
+        return {key: value for key, value in numbers(folder / name).items() if key[1] != "grad_norm"}
+
+    for optimizer in ("adamw", "muon"):
+        losses = {way: made(f"{optimizer} {way}", *way, optimizer=optimizer) for way in every}
+        for way in WAYS:
+            off = max(abs(loss / losses[1, "ddp"][key] - 1) for key, loss in losses[way].items())
+            print(f"{optimizer} {way}: losses of 40 steps differ by at most {off:.0e}", flush=True)
+    for way, then in product(every, every):
+        uncut, name = folder / f"muon {way}", f"{way} to {then}"
+        shutil.copytree(uncut, folder / name)
+        (folder / name / "ckpt_00000040.pt").unlink()
+        ends = made(name, *then, partial(ranks.saved_again, folder / "again.pt"), optimizer="muon", resume="yes")
+        saved, loaded = checkpoint.load(uncut / "ckpt_00000020.pt"), checkpoint.load(folder / "again.pt")
+        off = max(abs(ends[key] / loss - 1) for key, loss in losses[way].items())
+        print(f"saved by {way}, resumed by {then}: loaded bitwise {same(saved, loaded | {'config': saved['config']})}, "
+              f"losses then differ by {off:.0e}; no bit differs: {difference(uncut, folder / name) == ''}", flush=True)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        prepare_words(Path(place))
+        tables(Path(place))

@@ -236,7 +236,7 @@ def test_a_fresh_run_does_not_take_the_place_of_one_in_parts(start):
 RANKS = {"max_iters": 4, "eval_interval": 2, "save_interval": 2, "keep": 9, "optimizer": "muon", "parallel": "fsdp"}
 
 
-@pytest.mark.parametrize("before, after, way", [(2, 2, "fsdp"), (2, 4, "fsdp"), (4, 1, "fsdp"), (4, 2, "ddp")])
+@pytest.mark.parametrize("before, after, way", [(2, 2, "fsdp"), (2, 4, "fsdp"), (4, 1, "ddp")])
 def test_any_number_of_ranks_reads_what_some_wrote_bit_for_bit(tmp_path, data_folder, before, after, way):
     uncut, out, again = (tmp_path / name for name in ("uncut", "run", "again.pt"))
     codes, texts = trained(before, uncut, data_folder, sharded=True, **RANKS)
