@@ -4,6 +4,7 @@ import contextlib
 import io
 import random
 import resource
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,7 +80,14 @@ def start(tmp_path, monkeypatch, data_folder, capsys):
 
 
 @pytest.fixture
-def measure(monkeypatch, tmp_path, data_folder, capsys):
+def no_code(monkeypatch):
+    """torch.compile finds its graphs, but makes no code of them, which would take a minute in all: for tests that are
+    not about what compiled code computes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+
+@pytest.fixture
+def measure(monkeypatch, tmp_path, data_folder, capsys, no_code):
     """measure('train', ...) runs bench.py in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.setattr("run.DATA", data_folder)
     monkeypatch.chdir(tmp_path)

@@ -88,8 +88,8 @@ def test_in_bfloat16_both_ways_are_the_same(whole):
 
 
 @pytest.mark.parametrize("before, after", [
-    ((1, "ddp"), (2, "ddp")), ((2, "ddp"), (4, "fsdp")), ((2, "fsdp"), (2, "ddp")), ((4, "fsdp"), (1, "ddp")),
-    *[(way, way) for way in WAYS]],
+    ((1, "ddp"), (2, "ddp")), ((2, "ddp"), (4, "fsdp")), ((4, "fsdp"), (1, "ddp")), ((2, "fsdp"), (2, "fsdp")),
+    ((4, "ddp"), (4, "ddp"))],
     ids=lambda way: f"{way[0]} {way[1]}")
 def test_a_run_goes_on_on_other_ranks_with_what_was_saved_and_on_as_many_bit_for_bit(
         whole, tmp_path, data_folder, before, after):
@@ -116,8 +116,9 @@ def same(a, b):
     return torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize("size, way", [(2, "ddp"), (4, "fsdp")])
-@pytest.mark.parametrize("adapters", [{}, {"lora_rank": 2}], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("size, way, adapters", [
+    (4, "fsdp", {}), (4, "fsdp", {"lora_rank": 2}), (2, "ddp", {"lora_rank": 2})],
+    ids=["all weights, fsdp", "adapters, fsdp", "adapters, ddp"])
 def test_ranks_begin_with_other_weights_and_train_adapters_as_one_does(whole, size, way, adapters):
     knobs = {"init_from": str(whole(1)), "learning_rate": 1e-2, **adapters}
     assert_same_training(whole(size, parallel=way, **knobs), whole(1, **knobs))
@@ -130,7 +131,7 @@ def test_a_shared_model_is_never_whole_but_for_its_gains(tmp_path, data_folder, 
     assert codes == [0, 0], texts
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("kind", ["SharedMuon", "CopiedMuon"])
 def test_muon_divided_among_ranks_is_muon(tmp_path, data_folder, size, kind):
     before = partial(ranks.instead, partial(ranks.muons, kind))  # of one shape too few for all, or of too few rows
@@ -155,8 +156,7 @@ def test_main_alone_has_the_folder_and_speaks(tmp_path, data_folder, way):
                                                "tokenizer.json", "metrics.jsonl"}
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("rank, way", [(0, "fsdp"), (1, "ddp")])
 def test_a_signal_to_one_rank_saves_and_ends_all(whole, tmp_path, data_folder, rank, way):
     out = tmp_path / "run"
     codes, texts = trained(2, out, data_folder, partial(only, rank, partial(ranks.stopped, 3)), parallel=way, **SHORT)

@@ -198,7 +198,7 @@ TUNE = ("batch_size", "micro_batch_size", "max_iters", "warmup_iters", "eval_ite
         "compile", "resume")  # of FEW, where the weights decide the rest
 
 
-def test_readme_commands_run_one_after_the_other(monkeypatch, tmp_path, data_folder, capsys):
+def test_readme_commands_run_one_after_the_other(monkeypatch, tmp_path, data_folder, capsys, no_code):
     """On a tiny model, a tiny text and the CPU, but otherwise to the letter and in the order of the page."""
     prepare = data.prepare.prepare
     prepare([str(data_folder / "words.txt")], tmp_path / "data" / "words", vocab_size=300)
