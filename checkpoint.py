@@ -83,13 +83,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint with the fields of FIELDS (less the two of the format) atomically, and reads it back."""
+    """Writes a checkpoint with the fields of FIELDS (less the two of the format) atomically, and reads it back. OSError
+    if the disk will not take it, ValueError if it did not take it well."""
     state = {"format": FORMAT, "format_version": VERSION} | state
     assert state.keys() == FIELDS.keys(), state.keys() ^ FIELDS.keys()
     bad = first_non_finite(state)
     if bad:
         raise FloatingPointError(f"{bad} holds NaN or Inf after step {state['step']}: not saved")
-    write_atomically(path, lambda file: torch.save(state, file), verify)
+    try:
+        write_atomically(path, lambda file: torch.save(state, file), verify)
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(str(error)) from error
 
 
 def verify(path: Path) -> None:

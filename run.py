@@ -71,10 +71,9 @@ def set_up(wanted: Config, world: World = ALONE) -> Run:
     """
     device = world.everywhere(choose_device, wanted.device, world.local_rank, world.local_size)
     config, data, begin = world.main(decide, wanted, device, world) or (None, None, None)
-    config, folder, outline = world.share(data and (config, data.folder, without_data(begin)))
-    data = world.everywhere(lambda: data or open_dataset(folder))
-    fingerprint = world.share(data.fingerprint)
-    world.everywhere(check_same, data, fingerprint)
+    config, folder, fingerprint, outline = world.share(
+        data and (config, data.folder, data.fingerprint, without_data(begin)))
+    data = world.everywhere(lambda: data or open_same(folder, fingerprint))
     return build(dataclasses.replace(config, device=device), data, begin or outline, world)
 
 
@@ -106,9 +105,12 @@ def base_of(config: Config, saved: dict[str, Any] | None, start: Weights | None)
     return base
 
 
-def check_same(data: Dataset, fingerprint: dict[str, Any]) -> None:
+def open_same(folder: Path, fingerprint: dict[str, Any]) -> Dataset:
+    """The data set in this rank's folder; ValueError if it is not the one with this fingerprint, which rank 0 has."""
+    data = open_dataset(folder)
     if data.fingerprint != fingerprint:
         raise ValueError(f"{data.folder} on {socket.gethostname()} is not the data set that rank 0 has there: copy it")
+    return data
 
 
 def find_saved(config: Config) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,20 @@ def save(path: Path, state: dict[str, Any], world: World) -> None:
                                  f"not saved")
     temporary = path.with_name(f".{path.name}.tmp")
     writer = storage()[0](temporary)
-    problem = (world.problem(world.only_main(fresh_folder), temporary) or written(writer, tensors)
-               or world.problem(world.only_main(write_manifest), temporary, state, writer.places)
-               or world.problem(verify, temporary, world) or world.problem(world.only_main(commit), temporary, path))
-    if problem:
-        world.problem(world.only_main(remove), temporary)
-        raise OSError(problem)
+    try:
+        world.together(world.only_main(fresh_folder), temporary)
+        write_parts(writer, tensors)
+        world.together(world.only_main(write_manifest), temporary, state, writer.places)
+        world.together(verify, temporary, world)
+        world.together(world.only_main(commit), temporary, path)
+    except OSError:
+        with suppress(OSError):  # the next run clears what cannot be removed now
+            world.together(world.only_main(remove), temporary)
+        raise
 
 
-def written(writer: Any, tensors: dict[str, Tensor]) -> str | None:
-    """Writes this rank's part; returns on all ranks what kept one from it."""
+def write_parts(writer: Any, tensors: dict[str, Tensor]) -> None:
+    """Writes this rank's part. OSError on all ranks if one cannot."""
     from torch.distributed.checkpoint import CheckpointException
     from torch.distributed.checkpoint import save as write
 
@@ -67,8 +72,7 @@ def written(writer: Any, tensors: dict[str, Tensor]) -> str | None:
             write(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {reason}" if dist.is_initialized() else f"{reason}"
-    return None
+        raise OSError(f"rank {rank}: {reason}" if rank else f"{reason}") from error
 
 
 def path_of(path: Path, step: int) -> Path:

@@ -200,7 +200,6 @@ def train_step(run: Run) -> tuple[float, float, float]:
                warmup=config.warmup_iters, total=config.max_iters, decay_fraction=config.decay_fraction)
     run.optimizers.set_lr(lr)
     torch.manual_seed(config.seed * 1_000_003 + step + (run.world.rank << 43))
-    run.model.train()
     total = gradients(run)
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
@@ -219,7 +218,8 @@ def train_step(run: Run) -> tuple[float, float, float]:
 def gradients(run: Run) -> torch.Tensor:
     """Leaves the gradient of run.step's global batch in the parameters; returns the loss of this rank's part of it."""
     config, world = run.config, run.world
-    check_data(run)
+    world.together(run.data.check_unchanged)  # where one rank alone would find it, the others would wait
+    run.model.train()
     x, y = batch(run.data, run.step, config.batch_size, config.model.block_size, config.seed, world.rank, world.size)
     parts = len(x) // config.micro_batch_size
     total = torch.zeros((), device=config.device)
@@ -233,17 +233,10 @@ def gradients(run: Run) -> torch.Tensor:
     return total
 
 
-def check_data(run: Run) -> None:
-    """OSError on all ranks if somebody has written to the data set of one."""
-    if problem := run.world.problem(run.data.check_unchanged):
-        raise OSError(problem)
-
-
 def settle(run: Run) -> None:
     """DDP sums gradients in another order from its second backward on; one whose result is thrown away lets a resumed
     run begin with that order, so that it stays bitwise the same run."""
     if run.world.size > 1 and run.config.parallel == "ddp":
-        run.model.train()
         gradients(run)
         run.optimizers.zero_grad()
 
@@ -269,7 +262,7 @@ def skipped_as_spike(run: Run, norm: float) -> bool:
 def evaluate(run: Run, interrupts: Interrupts | None = None) -> float | None:
     """Mean loss (nats per token) over the validation windows, always the same ones; None if a signal came."""
     config = run.config
-    check_data(run)
+    run.world.together(run.data.check_unchanged)
     run.model.eval()
     block_size = config.model.block_size
     loss = mean_loss(run.forward, run.data.val, val_starts(len(run.data.val), block_size, config.eval_iters),
@@ -302,35 +295,34 @@ def save_if_best(run: Run, val_loss: float) -> None:
 
 def save(run: Run, path: Path, optimizer: bool = True, must: bool = False) -> bool:
     """Saves a checkpoint. If the disk will not take it, there is a warning (and False), or an OSError if it `must`."""
+    config, world = run.config, run.world
     learned = {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
     state = {"step": run.step, "model": learned, "optimizer": run.optimizers.state_dict() if optimizer else {},
-             "scaler": run.scaler.state_dict(), "config": run.config.flat(), "data": run.data.fingerprint,
+             "scaler": run.scaler.state_dict(), "config": config.flat(), "data": run.data.fingerprint,
              "base": run.base, "best_val_loss": run.best_val_loss, "grad_norms": run.grad_norms}
-    if run.config.sharded:
-        return write(run, sharded.path_of(path, run.step), state, must)
-    state = gathered(state, run.world)
-    return run.world.share(run.world.main(write, run, path, state, must))
-
-
-def write(run: Run, path: Path, state: dict[str, Any], must: bool) -> bool:
-    """Writes a checkpoint, or all ranks together its parts."""
+    if config.sharded:
+        path = sharded.path_of(path, run.step)
     try:
-        if not run.folder.is_dir():
-            warn(f"{run.folder} has vanished and is made again")
-            claim_folder(run)
-        if run.config.sharded:
-            sharded.save(path, state, run.world)
+        world.together(world.only_main(keep_folder), run)
+        if config.sharded:
+            sharded.save(path, state, world)
         else:
-            checkpoint.save(path, state)
-    except (OSError, RuntimeError, ValueError) as error:  # torch.save turns a full disk into a RuntimeError
+            world.together(world.only_main(checkpoint.save), path, gathered(state, world))
+    except OSError as error:
         first_line = str(error).partition("\n")[0]
         reason = f"{path} could not be saved ({first_line:.200})"
         if must:
             raise OSError(reason) from error
-        if run.world.is_main:
+        if world.is_main:
             warn(f"{reason}; training goes on")
         return False
     return True
+
+
+def keep_folder(run: Run) -> None:
+    if not run.folder.is_dir():
+        warn(f"{run.folder} has vanished and is made again")
+        claim_folder(run)
 
 
 def show_sample(run: Run) -> None:

@@ -61,18 +61,23 @@ class World:
             raise ValueError(f"rank {rank}: {text}")
         raise SystemExit(1)
 
-    def problem(self, function: Callable, *arguments) -> str | None:
-        """Calls function(*arguments) on each rank; what keeps it from working on one of them is told to all."""
-        text = None
+    def together(self, function: Callable, *arguments) -> None:
+        """function(*arguments) on each rank. Where the user's or the machine's fault keeps one from it, OSError on all,
+        who may go on; any other error ends all. No rank may wait for another inside."""
+        status, error = 0, None
         try:
             function(*arguments)
-        except FAULTS as error:
-            text = str(error)
-        if self.size == 1 or not self.largest(text is not None):
-            return text
-        told: list[Any] = [None] * self.size
-        dist.all_gather_object(told, text)
-        return next(f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None)
+        except Exception as raised:  # whatever it is, the others must know
+            status, error = 1 if isinstance(raised, FAULTS) else 2, raised
+        worst = self.largest(status)
+        if worst == 2:
+            raise error if status == 2 else SystemExit(1)
+        if worst == 1:
+            told = [f"{error}" if status else None] * self.size
+            if self.size > 1:
+                dist.all_gather_object(told, told[0])
+            rank, text = next((rank, text) for rank, text in enumerate(told) if text is not None)
+            raise OSError(f"rank {rank}: {text}" if rank else text) from error
 
     def main(self, function: Callable, *arguments) -> Any:
         """function(*arguments) on main, None elsewhere; the others wait, and end with it where it fails."""

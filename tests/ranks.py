@@ -8,6 +8,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from faults.harness import Ranks, command
 from torch.distributed.device_mesh import init_device_mesh
@@ -164,14 +165,14 @@ def muons(kind: str, world: World) -> None:
         torch.testing.assert_close(whole, p.data, rtol=1e-4, atol=1e-5)
 
 
-def failing(rank: int, error: Exception, world: World) -> None:
+def failing(rank: int, error: Exception, world: World, how: str = "everywhere") -> None:
     """One rank fails in what all do, where the user's errors are told."""
     def act():
         if world.rank == rank:
             raise error
 
     with user_errors():
-        world.everywhere(act)
+        getattr(world, how)(act)
 
 
 def agreeing(world: World) -> None:
@@ -182,6 +183,15 @@ def agreeing(world: World) -> None:
     assert world.largest(world.rank % 2) == 1
     mean = torch.full((2,), float(world.rank))
     assert world.mean_(mean).tolist() == [(world.size - 1) / 2] * 2
+    world.together(lambda: None)
+    for rank, words in ((0, "full"), (world.size - 1, f"rank {world.size - 1}: full")):
+        with pytest.raises(OSError, match=f"^{words}$"):  # on each of them, and all go on
+            world.together(partial(full_disk_of, rank, world))
+
+
+def full_disk_of(rank: int, world: World) -> None:
+    if world.rank == rank:
+        raise OSError("full")
 
 
 def dying(world: World) -> None:

@@ -353,18 +353,20 @@ def test_a_resume_from_a_damaged_newest_takes_the_one_before(start, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_save_that_fails_does_not_stop_the_training_but_the_last_one_counts(start, tmp_path, monkeypatch):
-    save = checkpoint.save
+def test_a_save_that_fails_does_not_stop_the_training_but_the_last_one_counts(start, monkeypatch):
+    save = torch.save
 
-    def full_disk(path, state, fails=()):
-        if state["step"] in fails:
-            raise RuntimeError("unexpected pos")
-        save(path, state)
+    def full_disk(fails):
+        def write(state, file):
+            if state["step"] in fails:
+                raise RuntimeError("unexpected pos")
+            save(state, file)
+        monkeypatch.setattr(torch, "save", write)
 
-    monkeypatch.setattr(checkpoint, "save", lambda path, state: full_disk(path, state, fails=(4, 5)))
+    full_disk(fails=(4, 5))
     code, _, err = start()
     assert code == 0 and "could not be saved (unexpected pos); training goes on" in err
-    monkeypatch.setattr(checkpoint, "save", lambda path, state: full_disk(path, state, fails=(12,)))
+    full_disk(fails=(12,))
     code, _, err = start(out="other")
     *_, last = err.splitlines()
     assert code == 1 and "Traceback" not in err

@@ -35,10 +35,11 @@ def test_a_fault_on_any_rank_is_one_line_by_main(tmp_path, data_folder, rank, er
     assert codes == [2, 1, 1] and texts == [f"error: {'rank 2: ' if rank else ''}wrong\n", "", ""]
 
 
+@pytest.mark.parametrize("how", ["everywhere", "together"])
 @pytest.mark.parametrize("rank", [0, 2])
-def test_any_other_error_is_the_traceback_of_its_rank(tmp_path, data_folder, rank):
+def test_any_other_error_is_the_traceback_of_its_rank(tmp_path, data_folder, rank, how):
     codes, texts = trained(3, tmp_path / "run", data_folder,
-                           partial(instead, partial(ranks.failing, rank, KeyError("bug"))))
+                           partial(instead, partial(ranks.failing, rank, KeyError("bug"), how=how)))
     assert codes == [1, 1, 1] and texts.pop(rank).endswith("KeyError: 'bug'\n") and texts == ["", ""]
 
 
