@@ -28,9 +28,10 @@ from bench_norm import NormBench, at_least_one, machine, norms, seconds_of, seve
 from config.schema import Config, convert, help_text, one_line, user_errors
 from cost import flops_per_token, parameter_count
 from device import autocast, choose_device, choose_dtype, matmul_rate, peak_memory
+from generate import generate
 from model import Decoder, ModelConfig, knob
 from run import Run, read_config
-from sample import SampleOptions, for_inference, generate
+from sample import SampleOptions, for_inference
 from train import first_step, timed_step
 
 USAGE = "python bench.py WHAT [config/PRESET.py] [key=value ...]\n\nWithout WHAT, everything that can be measured here."
@@ -131,6 +132,7 @@ class SampleBench:
 
     dtypes: str = knob("auto", "of the matrix products, such as float32,bfloat16; auto = float32 and sample.py's own")
     quantize: str = knob("all", "of none, int8; all = both")
+    compile: bool = knob(False, "each of these compiled, too")
     batches: str = knob("1,4", "samples at once, each of these")
     tokens: int = knob(32, "new tokens of each sample")
     steps: int = knob(5, "timed rounds of each")
@@ -146,8 +148,9 @@ def sampling(arguments: list[str]) -> None:
     device = choose_device(run.device)
     dtypes = options.dtypes if options.dtypes != "auto" else f"float32,{choose_dtype('auto', device)}"
     dtypes = [choose_dtype(d, device) for d in several("dtypes", dtypes, ("float32", "bfloat16", "float16"))]
-    ways = [SampleOptions(device=device, dtype=dtype, quantize=quantize)
-            for dtype, quantize in product(dtypes, several("quantize", options.quantize, ("none", "int8")))]
+    kinds, compiled = several("quantize", options.quantize, ("none", "int8")), sorted({False, options.compile})
+    ways = [SampleOptions(device=device, dtype=dtype, quantize=kind, compile=compile)
+            for dtype, kind, compile in product(dtypes, kinds, compiled)]
     config = dataclasses.replace(run.model, vocab_size=run.model.vocab_size or 32000)
     base, hf = Decoder(config), None
     size, models = matrix_bytes(base), {}
@@ -164,7 +167,7 @@ def sampling(arguments: list[str]) -> None:
         print(f"{parameter_count(config):,} parameters, vocab {config.vocab_size:,}, {options.tokens} tokens after the "
               f"first; {machine(device)}\nreading 256 MB: {limit / 1e9:.1f} GB/s")
         for batch in batches:
-            calls = {way.dtype + (" int8" if way.quantize == "int8" else ""): (
+            calls = {way.dtype + " int8" * (way.quantize == "int8") + " compiled" * way.compile: (
                 partial(sampling_rate, models[stored(way)], way, batch, options.tokens),
                 matrix_bytes(models[stored(way)])) for way in ways}
             if hf:
@@ -186,16 +189,16 @@ def report_sampling(batch: int, calls: dict[str, tuple[Callable[[], float], int]
     print_table(rows)
 
 
-def stored(way: SampleOptions) -> str:
+def stored(way: SampleOptions) -> tuple[str, bool]:
     """What the matrices are in memory."""
-    return way.dtype if way.quantize == "none" else way.quantize
+    return (way.dtype, way.compile) if way.quantize == "none" else (way.quantize, False)
 
 
 def sampling_rate(model: Decoder, way: SampleOptions, batch: int, tokens: int) -> float:
-    """Tokens/s of `batch` samples, less the first, which reads the prompt."""
+    """Tokens/s of `batch` samples, less the first two: one reads the prompt, one may be compiled for."""
     with autocast(way.device, way.dtype):
-        making = generate(model, [0], tokens + 1, num_samples=batch)
-        next(making)
+        making = generate(model, [0], tokens + 2, num_samples=batch, compile=way.compile)
+        next(making), next(making)
         start = time.perf_counter()
         for _ in making:  # each is on the CPU when it comes, so the device has finished
             pass

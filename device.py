@@ -16,6 +16,7 @@ from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
+
 def choose_device(wanted: str, local_rank: int = 0, local_size: int = 1) -> str:
     """The device that `wanted` names, checked; auto = CUDA, then MPS, then CPU. Of `local_size` processes on this
     machine each has a GPU of its own, or they share the CPU."""

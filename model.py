@@ -166,15 +166,20 @@ class KVCache:
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = 0
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k and v [B, K, T, D] behind what is filled; returns views of all of that layer, [B, K, length + T, D].
+    def positions(self, T: int) -> slice:
+        """Of the next T tokens."""
+        return slice(self.length, self.length + T)
 
-        `length` itself moves once per forward, after the last layer.
-        """
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Writes k and v [B, K, T, D] behind what is filled. Returns views of all of that layer, [B, K, length + T, D],
+        and which of these each new token sees, [T, length + T] bool, where that is not all, or all up to itself."""
+        start, T = self.length, k.shape[2]
+        end = start + T
+        self.keys[layer, :, :, start:end], self.values[layer, :, :, start:end] = k, v
+        mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(start) if start and T > 1 else None
+        if layer == len(self.keys) - 1:  # all layers have them now
+            self.length = end
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end], mask
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -207,12 +212,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k = self.queries_and_keys(x, cos, sin)
         v = self.v(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2)  # [B, K, T, D]
-        mask = None
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-            past = k.shape[2] - T
-            if past and T > 1:  # token t of the new ones sees the past and the new ones up to itself
-                mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        k, v, mask = cache.extend(self.layer, k, v) if cache else (k, v, None)
         dropout, causal = self.dropout if self.training else 0.0, mask is None and k.shape[2] == T
         if causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= SHORT:
             y = plain_attention(q, k, v, dropout)
@@ -353,18 +353,17 @@ class Decoder(nn.Module):
 
         With a cache, ids are the tokens that follow those in it, and it is extended by them.
         """
-        start, T = (cache.length if cache else 0), ids.shape[1]
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens are more than block_size={self.config.block_size}")
-        cos, sin = self.cos[start:start + T], self.sin[start:start + T]
+        T = ids.shape[1]
+        positions = cache.positions(T) if cache else slice(T)
+        cos, sin = self.cos[positions], self.sin[positions]
+        if len(cos) < T:
+            raise ValueError(f"{positions.stop} tokens are more than block_size={self.config.block_size}")
         x = self.dropout(self.embed_scale(self.embed(ids)))  # [B, T, C]
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
                 x = block(x, cos, sin, cache)
-        if cache is not None:
-            cache.length += T
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Continue a prompt with a trained model:  python sample.py out/small prompt="def main(" [key=value ...]
 Or see how well it predicts a text:       python sample.py out/small eval=val
 
-Reading order: generate, all that training and benchmarks use of this file; the arithmetic it is made of; the command.
+From the text to its tokens' ids and back; what is between is generate.py's.
 """
 
 import codecs
@@ -10,141 +10,28 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from config.schema import help_text, knobs_of, split_arguments, typed, user_errors
 from data.tokenizer import Tokenizer
 from device import autocast, choose_device, choose_dtype, keep_freed_memory
 from evaluate import evaluate, find_dataset
-from model import Decoder, KVCache, knob
+from generate import generate, window_start
+from model import Decoder, knob
 from quantize import can_pack, pack_matrices, quantize_int8, round_matrices
 from weights import load_model
 
 USAGE = "python sample.py FOLDER [key=value ...]\n\nFOLDER is a run's or Hugging Face's. Every knob with its default:"
 LARGEST_PROMPT = 1_000_000  # bytes of a file or of standard input; far above any context
 FOR_EVAL = ("dataset", "eval_iters", "block_size", "micro_batch_size")
-ARGUMENTS = ("max_new_tokens", "num_samples", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+ARGUMENTS = ("max_new_tokens", "num_samples", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
+             "compile")
 # What a terminal would obey instead of show: C0 but newline and tab, DEL and C1, and the overrides of text direction.
 UNSAFE = dict.fromkeys({*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {9, 10})
-
-
-@torch.inference_mode()  # on a generator it holds only while the generator runs, not in the caller between tokens
-def generate(model: Decoder, ids: list[int], max_new_tokens: int, *, num_samples: int = 1, temperature: float = 1.0,
-             top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0,
-             vocab_size: int | None = None) -> Iterator[list[int]]:
-    """Continues `ids` (at least one) num_samples times at once; yields per new token one id for each sample.
-
-    Ids from vocab_size up (the padding of a model's vocabulary; None = it has none) are never drawn. The same arguments
-    give the same ids; torch's own random state is neither read nor changed. Under the caller's autocast the cache is
-    in its dtype too. Leaves the model in eval mode. FloatingPointError if the logits are not finite.
-    """
-    device, block_size = model.embed.weight.device, model.config.block_size
-    model.eval()
-    generator = torch.Generator(device).manual_seed(seed)
-    window = torch.tensor([ids], device=device)  # [B, T] what the model sees; B is 1 until the prompt is read
-    seen = torch.zeros(num_samples, model.config.vocab_size, dtype=torch.bool, device=device)
-    seen[:, ids] = True
-    cache = KVCache(model.config, 1, min(block_size, len(ids) + max_new_tokens), device, compute_dtype(model))
-    for _ in range(max_new_tokens):
-        start = window_start(window.shape[1], block_size)
-        if start:
-            window, cache.length = window[:, start:], 0
-        logits = model.logits(model.features(window[:, cache.length:], cache)[:, -1]).float()
-        if not torch.isfinite(logits.sum()):
-            raise FloatingPointError("the model's logits hold NaN or Inf: its weights are damaged, or too large for "
-                                     "this dtype (then dtype=float32 helps)")
-        widen(cache, num_samples)
-        logits = penalise(logits.expand(num_samples, -1), seen, repetition_penalty)[:, :vocab_size]
-        if temperature == 0:
-            new = logits.argmax(-1, keepdim=True)  # [B, 1]
-        else:
-            new = draw(logits_to_probabilities(logits, temperature, top_k, top_p, min_p), generator)
-        seen.scatter_(1, new, True)
-        window = torch.cat((window.expand(num_samples, -1), new), dim=1)
-        yield new.flatten().tolist()
-
-
-def window_start(length: int, block_size: int) -> int:
-    """The index of the first of `length` tokens that the model still sees.
-
-    Everything, up to block_size. Then the oldest half of the window is dropped, and what remains is read again from
-    position 0, so the model always sees a context as in training; the next block_size / 2 tokens cost one step each.
-    """
-    half = max(1, block_size // 2)
-    return -(-max(0, length - block_size) // half) * half
-
-
-def compute_dtype(model: Decoder) -> torch.dtype:
-    """The dtype of the model's keys and values: that of the active autocast, else of its weights."""
-    weight = model.embed.weight
-    if torch.is_autocast_enabled(weight.device.type):
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype
-
-
-def widen(cache: KVCache, batch: int) -> None:
-    """Repeats the cache of one sequence for `batch` of them; a wide one stays as it is."""
-    if cache.keys.shape[1] != batch:
-        cache.keys, cache.values = (t.repeat(1, batch, 1, 1, 1) for t in (cache.keys, cache.values))
-
-
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Makes tokens that were `seen` [B, V] bool less likely if penalty > 1. Keskar et al. 2019, arXiv 1909.05858, 4.1.
-
-    As all implementations but unlike the paper, which divides always, negative logits [B, V] are multiplied.
-    """
-    if penalty == 1:
-        return logits
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def logits_to_probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-                            min_p: float = 0.0) -> Tensor:
-    """fp32 logits [B, V] -> what to draw from [B, V]. Each step works on what the one before has left, renormalised.
-
-    1. temperature divides the logits; 0 is its limit, the likeliest token for certain.
-    2. top_k keeps the k likeliest; 0 = all, and so does a k above V.
-    3. top_p keeps the fewest, likeliest first, that reach p together. Holtzman et al. 2019, arXiv 1904.09751.
-    4. min_p keeps those of at least min_p times the likeliest's probability. Nguyen et al. 2024, arXiv 2407.01082.
-    """
-    if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    shifted = logits - logits.amax(-1, keepdim=True)  # at most 0, so that no temperature overflows
-    probabilities = (shifted / max(temperature, 1e-6)).softmax(-1)
-    if 0 < top_k < logits.shape[-1]:
-        kept, where = probabilities.topk(top_k)
-        probabilities = normalised(torch.zeros_like(probabilities).scatter(-1, where, kept))
-    if top_p < 1:
-        ordered, where = probabilities.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered  # of all likelier ones; exactly 0 for the first, which always stays
-        probabilities = normalised(probabilities.scatter(-1, where, ordered.masked_fill(before >= top_p, 0)))
-    if min_p > 0:
-        least = min_p * probabilities.amax(-1, keepdim=True)
-        probabilities = normalised(probabilities.masked_fill(probabilities < least, 0))
-    return probabilities
-
-
-def normalised(weights: Tensor) -> Tensor:
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """An id [B, 1] for each row [B, V]: the first at which the running sum is above a uniform number.
-
-    torch.multinomial draws a number for every entry, one after the other: a third of the time of a small model's step.
-    """
-    wide = torch.float32 if probabilities.device.type == "mps" else torch.float64  # which MPS does not have
-    sums = probabilities.cumsum(-1, dtype=wide)
-    uniform = torch.rand(len(sums), 1, generator=generator, device=sums.device)
-    below = sums[:, -1:] * (1 - 2**-23)  # however it is rounded, the last sum stays above
-    return torch.searchsorted(sums, uniform * below, right=True)
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -184,6 +71,8 @@ class SampleOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
         "auto", "of the matrix products. auto = bfloat16 where the hardware has it, else float32")
     quantize: Literal["none", "int8"] = knob("none", "int8 = matrices as whole numbers with a scale for each output")
+    compile: bool = knob(False, "compile what a token takes: for long texts on CUDA, where starting kernels one by one "
+                                "takes longer than they do")
     eval: Literal["none", "val", "train"] = knob("none", "instead of sampling, print the loss on this split of dataset")
     dataset: str = knob("", "eval: folder under data/, made by data/prepare.py; '' = what the run was trained on")
     eval_iters: int = knob(0, "eval: windows, evenly spread, always the same; 0 = the whole split")
@@ -206,8 +95,8 @@ class SampleOptions:
                     for name, (kept, rule) in rules.items() if not kept]
         if self.interactive and self.prompt != "-":
             problems.append("interactive=true asks for the prompts: leave prompt out")
-        if self.eval != "none" and (self.interactive or self.prompt != "-"):
-            problems.append(f"eval={self.eval} samples nothing: leave prompt and interactive out")
+        if self.eval != "none" and (self.interactive or self.compile or self.prompt != "-"):
+            problems.append(f"eval={self.eval} samples nothing: leave prompt, interactive and compile out")
         if self.eval == "none" and (idle := [name for name in FOR_EVAL if getattr(self, name)]):
             problems.append(f"{' and '.join(idle)} only count with eval=val or eval=train")
         if self.quantize == "int8" and self.dtype == "float16":
@@ -301,7 +190,7 @@ def for_inference(model: Decoder, options: SampleOptions) -> None:
     dtype = getattr(torch, options.dtype)
     if options.quantize == "int8":
         quantize_int8(model)
-    elif options.device == "cpu" and can_pack(dtype):
+    elif options.device == "cpu" and can_pack(dtype) and not options.compile:  # a compiler cannot look into these
         pack_matrices(model, dtype)
     elif dtype != torch.float32:
         round_matrices(model, dtype)

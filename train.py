@@ -25,13 +25,14 @@ from data.loader import batch, val_starts
 from data.tokenizer import load_tokenizer
 from device import autocast, matmul_rate, peak_memory, to_device
 from evaluate import mean_loss
+from generate import generate
 from lock import Lock
 from metrics import Log, has_evaluation, open_tracker, plot_losses, read_metrics, summary
 from model import ModelConfig
 from optim import SPIKE_WINDOW, lr_at, spike_threshold
 from parallel import accumulate, clip_gradients, finish_gradients, gathered, is_shared, plain, release
 from run import Run, claim_folder, read_config, set_up
-from sample import generate, prompt_ids, show
+from sample import prompt_ids, show
 from world import ALONE, World, join, leave
 
 USAGE = ("python train.py [config/PRESET.py] [key=value ...]\n\nWithout a preset, config/small.py is run. Every knob, "

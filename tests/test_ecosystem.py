@@ -15,7 +15,7 @@ import torch
 from test_hf import LLAMA3, model_of, run_hf, save_run
 
 from data.tokenizer import train_sentencepiece
-from sample import generate
+from generate import generate
 from weights import load_model
 
 TEXT = Path(json.__file__).read_text(encoding="utf-8")

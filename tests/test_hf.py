@@ -23,9 +23,9 @@ import sample
 import train
 from config.schema import Config
 from data.tokenizer import ByteTokenizer, CharTokenizer, train_sentencepiece
+from generate import generate
 from hf_tokenizer import tokenizer_files
 from model import Decoder, ModelConfig
-from sample import generate
 from weights import load_model, open_weights, shapes
 
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import quantize
+from generate import generate
 from model import Decoder, ModelConfig
 from quantize import Int8Linear, PackedLinear, can_pack, fold_norms, pack_matrices, quantize_int8, round_matrices
-from sample import SampleOptions, for_inference, generate
+from sample import SampleOptions, for_inference
 
 
 def random(*shape, seed=0) -> torch.Tensor:

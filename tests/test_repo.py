@@ -36,11 +36,13 @@ MAY_IMPORT = {  # module: what of ours it may import; a command may not be impor
     "weights": {"checkpoint", "config.schema", "data.tokenizer", "evaluate", "lora", "model"},
     "metrics": {"checkpoint", "config.schema", "cost", "data.loader", "device", "lora", "world"},
     "watch": {"config.schema", "device", "metrics", "model", "norm"},
-    "sample": {"config.schema", "data.tokenizer", "device", "evaluate", "model", "quantize", "weights"},
+    "generate": {"model"},
+    "sample": {"config.schema", "data.tokenizer", "device", "evaluate", "generate", "model", "quantize", "weights"},
     "run": {"checkpoint", "config.schema", "cost", "data.corpus", "data.loader", "data.prepare", "data.tokenizer",
             "device", "model", "optim", "parallel", "sharded", "weights", "world"},
-    "train": {"checkpoint", "config.schema", "cost", "data.loader", "data.tokenizer", "device", "evaluate", "lock",
-              "metrics", "model", "optim", "parallel", "run", "sample", "sharded", "watch", "world"},
+    "train": {"checkpoint", "config.schema", "cost", "data.loader", "data.tokenizer", "device", "evaluate",
+              "generate", "lock", "metrics", "model", "optim", "parallel", "run", "sample", "sharded", "watch",
+              "world"},
     "report": {"metrics"},
     "compare": {"checkpoint", "config.schema", "device", "lock", "metrics", "model", "norm", "report", "run",
                 "train", "watch"},
@@ -50,8 +52,8 @@ MAY_IMPORT = {  # module: what of ours it may import; a command may not be impor
     "bench_cost": {"bench_beside", "bench_norm", "config.schema", "cost", "data.corpus", "data.loader", "data.prepare",
                    "data.tokenizer", "device", "model", "run", "train"},
     "bench_plan": {"bench_beside", "bench_norm", "config.schema", "cost", "device", "lora", "model", "run"},
-    "bench": {"bench_beside", "bench_cost", "bench_norm", "bench_plan", "config.schema", "cost", "device", "model",
-              "run", "sample", "train"},
+    "bench": {"bench_beside", "bench_cost", "bench_norm", "bench_plan", "config.schema", "cost", "device",
+              "generate", "model", "run", "sample", "train"},
     "llama2c": {"checkpoint", "data.tokenizer", "model"},
     "hf_tokenizer": {"data.tokenizer", "data.tokenizer_json"},
     "hf": {"checkpoint", "config.schema", "cost", "data.prepare", "data.tokenizer", "device", "hf_tokenizer", "llama2c",
@@ -114,7 +116,7 @@ def test_files_are_short():
     lines = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCES}
     assert {p: n for p, n in lines.items() if n > 400} == {}
     code = {str(p.relative_to(ROOT)): lines_of_code(p) for p in SOURCES}
-    assert sum(n for p, n in code.items() if p not in LAB | EXCHANGE | RANKS | PRESETS) <= 3300
+    assert sum(n for p, n in code.items() if p not in LAB | EXCHANGE | RANKS | PRESETS) <= 3320
     assert sum(n for p, n in code.items() if p in LAB) <= 1910
     assert sum(n for p, n in code.items() if p in EXCHANGE) <= 1100
     assert sum(n for p, n in code.items() if p in RANKS) <= 550
