@@ -56,8 +56,8 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 class SampleOptions:
     """What is sampled or evaluated, and how."""
 
-    prompt: str = knob("-", "text to continue; FILE:path = a file's, - = standard input's unless that is a terminal; "
-                       "their last newline does not count")
+    prompt: str = knob("", "text to continue; FILE:path = a file's, - = standard input's; their last newline does not "
+                       "count")
     checkpoint: str = knob("latest", "latest, best or a step")
     max_new_tokens: int = knob(200, "tokens to generate")
     num_samples: int = knob(1, "texts to generate, all at once")
@@ -93,9 +93,9 @@ class SampleOptions:
         rules |= {name: (getattr(self, name) >= 0, "0 (automatic) or more") for name in FOR_EVAL[1:]}
         problems = [f"{name} must be {rule}, got {getattr(self, name)}"
                     for name, (kept, rule) in rules.items() if not kept]
-        if self.interactive and self.prompt != "-":
+        if self.interactive and self.prompt:
             problems.append("interactive=true asks for the prompts: leave prompt out")
-        if self.eval != "none" and (self.interactive or self.compile or self.prompt != "-"):
+        if self.eval != "none" and (self.interactive or self.compile or self.prompt):
             problems.append(f"eval={self.eval} samples nothing: leave prompt, interactive and compile out")
         if self.eval == "none" and (idle := [name for name in FOR_EVAL if getattr(self, name)]):
             problems.append(f"{' and '.join(idle)} only count with eval=val or eval=train")
@@ -163,8 +163,9 @@ def parse(argv: list[str]) -> tuple[Path, SampleOptions]:
 def prompt_text(prompt: str) -> str:
     """The text that prompt=... stands for."""
     if prompt == "-":
-        nobody = sys.stdin is None or sys.stdin.isatty()
-        return "" if nobody else read_text(sys.stdin.buffer, "standard input")
+        if sys.stdin is None:
+            raise ValueError("prompt=-, but there is no standard input")
+        return read_text(sys.stdin.buffer, "standard input")
     if prompt.startswith("FILE:"):
         path = Path(prompt.removeprefix("FILE:"))
         if path.exists() and not path.is_file():  # a FIFO would wait for ever

@@ -67,9 +67,8 @@ def refused(capsys, *argv) -> str:
     return err
 
 
-def give_input(monkeypatch, content: bytes, terminal: bool = False) -> None:
+def give_input(monkeypatch, content: bytes) -> None:
     stream = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
-    stream.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stdin", stream)
 
 
@@ -105,7 +104,7 @@ def test_an_empty_prompt_starts_from_bos(tmp_path, capsys, monkeypatch):
     given = []
     monkeypatch.setattr(sample, "generate", lambda model, ids, **options: given.append(ids) or iter([[65]]))
     assert sampled(capsys, run, "prompt=")[0] == "A\n"
-    give_input(monkeypatch, b"nobody typed this", terminal=True)
+    give_input(monkeypatch, b"not asked for")
     assert sampled(capsys, run)[0] == "A\n"
     assert given == [[256], [256]]
 
@@ -116,7 +115,9 @@ def test_the_prompt_comes_from_a_file_or_from_standard_input_without_its_last_ne
     script(monkeypatch, [8])
     assert sampled(capsys, run, f"prompt=FILE:{path}")[0] == "ab\nh\n"
     give_input(monkeypatch, b"cd\n")
-    assert sampled(capsys, run)[0] == "cdh\n"
+    assert sampled(capsys, run, "prompt=-")[0] == "cdh\n"
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "there is no standard input" in refused(capsys, run, "prompt=-")
 
 
 def test_prompts_that_cannot_be_read_are_refused(run, capsys, monkeypatch):
@@ -129,7 +130,7 @@ def test_prompts_that_cannot_be_read_are_refused(run, capsys, monkeypatch):
     os.mkfifo(run / "fifo")
     assert "is not a regular file: a pipe can come in by prompt=-" in refused(capsys, run, f"prompt=FILE:{run}/fifo")
     give_input(monkeypatch, b"\xff")
-    assert "standard input is not UTF-8" in refused(capsys, run)
+    assert "standard input is not UTF-8" in refused(capsys, run, "prompt=-")
     assert "'xz'" in refused(capsys, run, "prompt=azax")
     assert "surrogates not allowed" in refused(capsys, run, "prompt=\udcff")
 
