@@ -1,4 +1,4 @@
-"""The loss of a decoder's last layer, without ever holding the logits of all tokens.
+"""The loss of a decoder's last layer, without holding the logits of all tokens where these are many.
 
 A batch has vocab_size logits for each token, in fp32: often the largest tensor of a training step, and a plain
 cross-entropy keeps two or three of its size for backward. Here they exist for some rows at a time.
@@ -12,21 +12,23 @@ from torch import Tensor
 
 from norm import widen
 
-LOGITS, PARTS = 2**25, 8  # so many at once, or this part of them all if that is more: few pieces compile soon
+IGNORED = -100  # as a target: a row that does not count
+LOGITS = 2**25  # computed at once: 128 MB in fp32
+PARTS = 8  # pieces at most, since each is compiled
 
 
 def head_loss(x: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
     """Mean cross-entropy, nats, in fp32, of logits(x) = x @ weight.T [N, V] against targets [N] int64.
 
-    x [N, C], weight [V, C]; targets of -100 do not count. Without gradients logits() alone is used, so that the head
-    may be any function of x.
+    x [N, C], weight [V, C]; targets that are IGNORED do not count. Without gradients logits() alone is used, so that
+    the head may be any function of x.
     """
     rows = rows_at_once(len(x), len(weight))
     if torch.is_grad_enabled() and x.requires_grad:
         return HeadLoss.apply(x, weight, targets, rows)
-    sums = [F.cross_entropy(widen(logits(some)), wanted, reduction="sum")
+    sums = [F.cross_entropy(widen(logits(some)), wanted, ignore_index=IGNORED, reduction="sum")
             for some, wanted in zip(x.split(rows), targets.split(rows), strict=True)]
-    return torch.stack(sums).sum() / (targets >= 0).sum()
+    return torch.stack(sums).sum() / (targets != IGNORED).sum()
 
 
 def rows_at_once(rows: int, vocab: int) -> int:
@@ -57,7 +59,7 @@ class HeadLoss(torch.autograd.Function):
                 dx.append(error @ matrix)
                 if dweight is not None:
                     dweight += error.T @ some
-        count = (targets >= 0).sum()
+        count = (targets != IGNORED).sum()
         ctx.save_for_backward(torch.cat(dx), dweight, count * factor)
         ctx.dtype = x.dtype
         return total / count
@@ -66,13 +68,14 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, dloss: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         dx, dweight, divisor = ctx.saved_tensors
         scale = dloss / divisor
-        return (dx * scale).to(ctx.dtype), None if dweight is None else dweight * scale, None, None
+        return dx.to(ctx.dtype) * scale, None if dweight is None else dweight * scale, None, None
 
 
 def loss_and_error(logits: Tensor, targets: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     """The sum of the cross-entropies of logits [R, V], which are overwritten, and `factor` times its gradient by them:
     softmax less the one-hot target."""
-    counts, place = (targets >= 0).unsqueeze(1), targets.clamp(min=0).unsqueeze(1)
+    counts = (targets != IGNORED).unsqueeze(1)
+    place = torch.where(counts, targets.unsqueeze(1), 0)
     log_sum = logits.logsumexp(1, keepdim=True)
     loss = ((log_sum - logits.gather(1, place)) * counts).sum()
     error = logits.sub_(log_sum).exp_()
