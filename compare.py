@@ -36,7 +36,7 @@ import train
 import watch
 from checkpoint import NEVER_COMPARED, all_in, write_atomically
 from config.schema import Config, convert, help_text, knobs_of, split_arguments, user_errors
-from device import processor
+from device import processor, versions
 from lock import Lock
 from metrics import read_metrics
 from model import ModelConfig
@@ -77,8 +77,9 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Equal for two cells exactly if they are the same run."""
-        return json.dumps({k: v for k, v in self.config.flat().items() if k not in NEVER_COMPARED}, sort_keys=True)
+        """Equal for two cells exactly if they are the same run, of the same code."""
+        knobs = {k: v for k, v in self.config.flat().items() if k not in NEVER_COMPARED}
+        return json.dumps(knobs | {"code": versions()["code"]}, sort_keys=True)
 
     @property
     def name(self) -> str:
@@ -381,7 +382,6 @@ class Lab:
         plan, cell, results = self.plan, self.cells[0], self.records(self.cells)
         micro = " and ".join(map(str, sorted(set(timing["micro_batch_size"].values()))))
         again = arguments(cell.knobs | self.automatic(cell) | {"out_dir": "out/again"})
-        made_with = sorted({", ".join(f"{k} {v}" for k, v in result["versions"].items()) for result in results})
         return {
             "command": f"`{self.command}`",
             "cells": f"arms {len(plan.arms)} x learning rates {len(plan.rates)} x seeds {plan.seeds} from "
@@ -392,7 +392,7 @@ class Lab:
             "machine": f"{processor(self.choices['device'])}, threads: {results[0]['threads']} for a cell, "
                        f"{torch.get_num_threads()} for timing, {self.choices['dtype']}, micro-batches of {micro}, "
                        f"{'' if self.choices['compile'] is True else 'not '}compiled",
-            "versions": "; ".join(made_with),
+            "versions": "; ".join(sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in results})),
             "weights": f"not kept; the first cell's: `{shlex.join(['python', 'train.py', *plan.preset, *again])}`"}
 
 

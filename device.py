@@ -1,6 +1,8 @@
 """This machine: which device and dtype `auto` means here, how fast it multiplies, how much memory it has."""
 
+import ast
 import ctypes
+import hashlib
 import os
 import platform
 import re
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+TRAINS = ("model", "norm", "norm_triton", "loss", "optim", "train", "run", "parallel", "evaluate", "data/loader")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
@@ -129,15 +132,20 @@ def processor(device: str) -> str:
     return name[1] if name else platform.processor() or platform.machine()
 
 
+@cache
 def versions() -> dict[str, str | None]:
-    """Of Python, PyTorch and this program (its commit, where it is a git checkout): what a result depends on."""
+    """What a result depends on: the versions of Python and PyTorch; of this program its commit, where it is a git
+    checkout, "-dirty" if that was changed, and a hash of the code that trains, in which comments do not count."""
+    here = Path(__file__).parent
     try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
-                             timeout=5)
+        git = subprocess.run(["git", "describe", "--match=", "--always", "--abbrev=40", "--dirty"], cwd=here,
+                             capture_output=True, text=True, timeout=5)
         commit = git.stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         commit = None
-    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
+    trees = [ast.dump(ast.parse((here / f"{name}.py").read_bytes())) for name in TRAINS]
+    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit,
+            "code": hashlib.sha256("".join(trees).encode()).hexdigest()[:16]}
 
 
 def total_memory(device: str) -> float:

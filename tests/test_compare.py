@@ -167,6 +167,12 @@ def test_finished_cells_are_never_trained_again(compared):
     assert results(compared.folder)[:4] == first
 
 
+def test_a_cell_of_other_code_is_another_cell(compared, monkeypatch):
+    compared(*BOTH, "seeds=1")
+    monkeypatch.setattr(compare, "versions", lambda: {"code": "other"})
+    assert compared(*BOTH, "seeds=1")[0] == 0 and len(compared.cells) == 2
+
+
 def test_a_line_that_a_kill_cut_short_is_cut_off_and_its_cell_trained_again(compared):
     compared(*BOTH, "seeds=1")
     whole = (compared.folder / "results.jsonl").read_bytes()
