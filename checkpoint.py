@@ -40,6 +40,10 @@ NEVER_COMPARED = ("out_dir", "resume", "log_interval", "keep", "sample_prompt", 
                   "tracker", "watch")
 
 
+class InParts(ValueError):
+    """A checkpoint that only runs and sharded.py can read."""
+
+
 def path_of(folder: Path, step: int) -> Path:
     return folder / f"ckpt_{step:08d}.pt"
 
@@ -150,7 +154,8 @@ def foreign_global(archive: zipfile.ZipFile) -> str | None:
 def load(path: Path) -> dict[str, Any]:
     """A verified checkpoint as plain tensors on the CPU and plain types. ValueError if it is not a sound one."""
     if path.suffix == ".shards":
-        raise ValueError(f"{path} is in parts: python sharded.py {path.parent} makes it one file")
+        which = "best" if step_of(path) is None else step_of(path)
+        raise InParts(f"{path} is in parts: python sharded.py {path.parent} checkpoint={which} makes it one file")
     verify(path)
     try:
         with warnings.catch_warnings():
@@ -237,6 +242,8 @@ def load_newest(folder: Path, load: Callable[[Path], dict[str, Any]] = load) -> 
     for step, path in reversed(all_in(folder)):
         try:
             state = load(path)
+        except InParts:  # no reason to go back to an older one
+            raise
         except (ValueError, OSError) as error:
             problems.append(str(error))
             warn(str(error))
@@ -256,6 +263,7 @@ def load_named(folder: Path, which: str) -> dict[str, Any]:
     if which != "best" and not which.isdecimal():
         raise ValueError(f"checkpoint must be latest, best or a step, got {which!r}")
     path = folder / "best.pt" if which == "best" else path_of(folder, int(which))
+    path = max(folder.glob(f"{path.stem}*.shards"), default=path) if not path.exists() else path
     if not path.exists():
         there = ", ".join(str(step) for step, _ in all_in(folder)) or "none"
         raise ValueError(f"{path} does not exist; steps in {folder}: {there}")
@@ -326,7 +334,7 @@ def compare_with_run(state: dict[str, Any], config: dict[str, Any], data: dict[s
         line = f"{name}: checkpoint={saved.get(name)!s:.80}, now={now}"
         (refused if name in FIXED else allowed).append(line)
     refused += [f"data {name}: checkpoint={state['data'].get(name)!s:.80}, now={now}"
-                for name, now in data.items() if state["data"].get(name) != now]
+                for name, now in data.items() if name != "name" and state["data"].get(name) != now]
     if refused:
         raise ValueError("this is not the run in out_dir: " + "; ".join(refused) + " (put them back, or name another "
                          "out_dir)")

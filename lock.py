@@ -20,8 +20,8 @@ OURS = ("ckpt_*.pt", "best.pt", "*.shards", "tokenizer.*", "*.json", "*.jsonl") 
 class Lock:
     """`folder`, made if it is missing, for this process alone; ValueError if another one has it.
 
-    The kernel lets go when a process ends, however it ends, so no lock is ever left behind. Files that a killed process
-    had not finished are removed.
+    The kernel lets go when a process ends, however it ends, so no lock is ever left behind. What a killed process had
+    not finished is removed, what it had put aside for that is put back.
     """
 
     def __init__(self, folder: Path):
@@ -34,6 +34,9 @@ class Lock:
             self.file.close()
             self.file = self.taken()
         print(f"process {os.getpid()} on {socket.gethostname()}", file=self.file, flush=True)
+        for aside in folder.glob(".*.shards.old"):
+            there = aside.with_name(aside.name[1:].removesuffix(".old"))
+            shutil.rmtree(aside) if there.exists() else aside.rename(there)
         for name in OURS:
             for unfinished in folder.glob(f".{name}.tmp"):
                 shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()

@@ -22,6 +22,7 @@ from data.loader import DATA, Dataset, open_dataset, train_starts, val_starts
 from data.prepare import prepare
 from data.tokenizer import tokenizer_file, tokenizer_sha256
 from device import choose_device, choose_dtype, keep_freed_memory, versions
+from metrics import read_metrics
 from model import Decoder
 from optim import Optimizers
 from parallel import (
@@ -50,6 +51,8 @@ class Run:
     scaler: torch.amp.GradScaler
     world: World = ALONE
     step: int = 0  # optimizer steps done
+    restored: bool = False  # from its newest checkpoint
+    updated: bool = False  # since then: an update has begun, whole or not
     best_val_loss: float = math.inf
     base: dict[str, Any] = field(default_factory=dict)  # of adapters: path and checksum of the weights they are for
     grad_norms: list[float] = field(default_factory=list)  # of the last steps, to know a spike by
@@ -120,6 +123,10 @@ def find_saved(config: Config) -> dict[str, Any] | None:
     if is_hf(folder):
         raise ValueError(f"out_dir={folder} is a Hugging Face folder, whose files would be lost: name another")
     best = [*folder.glob("best.pt"), *folder.glob("best_*.shards")]
+    saved_before = config.save_interval and any(r["step"] > config.save_interval for r in read_metrics(folder))
+    if best and not there and saved_before:
+        raise ValueError(f"{folder} has {best[0].name} but no checkpoint to go on from any more: name another out_dir; "
+                         f"init_from={best[0]} begins with these weights there")
     if config.resume == "no" and (there or best):
         newest = there[-1][1].name if there else best[0].name
         raise ValueError(f"{folder} already holds a run ({newest}): continue it with resume=auto, or name "
@@ -226,6 +233,7 @@ def build(config: Config, data: Dataset, begin: dict[str, Any], world: World = A
         if saved["scaler"]:  # empty if the run was not in float16 so far
             scaler.load_state_dict(saved["scaler"])
         run.step, run.best_val_loss, run.grad_norms = saved["step"], saved["best_val_loss"], saved["grad_norms"]
+        run.restored = True
     return run
 
 

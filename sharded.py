@@ -96,9 +96,8 @@ def fresh_folder(folder: Path) -> None:
     folder.mkdir()
 
 
-def remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def storage() -> tuple[type, type]:
@@ -171,12 +170,18 @@ def crc_of(path: Path) -> int:
 
 
 def commit(temporary: Path, path: Path) -> None:
-    """The moment at which a checkpoint counts; of those that are only the best one so far it is then the only one."""
-    remove(path)  # of a run that had to go back before it
+    """The moment at which a checkpoint counts; of those that are only the best one so far it is then the only one.
+
+    One of the same name is put aside until then, for lock.Lock to put back if this is as far as it came."""
+    before = path.with_name(f".{path.name}.old")
+    if path.exists():
+        remove(before)
+        os.rename(path, before)
     os.rename(temporary, path)
     checkpoint.sync_folder(path.parent)
-    for other in path.parent.glob("best_*.shards") if path.name.startswith("best_") else ():
-        if other != path:
+    remove(before)
+    if path.name.startswith("best_"):
+        for other in {path.with_name("best.pt"), *path.parent.glob("best_*.shards")} - {path}:
             remove(other)
 
 

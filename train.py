@@ -82,9 +82,11 @@ def main(argv: list[str]) -> int:
     with lock:
         with user_errors():
             run = set_up(config, world)
-            tracker = world.main(open_tracker, run.config.tracker, run.folder, run.config.flat())
-            world.main(claim_folder, run)
-        code = train(run, tracker)
+            finished = is_finished(run)
+            if not finished:
+                tracker = world.main(open_tracker, run.config.tracker, run.folder, run.config.flat())
+                world.main(claim_folder, run)
+        code = 0 if finished else train(run, tracker)
         with user_errors():  # the run is over and saved, so a signal may end the rest at once
             if code == 0 and world.is_main:
                 plot_losses(run.folder)
@@ -95,10 +97,7 @@ def main(argv: list[str]) -> int:
 def train(run: Run, tracker=None) -> int:
     """The loop: evaluate, save, step. Returns the exit code."""
     config, world = run.config, run.world
-    if run.step >= config.max_iters and world.share(world.main(is_evaluated, run)):
-        world.main(checkpoint.prune, run.folder, config.keep, run.step)  # a kill may have come before it
-        print(f"already at step {run.step} of {config.max_iters}: nothing to do (a larger max_iters would go on)")
-        return 0
+    changed = not run.restored  # since the last checkpoint
     with Interrupts(world) as interrupts, open_log(run, tracker, interrupts) as log:
         try:
             while True:
@@ -107,9 +106,10 @@ def train(run: Run, tracker=None) -> int:
                     if val_loss is not None:  # None: a signal came in between; the resumed run evaluates again
                         log.evaluation(run.step, val_loss)
                         save_if_best(run, val_loss)
+                        changed = True
                 last = interrupts.agreed() or run.step >= config.max_iters
-                if last or (config.save_interval and run.step and run.step % config.save_interval == 0):
-                    save(run, checkpoint.path_of(run.folder, run.step), must=last)
+                if changed and (last or (config.save_interval and run.step and run.step % config.save_interval == 0)):
+                    changed = not save(run, checkpoint.path_of(run.folder, run.step), must=last)
                     world.main(checkpoint.prune, run.folder, config.keep, run.step)
                 if last:
                     break
@@ -117,7 +117,8 @@ def train(run: Run, tracker=None) -> int:
                     log.watch(run.step + 1, observe(run))
                 done = timed_step(run) if log.steps_timed else first_step(run, interrupts)
                 if done:
-                    if run.config.compile and not log.steps_timed:
+                    changed = True
+                    if run.config.compile and not log.steps_timed:  # run.config: first_step may have given it up
                         log.line(f"compiled in {done[-1]:.0f} s, the first step included; later runs find it cached")
                     log.training(run.step, *done)
         except (FloatingPointError, OSError) as error:  # OSError: the last save failed, or the data changed
@@ -173,7 +174,7 @@ def first_step(run: Run, interrupts: Interrupts | None = None) -> tuple[float, f
             return timed_step(run, first=True)
         except torch.cuda.OutOfMemoryError:
             micro = run.config.micro_batch_size
-            if run.world.size > 1 or micro == 1 or run.optimizers.state_dict():  # the update cannot be taken back
+            if run.world.size > 1 or micro == 1 or run.updated:  # which cannot be taken back
                 raise
             smaller = max(m for m in range(1, micro // 2 + 1) if run.config.batch_size % m == 0)
             print(f"out of GPU memory with micro_batch_size={micro}: trying {smaller}")
@@ -207,7 +208,8 @@ def train_step(run: Run) -> tuple[float, float, float]:
     norm = clip_gradients(run.model.parameters(), config.grad_clip)
     loss, norm = torch.stack((run.world.mean_(total), norm)).tolist()  # the one wait for the device
     check_finite(run, loss, norm)
-    if math.isfinite(norm) and not skipped_as_spike(run, norm):  # not so: an overflow in float16, which update() notes
+    if math.isfinite(norm) and not skipped_as_spike(run, norm):  # an Inf here is float16's: update() halves its scale
+        run.updated = True
         for optimizer in run.optimizers:
             run.scaler.step(optimizer)
     run.scaler.update()
@@ -275,8 +277,15 @@ def evaluate(run: Run, interrupts: Interrupts | None = None) -> float | None:
     return loss
 
 
-def is_evaluated(run: Run) -> bool:
-    return has_evaluation(read_metrics(run.folder), run.step)
+def is_finished(run: Run) -> bool:
+    """Whether nothing is left to do, which is then said: the last step is done, saved and evaluated."""
+    config, world = run.config, run.world
+    finished = run.step >= config.max_iters and world.share(
+        world.main(lambda: has_evaluation(read_metrics(run.folder), run.step)))
+    if finished:
+        world.main(checkpoint.prune, run.folder, config.keep, run.step)  # a kill may have come before it
+        print(f"already at step {run.step} of {config.max_iters}: nothing to do (a larger max_iters would go on)")
+    return finished
 
 
 def evaluation_is_due(run: Run, log: Log) -> bool:

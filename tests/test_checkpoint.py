@@ -313,11 +313,14 @@ def test_weights_that_do_not_fit_are_named():
 
 
 def test_a_changed_run_is_refused_field_by_field_and_a_tuned_one_told():
-    saved = {"config": {"n_layer": 6, "seed": 1, "learning_rate": 1e-3, "out_dir": "a"}, "data": {"name": "x"}}
+    saved = {"config": {"n_layer": 6, "seed": 1, "learning_rate": 1e-3, "out_dir": "a"},
+             "data": {"name": "x", "content_sha256": "1"}}
     now = saved["config"] | {"n_layer": 8, "seed": 2, "learning_rate": 2e-3, "out_dir": "b"}
     with pytest.raises(ValueError) as error:
-        compare_with_run(saved, now, {"name": "y"})
-    for words in ("n_layer: checkpoint=6, now=8", "seed: checkpoint=1, now=2", "data name: checkpoint=x, now=y"):
+        compare_with_run(saved, now, {"name": "x", "content_sha256": "2"})
+    for words in ("n_layer: checkpoint=6, now=8", "seed: checkpoint=1, now=2",
+                  "data content_sha256: checkpoint=1, now=2"):
         assert words in str(error.value)
-    assert compare_with_run(saved, saved["config"] | {"learning_rate": 2e-3, "out_dir": "b"}, {"name": "x"}) == [
+    assert compare_with_run(saved, saved["config"] | {"learning_rate": 2e-3, "out_dir": "b"},
+                            {"name": "y", "content_sha256": "1"}) == [
         "learning_rate: checkpoint=0.001, now=0.002"]

@@ -39,7 +39,7 @@ MAY_IMPORT = {  # module: what of ours it may import; a command may not be impor
     "generate": {"model"},
     "sample": {"config.schema", "data.tokenizer", "device", "evaluate", "generate", "model", "quantize", "weights"},
     "run": {"checkpoint", "config.schema", "cost", "data.corpus", "data.loader", "data.prepare", "data.tokenizer",
-            "device", "model", "optim", "parallel", "sharded", "weights", "world"},
+            "device", "metrics", "model", "optim", "parallel", "sharded", "weights", "world"},
     "train": {"checkpoint", "config.schema", "cost", "data.loader", "data.tokenizer", "device", "evaluate",
               "generate", "lock", "metrics", "model", "optim", "parallel", "run", "sample", "sharded", "watch",
               "world"},
@@ -116,7 +116,7 @@ def test_files_are_short():
     lines = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCES}
     assert {p: n for p, n in lines.items() if n > 400} == {}
     code = {str(p.relative_to(ROOT)): lines_of_code(p) for p in SOURCES}
-    assert sum(n for p, n in code.items() if p not in LAB | EXCHANGE | RANKS | PRESETS) <= 3320
+    assert sum(n for p, n in code.items() if p not in LAB | EXCHANGE | RANKS | PRESETS) <= 3400
     assert sum(n for p, n in code.items() if p in LAB) <= 1910
     assert sum(n for p, n in code.items() if p in EXCHANGE) <= 1100
     assert sum(n for p, n in code.items() if p in RANKS) <= 550

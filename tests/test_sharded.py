@@ -171,7 +171,26 @@ def test_what_a_kill_left_is_cleared_by_the_next_run(tmp_path):
         assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*.tmp"))
 
 
+def test_a_kill_while_one_takes_the_place_of_another_loses_neither(parts, monkeypatch):
+    wanted, renamed = read(parts), os.rename
+
+    def killed(source, target):
+        renamed(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sharded.save(parts, state(7), ALONE)
+    monkeypatch.setattr(os, "rename", renamed)
+    assert not parts.exists()
+    with Lock(parts.parent):
+        assert torch.equal(read(parts)["model"]["norm.gain"], wanted["model"]["norm.gain"])
+    sharded.save(parts, state(7), ALONE)
+    assert sorted(p.name for p in parts.parent.iterdir()) == [parts.name]
+
+
 def test_of_the_best_ones_the_last_stays(tmp_path):
+    (tmp_path / "best.pt").write_bytes(b"of a time before")
     for step in (3, 8):
         sharded.save(sharded.path_of(tmp_path / "best.pt", step), state(step), ALONE)
     assert [p.name for p in tmp_path.iterdir()] == ["best_00000008.shards"]
@@ -221,10 +240,15 @@ def test_a_damaged_one_is_named_and_the_one_before_taken(start, tmp_path):
 
 
 def test_others_say_how_to_make_it_one_file(start, tmp_path, capsys):
-    start("sharded=true")
-    with pytest.raises(SystemExit) as stop:
-        sample.main([str(tmp_path / "run"), "prompt=a"])
-    assert stop.value.code == 2 and "python sharded.py" in capsys.readouterr().err
+    start("max_iters=4")
+    start("sharded=true", "resume=yes")
+    folder = tmp_path / "run"
+    for which, file in (("latest", "ckpt_00000012"), ("12", "ckpt_00000012"), ("best", "best_00000012")):
+        with pytest.raises(SystemExit) as stop:  # not the older file, which it could read
+            sample.main([str(folder), "prompt=a", f"checkpoint={which}"])
+        said = f"python sharded.py {folder} checkpoint={which.replace('latest', '12')} makes it one file"
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == f"error: {folder / file}.shards is in parts: {said}\n"
 
 
 def test_a_fresh_run_does_not_take_the_place_of_one_in_parts(start):

@@ -395,6 +395,46 @@ def test_too_little_gpu_memory_halves_the_micro_batch(start, tmp_path, monkeypat
     code, out, _ = start()
     assert code == 0 and "out of GPU memory with micro_batch_size=8: trying 4" in out and "trying 2" in out
     assert checkpoint.load_newest(tmp_path / "run")["config"]["micro_batch_size"] == 2
+    code, out, _ = start("resume=yes", "max_iters=14", "micro_batch_size=8")  # with an optimizer that has a state
+    assert code == 0 and "trying 2" in out
+
+
+def test_too_little_gpu_memory_in_an_update_is_not_mended(start, monkeypatch):
+    def full(self):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        start()
+
+
+def test_what_a_resume_has_read_is_not_written_again(start, tmp_path):
+    start("max_iters=8")
+    path = tmp_path / "run" / "ckpt_00000008.pt"
+    before = path.stat().st_mtime_ns
+    start("resume=yes")
+    assert path.stat().st_mtime_ns == before and path.with_name("ckpt_00000012.pt").exists()
+
+
+def test_a_finished_run_keeps_what_it_says_of_itself(start, tmp_path):
+    start()
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    code, out, _ = start("resume=yes", "learning_rate=0.5")
+    assert code == 0 and "nothing to do" in out and (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_a_best_checkpoint_whose_run_cannot_go_on_is_not_written_over(start, tmp_path):
+    folder = tmp_path / "run"
+    start()
+    for _, path in checkpoint.all_in(folder):
+        path.unlink()
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    code, _, err = start("resume=auto")
+    assert code == 2 and (
+        f"has best.pt but no checkpoint to go on from any more: name another out_dir; init_from={folder}/") in err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    code, *_ = start("resume=auto", "save_interval=20")  # as after a kill before the first save
+    assert code == 0
 
 
 def test_automatic_choices_stay_what_they_were_on_a_resume(start, tmp_path, monkeypatch):
