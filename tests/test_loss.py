@@ -124,3 +124,17 @@ def test_rows_are_few_enough_for_memory_and_pieces_few_enough_for_a_compiler():
     assert pieces_of(2048, 4096)[0] == 1
     assert pieces_of(4096, 32000) == (4, math.ceil(2**25 / 32000) * 32000)
     assert pieces_of(2**16, 128000)[0] == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_compiled_for_cuda_is_the_same_bits(monkeypatch, dtype):
+    pieces(monkeypatch, 7)
+    x, weight, targets = inputs(dtype, (0, 7, 49))
+    found = head_loss(x, targets, None, weight)
+    wanted = [found, *torch.autograd.grad(found, (x, weight))]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", None)  # which would keep the rest from being one kernel
+    found = head_loss(x, targets, None, weight)
+    for mine, theirs in zip([found, *torch.autograd.grad(found, (x, weight))], wanted, strict=True):
+        assert torch.equal(mine, theirs)
