@@ -74,6 +74,17 @@ def keep_freed_memory() -> None:
             libc.mallopt(parameter, value)  # an older glibc refuses the larger threshold and keeps the smaller
 
 
+def plan_no_attention(device: str) -> None:
+    """From here on PyTorch leaves cuDNN out when it chooses a kernel for attention, as it must while texts grow.
+
+    On Hopper and Blackwell it comes first, and plans anew for every length of the keys: 0.4 s on a B200, for each token
+    (https://github.com/modelscope/FunASR/issues/3704). There it also gave wrong texts where few heads have keys
+    (https://github.com/pytorch/pytorch/issues/193893). Training has one shape, and is faster with it.
+    """
+    if device.startswith("cuda"):
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def to_device(tensor: Tensor, device: str) -> Tensor:
     if device.startswith("cuda"):  # from pinned memory the copy runs beside the computation
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -13,6 +13,7 @@ from device import (
     keep_freed_memory,
     matmul_rate,
     peak_memory,
+    plan_no_attention,
     processor,
     to_device,
     total_memory,
@@ -110,3 +111,13 @@ def test_freed_memory_is_used_again_without_page_faults():
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     assert min(faults() for _ in range(10)) < pages / 10
+
+
+def test_only_on_cuda_is_a_kernel_left_out_that_plans_each_length_anew(monkeypatch):
+    left_out = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: left_out.append(not on))
+    plan_no_attention("cpu")
+    plan_no_attention("mps")
+    assert left_out == []
+    plan_no_attention("cuda:1")
+    assert left_out == [True]

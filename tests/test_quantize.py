@@ -200,6 +200,14 @@ def test_packing_is_for_x86_with_onednn_and_bfloat16_for_hardware_that_has_it(mo
     assert not can_pack(torch.float32)
 
 
+def test_on_cuda_matrices_are_rounded_and_attention_is_not_planned(monkeypatch):
+    planned = []
+    monkeypatch.setattr("sample.plan_no_attention", planned.append)
+    model = small()
+    for_inference(model, SampleOptions(device="cuda", dtype="bfloat16"))
+    assert planned == ["cuda"] and model.head.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype, wanted", [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_a_cpu_that_cannot_pack_rounds(monkeypatch, dtype, wanted):
     monkeypatch.setattr("sample.can_pack", lambda dtype: False)

@@ -285,11 +285,14 @@ def test_a_validation_loss_that_is_not_finite_is_not_success(start, monkeypatch)
     assert start()[0] == 3
 
 
-def test_a_sample_prompt_the_vocabulary_lacks_is_told_and_left_out(start):
+def test_a_sample_prompt_the_vocabulary_lacks_is_told_and_left_out(start, monkeypatch):
+    planned = []
+    monkeypatch.setattr(train, "plan_no_attention", planned.append)
     code, out, _ = start("sample_prompt=class X#", "sample_tokens=3", "max_iters=2", "eval_interval=0")
     assert code == 0 and "starts from nothing, not with sample_prompt" in out and "--- sample ---\n" in out
     code, out, _ = start("sample_prompt=the cat", "sample_tokens=3", "max_iters=2", "eval_interval=0", out="other")
     assert code == 0 and "--- sample ---\nthe cat" in out
+    assert planned == ["cpu"] * 2  # before the sample, and only then
 
 
 def test_an_automatic_dtype_is_checked_again_on_a_resume_and_can_be_named(start, monkeypatch):
