@@ -21,7 +21,6 @@ max_iters = 20_000     # about 20 billion tokens: twenty per parameter
 learning_rate = 3e-4
 min_lr = 3e-5
 warmup_iters = 1000
-activation_checkpointing = True
 eval_interval = 500
 eval_iters = 1024
 save_interval = 500

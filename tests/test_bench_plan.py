@@ -276,7 +276,8 @@ def rows_of(out):
 
 
 def test_the_table_says_what_the_plan_does(measure):
-    code, out, err = measure("plan", str(ROOT / "config" / "llama_1b.py"), "gpus=64", *STATED)
+    code, out, err = measure("plan", str(ROOT / "config" / "llama_1b.py"), "gpus=64",
+                             "activation_checkpointing=true", *STATED)
     assert code == 0, err
     rows = rows_of(out)
     assert list(rows) == ["ddp", "fsdp"] and {row["limit"] for row in rows.values()} == {"compute"}
