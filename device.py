@@ -74,7 +74,7 @@ def keep_freed_memory() -> None:
             libc.mallopt(parameter, value)  # an older glibc refuses the larger threshold and keeps the smaller
 
 
-def plan_no_attention(device: str) -> None:
+def without_cudnn_attention(device: str) -> None:
     """From here on PyTorch leaves cuDNN out when it chooses a kernel for attention, as it must while texts grow.
 
     On Hopper and Blackwell it comes first, and plans anew for every length of the keys: 0.4 s on a B200, for each token

@@ -18,7 +18,7 @@ import torch
 
 from config.schema import help_text, knobs_of, split_arguments, typed, user_errors
 from data.tokenizer import Tokenizer
-from device import autocast, choose_device, choose_dtype, keep_freed_memory, plan_no_attention
+from device import autocast, choose_device, choose_dtype, keep_freed_memory, without_cudnn_attention
 from evaluate import evaluate, find_dataset
 from generate import generate, window_start
 from model import Decoder, knob
@@ -189,7 +189,7 @@ def read_text(file: BinaryIO, name: str) -> str:
 def for_inference(model: Decoder, options: SampleOptions) -> None:
     """Stores the matrices as they are used, so that each token reads less. Only int8 changes more than last digits."""
     dtype = getattr(torch, options.dtype)
-    plan_no_attention(options.device)
+    without_cudnn_attention(options.device)
     if options.quantize == "int8":
         quantize_int8(model)
     elif options.device == "cpu" and can_pack(dtype) and not options.compile:  # a compiler cannot look into these

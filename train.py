@@ -23,7 +23,7 @@ from config.schema import Config, catch_signals, help_text, restore_signals, use
 from cost import flops_per_token
 from data.loader import batch, val_starts
 from data.tokenizer import load_tokenizer
-from device import autocast, matmul_rate, peak_memory, plan_no_attention, to_device
+from device import autocast, matmul_rate, peak_memory, to_device, without_cudnn_attention
 from evaluate import mean_loss
 from generate import generate
 from lock import Lock
@@ -348,7 +348,7 @@ def show_sample(run: Run) -> None:
     except ValueError as error:  # a preset's prompt may have characters that this text has not
         print(f"the sample starts from nothing, not with sample_prompt: {error}")
         prompt, start = "", prompt_ids(tokenizer, "")
-    plan_no_attention(config.device)
+    without_cudnn_attention(config.device)
     with autocast(config.device, config.dtype):
         ids = [new for new, in generate(plain(run.model), start, config.sample_tokens, vocab_size=tokenizer.vocab_size,
                                         seed=config.seed, **SAMPLING)]

@@ -1,6 +1,6 @@
 """The shape of Llama 3.2 1B (without its 128k vocabulary): many weeks on one 80 GB GPU, days on several.
 
-First: python data/prepare.py fineweb-edu. Weights and optimizer alone take 17 GB.
+First: python data/prepare.py fineweb-edu. Weights, gradient and optimizer take 17 GB.
 """
 
 out_dir = "out/llama_1b"

@@ -1,6 +1,7 @@
-"""The shape of Llama 2 7B: many GPUs. `python bench.py plan config/llama_7b.py gpus=64 ...` says how many.
+"""The shape of Llama 2 7B: many GPUs. `python bench.py plan config/llama_7b.py gpus=64 ...` computes whether so many
+hold it, and how fast; docs/speed.md has it for 8 and 64. Not run yet.
 
-First: python data/prepare.py fineweb-edu. Weights, gradient and optimizer take 108 GB, so FSDP shares them.
+First: python data/prepare.py fineweb-edu. Weights, gradient and optimizer take 110 GB, so FSDP shares them.
 """
 
 out_dir = "out/llama_7b"

@@ -13,10 +13,10 @@ from device import (
     keep_freed_memory,
     matmul_rate,
     peak_memory,
-    plan_no_attention,
     processor,
     to_device,
     total_memory,
+    without_cudnn_attention,
 )
 
 
@@ -116,8 +116,8 @@ def test_freed_memory_is_used_again_without_page_faults():
 def test_only_on_cuda_is_a_kernel_left_out_that_plans_each_length_anew(monkeypatch):
     left_out = []
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: left_out.append(not on))
-    plan_no_attention("cpu")
-    plan_no_attention("mps")
+    without_cudnn_attention("cpu")
+    without_cudnn_attention("mps")
     assert left_out == []
-    plan_no_attention("cuda:1")
+    without_cudnn_attention("cuda:1")
     assert left_out == [True]

@@ -202,7 +202,7 @@ def test_packing_is_for_x86_with_onednn_and_bfloat16_for_hardware_that_has_it(mo
 
 def test_on_cuda_matrices_are_rounded_and_attention_is_not_planned(monkeypatch):
     planned = []
-    monkeypatch.setattr("sample.plan_no_attention", planned.append)
+    monkeypatch.setattr("sample.without_cudnn_attention", planned.append)
     model = small()
     for_inference(model, SampleOptions(device="cuda", dtype="bfloat16"))
     assert planned == ["cuda"] and model.head.weight.dtype == torch.bfloat16

@@ -173,12 +173,17 @@ def readme():
 
 
 def test_readme_table_of_files_is_what_ls_shows():
-    section = readme().split("## The files")[1].split("\n## ")[0]
-    told = set(re.findall(r"^\| `([\w./]+)`", section, re.M))
+    section = readme().split("\n## The files")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", section, re.M)
+    told = [name for cell in cells for name in re.findall(r"`([\w./]+)`", cell)]
+    assert len(set(told)) == len(told) and all((ROOT / name).exists() for name in told)
     tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
                              capture_output=True, text=True, check=True).stdout.split()
     there = {f.split("/")[0] + ("/" if "/" in f else "") for f in tracked} - {".ci/", ".gitignore", "README.md"}
-    assert told == there
+    assert {name for name in told if "/" not in name.rstrip("/")} == there
+    first = re.findall(r"^\| `([\w./]+)`", section.split("**read these first**")[1].split("| **")[0], re.M)
+    lines = sum(len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in first)
+    assert f"about {round(lines, -2):,} lines" in readme()
 
 
 def readme_commands():

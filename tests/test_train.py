@@ -287,7 +287,7 @@ def test_a_validation_loss_that_is_not_finite_is_not_success(start, monkeypatch)
 
 def test_a_sample_prompt_the_vocabulary_lacks_is_told_and_left_out(start, monkeypatch):
     planned = []
-    monkeypatch.setattr(train, "plan_no_attention", planned.append)
+    monkeypatch.setattr(train, "without_cudnn_attention", planned.append)
     code, out, _ = start("sample_prompt=class X#", "sample_tokens=3", "max_iters=2", "eval_interval=0")
     assert code == 0 and "starts from nothing, not with sample_prompt" in out and "--- sample ---\n" in out
     code, out, _ = start("sample_prompt=the cat", "sample_tokens=3", "max_iters=2", "eval_interval=0", out="other")
