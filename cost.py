@@ -24,15 +24,16 @@ def parameter_count(config: ModelConfig) -> int:
     return config.n_layer * block + ends + V * C * (1 if config.tie_embeddings else 2)
 
 
-def flops_per_token(config: ModelConfig) -> float:
+def flops_per_token(config: ModelConfig, lora_rank: int = 0) -> float:
     """Floating-point operations per trained token, forward and backward: PaLM's count (arXiv 2204.02311, appendix B).
 
     6 per weight of a matrix product (the embedding is a look-up, not a product) and 12 n_layer H D T for attention,
-    of which a causal kernel does half.
+    of which a causal kernel does half. Weights beside which adapters learn need 4: they have no gradient.
     """
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.n_embd
     matrices = parameter_count(config) - lookup
-    return 6 * matrices + 12 * config.n_layer * config.n_head * config.head_size * config.block_size
+    products = 4 * matrices + 6 * adapter_count(config, lora_rank) if lora_rank else 6 * matrices
+    return products + 12 * config.n_layer * config.n_head * config.head_size * config.block_size
 
 
 def memory_estimate(config: ModelConfig, micro_batch: int, dtype: str, device: str, checkpointing: bool = False,

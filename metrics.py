@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,8 +192,8 @@ def summary(config: Config, data: Dataset, step: int, rate: float, ranks: int = 
         f"micro-batches of {config.micro_batch_size}: {config.max_iters * tokens / parameters:.2g} tokens per "
         f"parameter, {config.max_iters * tokens / len(data.train):.2g} epochs; {config.optimizer}, "
         f"{config.lr_schedule}",
-        f"memory   {'on each ' if ranks > 1 else ''}about {(fixed + kept) / 1e9:.2f} GB: {fixed / 1e9:.2f} weights and "
-        f"optimizer, {kept / 1e9:.2f} activations",
+        f"memory   {'on each ' if ranks > 1 else ''}about {(fixed + kept) / 1e9:.2f} GB: {fixed / 1e9:.2f} weights, "
+        f"gradient and optimizer, {kept / 1e9:.2f} activations",
         f"machine  {many}{config.device}, {config.dtype} at {rate / 1e9:,.0f} GFLOP/s (measured), "
         f"{'compiled' if config.compile else 'not compiled'}",
         f"out      {config.out_dir} from step {step}{begun}{disk_warning(config, learn or parameters)}"))
@@ -247,7 +248,10 @@ def wandb(folder: Path, knobs: dict[str, Any]) -> Callable[[dict], None]:
     import wandb as package
 
     folder.mkdir(parents=True, exist_ok=True)
-    run = package.init(project="rootllama", name=folder.name, dir=str(folder), config=knobs)
+    file = folder / "wandb.id"  # so that a resumed run is one run there, too
+    known = file.read_text() if file.exists() else uuid.uuid4().hex
+    run = package.init(project="rootllama", name=folder.name, dir=str(folder), config=knobs, id=known, resume="allow")
+    file.write_text(known)
     return lambda record: run.log(record, step=record["step"])
 
 

@@ -293,7 +293,8 @@ class Block(nn.Module):
             return x + norm_out(self.dropout(branch(norm(x))))
         if self.place == "out":
             return x + norm(self.dropout(branch(x)))
-        return norm(self.weight * x + self.dropout(branch(x)))  # post, deepnorm
+        assert self.place in ("post", "deepnorm"), self.place
+        return norm(self.weight * x + self.dropout(branch(x)))
 
 
 class Scale(nn.Module):

@@ -28,7 +28,7 @@ def lr_at(step: int, *, schedule: str, peak: float, floor: float, warmup: int, t
         return peak
     start = max(warmup, total * (1 - decay_fraction)) if schedule == "wsd" else warmup
     done = min(1.0, max(0.0, (step - start) / max(1, total - start)))
-    left = (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done
+    left = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "wsd": 1 - done}[schedule]
     return floor + (peak - floor) * left
 
 
@@ -138,6 +138,8 @@ class Optimizers:
         self.all: list[torch.optim.Optimizer] = []
         if optimizer == "muon":
             self.all.append(muon([ready.pop("hidden")], momentum))
+        elif optimizer != "adamw":
+            raise ValueError(f"optimizer={optimizer} is not built here")
         if ready:  # not if adapters are all there is, and Muon has them
             fused = next(model.parameters()).device.type in HAVE_FUSED_ADAMW
             self.all.append(torch.optim.AdamW(list(ready.values()), betas=betas, fused=fused))

@@ -232,8 +232,9 @@ def build(config: Config, data: Dataset, begin: dict[str, Any], world: World = A
                                    like_parameters(saved["optimizer"], model, world))
         if saved["scaler"]:  # empty if the run was not in float16 so far
             scaler.load_state_dict(saved["scaler"])
-        run.step, run.best_val_loss, run.grad_norms = saved["step"], saved["best_val_loss"], saved["grad_norms"]
-        run.restored = True
+        run.step, run.grad_norms, run.restored = saved["step"], saved["grad_norms"], True
+        if saved["config"]["eval_iters"] == config.eval_iters:  # else it is the loss of other windows
+            run.best_val_loss = saved["best_val_loss"]
     return run
 
 

@@ -139,7 +139,7 @@ def open_log(run: Run, tracker, interrupts: Interrupts) -> Log:
     config, rate = run.config, matmul_rate(run.config.device, run.config.dtype)
     tokens = config.batch_size * config.model.block_size
     log = Log(run.folder, first_step=run.step, last_step=config.max_iters, interval=config.log_interval,
-              tokens_per_step=tokens, flops_per_step=tokens * flops_per_token(config.model),
+              tokens_per_step=tokens, flops_per_step=tokens * flops_per_token(config.model, config.lora_rank),
               matmul_rate=rate * run.world.size, bytes_per_token=run.data.bytes_per_token("val"),
               device=config.device, tracker=tracker, stop=interrupts.ask_to_stop, world=run.world)
     if run.world.is_main:
@@ -340,7 +340,8 @@ def show_sample(run: Run) -> None:
     if not run.config.sample_tokens:
         return
     if is_shared(run.config, run.world):
-        print(f"python sample.py {run.folder} prompt=... makes a text: no rank has all weights now")
+        one_file = f"python sharded.py {run.folder}, then " if run.config.sharded else ""
+        print(f"{one_file}python sample.py {run.folder} prompt=... makes a text: no rank has all weights now")
         return
     config, tokenizer, prompt = run.config, load_tokenizer(run.folder), run.config.sample_prompt
     try:

@@ -22,6 +22,8 @@ def test_flops_by_hand():
     c = config(n_layer=1, n_embd=8, n_head=2, n_hidden=10, vocab_size=7, block_size=4, tie_embeddings=True)
     matrices = 4 * 8 * 8 + 3 * 8 * 10 + 7 * 8 + 3 * 8  # attention, feed-forward, head, gains
     assert flops_per_token(c) == 6 * matrices + 12 * 1 * 8 * 4
+    adapters = 2 * (4 * (8 + 8) + 3 * (8 + 10))  # rank 2
+    assert flops_per_token(c, lora_rank=2) == 4 * matrices + 6 * adapters + 12 * 1 * 8 * 4
 
 
 def test_memory_estimate_grows_as_it_should():

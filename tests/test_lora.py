@@ -319,7 +319,7 @@ def test_a_text_can_be_named_instead_of_a_data_set(tune, text, tmp_path, monkeyp
     assert code == 0 and "preparing" not in out, error
     text.write_text(text.read_text() + "the cat sat")
     code, out, error = tune(f"dataset={text}", "max_iters=3", "resume=yes")
-    assert code == 2 and "data name: checkpoint=" in error
+    assert code == 2 and "data content_sha256: checkpoint=" in error
 
 
 def test_a_data_set_can_be_named_by_its_path(start, data_folder, tmp_path, monkeypatch):

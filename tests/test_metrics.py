@@ -95,6 +95,18 @@ def test_clock():
     assert [clock(s) for s in (0, 59.6, 93, 7265)] == ["0:00", "1:00", "1:33", "2:01:05"]
 
 
+def test_a_resumed_run_is_the_same_run_for_wandb(tmp_path, monkeypatch):
+    begun, fake = [], type(sys)("wandb")
+    fake.init = lambda **knobs: begun.append(knobs) or fake
+    fake.log = lambda record, step: begun.append(step)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for folder in ("one", "one", "other"):
+        open_tracker("wandb", tmp_path / folder, {"seed": 1})({"step": 3})
+    first, _, again, _, other, last = begun
+    assert first == again and first["resume"] == "allow" and first["config"] == {"seed": 1} and last == 3
+    assert other["id"] != first["id"]
+
+
 def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
     sent = []
 

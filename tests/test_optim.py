@@ -53,6 +53,13 @@ def test_what_belongs_to_a_norm_is_never_decayed_nor_given_to_muon(kind):
     step(model, optimizers)
 
 
+def test_names_that_nobody_knows_are_not_taken_for_others():
+    with pytest.raises(KeyError, match="sqrt"):
+        lr_at(50, schedule="sqrt", **SCHEDULE)
+    with pytest.raises(ValueError, match="optimizer=lion is not built here"):
+        build("lion")
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_parameter_is_in_one_group(optimizer, tied):

@@ -426,6 +426,12 @@ def test_a_finished_run_keeps_what_it_says_of_itself(start, tmp_path):
     assert code == 0 and "nothing to do" in out and (tmp_path / "run" / "config.json").read_bytes() == before
 
 
+def test_the_best_of_other_windows_is_not_compared_with(start, tmp_path):
+    start("max_iters=8", "eval_interval=4", "learning_rate=1e-2")
+    start("max_iters=12", "eval_interval=4", "eval_iters=2", "learning_rate=1", "warmup_iters=0", "resume=yes")
+    assert checkpoint.load_named(tmp_path / "run", "best")["step"] == 12  # worse, but the only one over these
+
+
 def test_a_best_checkpoint_whose_run_cannot_go_on_is_not_written_over(start, tmp_path):
     folder = tmp_path / "run"
     start()
