@@ -29,13 +29,19 @@ dtypes = pytest.mark.parametrize("x_dtype, branch_dtype", [(F32, F32), (BF16, BF
 
 
 @pytest.fixture(autouse=True)
-def interpreter_rounds_like_a_gpu(monkeypatch):
-    """Triton's interpreter cuts fp32 down to bf16; a GPU rounds to nearest, ties to even."""
+def interpreter_computes_like_a_gpu(monkeypatch):
+    """Triton's interpreter cuts fp32 down to bf16; a GPU rounds to nearest, ties to even. And the bound of a loop is an
+    array [1] there, of which Triton 3.6 makes an int in a way that NumPy deprecates, and from 2.5 on refuses."""
     if not INTERPRETED:
         return
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    cut = InterpreterBuilder.create_fp_trunc
+    cut, patch = InterpreterBuilder.create_fp_trunc, interpreter._patch_lang_tensor
+
+    def patch_index(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     def to_nearest(self, source, dtype):
         if (source.dtype.scalar, dtype.scalar) != (triton.language.float32, triton.language.bfloat16):
@@ -44,6 +50,7 @@ def interpreter_rounds_like_a_gpu(monkeypatch):
         return TensorHandle(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16), dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", to_nearest)
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_index)
 
 
 def random(*shape, seed=0, dtype=F32):
@@ -265,7 +272,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(capability, C, monkeypat
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = norm_triton.tile(C)
-    options = {"num_warps": constants.pop("num_warps")}
+    options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     for kernel in (norm_triton.forward_kernel, norm_triton.backward_kernel):
         for absent in (set(), {"branch_ptr", "d_total_ptr", "d_branch_ptr"}):
             types = {"M": "i32", "eps": "fp32", "branch_ptr": "*bf16", "d_branch_ptr": "*bf16"}
