@@ -178,12 +178,14 @@ def test_what_a_run_leaves_behind(start, tmp_path):
         assert words in out, words
 
 
-def test_best_is_the_checkpoint_with_the_lowest_validation_loss(start, tmp_path):
-    start("learning_rate=0.3", "max_iters=15", "eval_interval=1", "min_lr=0.3", "grad_clip=0")  # bad on purpose
-    evaluations = {r["step"]: r["val_loss"] for r in metrics.read_metrics(tmp_path / "run") if "val_loss" in r}
-    best = checkpoint.load_named(tmp_path / "run", "best")
-    assert best["best_val_loss"] == min(evaluations.values()) == evaluations[best["step"]]
-    assert best["optimizer"] == {}
+def test_best_is_the_checkpoint_with_the_lowest_validation_loss_before_a_resume_or_after(start, tmp_path):
+    bad = ["learning_rate=0.3", "eval_interval=1", "min_lr=0.3", "grad_clip=0"]  # on purpose
+    for more in (["max_iters=15"], ["max_iters=16", "resume=yes"]):
+        assert start(*bad, *more)[0] == 0
+        evaluations = {r["step"]: r["val_loss"] for r in metrics.read_metrics(tmp_path / "run") if "val_loss" in r}
+        best = checkpoint.load_named(tmp_path / "run", "best")
+        assert best["best_val_loss"] == min(evaluations.values()) == evaluations[best["step"]]
+        assert best["step"] < max(evaluations) and best["optimizer"] == {}
 
 
 def test_evaluation_is_the_mean_over_all_windows(start, tmp_path, data_folder):
