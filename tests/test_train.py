@@ -17,6 +17,7 @@ import evaluate
 import metrics
 import train
 from data.loader import open_dataset, read_windows
+from data.prepare import prepare
 from data.tokenizer import ByteTokenizer
 from device import choose_dtype
 from lock import Lock
@@ -188,6 +189,14 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss_before_a_resume_
         assert best["step"] < max(evaluations) and best["optimizer"] == {}
 
 
+def test_bits_per_byte_are_of_the_validation_text(start, tmp_path):
+    (tmp_path / "text").write_text("ab" * 900 + "\u00e4\u00f6" * 50, encoding="utf-8")  # bytes: 1800, then 200
+    prepare([str(tmp_path / "text")], tmp_path / "data", tokenizer="char")
+    assert start(f"dataset={tmp_path / 'data'}", "max_iters=1", "warmup_iters=0")[0] == 0
+    evaluation = metrics.read_metrics(tmp_path / "run")[-1]
+    assert evaluation["val_bpb"] == pytest.approx(evaluation["val_loss"] / math.log(2) / 2)  # two bytes per token
+
+
 def test_evaluation_is_the_mean_over_all_windows(start, tmp_path, data_folder):
     start("eval_iters=0", "micro_batch_size=8", "dropout=0.5")  # the last micro-batch of windows is not full
     state = checkpoint.load_newest(tmp_path / "run")
@@ -318,8 +327,6 @@ def test_a_resume_with_another_model_is_refused_and_one_with_another_rate_is_tol
 
 
 def test_a_resume_on_changed_data_is_refused(start, data_folder, tmp_path, monkeypatch):
-    from data.prepare import prepare
-
     start("max_iters=4")
     (tmp_path / "words.txt").write_text((data_folder / "words.txt").read_text()[:-1] + "h")
     prepare([str(tmp_path / "words.txt")], tmp_path / "words", tokenizer="char")
