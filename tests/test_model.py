@@ -17,7 +17,8 @@ from model import (
 )
 from norm import EAGER
 
-LLAMA3 = dict(rope_scaling="llama3", rope_theta=500000.0, rope_factor=8.0, rope_original_context=32)
+LLAMA3 = dict(rope_scaling="llama3", rope_theta=500000.0, rope_factor=8.0, rope_low_freq=0.5, rope_high_freq=5.0,
+              rope_original_context=32)
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
 
 
