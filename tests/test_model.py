@@ -175,11 +175,13 @@ def test_a_block_is_the_formula_of_its_norm_pos(place):
     assert bool(has_final_norm) == (place in ("pre", "sandwich", "out"))
 
 
-def test_all_norm_positions_but_deepnorm_share_their_weights():
-    matrices = {place: {n: p for n, p in Decoder(config(norm_pos=place)).named_parameters() if p.ndim > 1}
-                for place in POSITIONS}
-    for place in ("post", "sandwich", "out"):
-        assert all(torch.equal(p, matrices["pre"][n]) for n, p in matrices[place].items())
+def test_all_norm_positions_share_their_matrices_but_deepnorm_only_those_outside_its_blocks():
+    pre, *others = ({n: p for n, p in Decoder(config(norm_pos=place)).named_parameters() if p.ndim > 1}
+                    for place in POSITIONS)
+    for place, matrices in zip(POSITIONS[1:], others, strict=True):
+        assert matrices.keys() == pre.keys()
+        own = {name for name in pre if name.startswith("blocks.")} if place == "deepnorm" else set()
+        assert {name for name, p in matrices.items() if not torch.equal(p, pre[name])} == own, place
 
 
 def test_deepnorm_starts_with_its_papers_deviations():
