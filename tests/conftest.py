@@ -23,9 +23,9 @@ SMALL = ["n_layer=2", "n_head=2", "n_embd=32", "n_hidden=64", "block_size=32", "
          "device=cpu", "dtype=float32", "compile=false", "dataset=words"]
 
 
-def prepare_words(folder, name="words"):
+def prepare_words(folder, name="words", seed=0):
     """Makes the data set folder/name: made-up prose, one token per character."""
-    pick = random.Random(0)
+    pick = random.Random(seed)
     text = " ".join(pick.choice("the cat sat on a mat and saw the rat run to its hole".split()) for _ in range(5000))
     (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     prepare([str(folder / f"{name}.txt")], folder / name, tokenizer="char")

@@ -13,7 +13,6 @@ from device import (
     keep_freed_memory,
     matmul_rate,
     peak_memory,
-    processor,
     to_device,
     total_memory,
     without_cudnn_attention,
@@ -83,10 +82,6 @@ def test_the_rate_of_a_copy_is_bytes_read_and_written_by_the_time(monkeypatch):
     ticks = iter([0.0, 3.0, 0.0, 2.0, *[0.0, 5.0] * 3])
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
     assert copy_rate("cpu", 1000) == 4 * 2 * 1000 / 2.0  # the best of five times four copies
-
-
-def test_the_processor_has_a_name():
-    assert processor("cpu").strip()
 
 
 def test_memory_is_told_in_bytes():

@@ -17,7 +17,8 @@ from model import (
 )
 from norm import EAGER
 
-LLAMA3 = dict(rope_scaling="llama3", rope_theta=500000.0, rope_factor=8.0, rope_original_context=32)
+LLAMA3 = dict(rope_scaling="llama3", rope_theta=500000.0, rope_factor=8.0, rope_low_freq=0.5, rope_high_freq=5.0,
+              rope_original_context=32)
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
 
 
@@ -174,11 +175,13 @@ def test_a_block_is_the_formula_of_its_norm_pos(place):
     assert bool(has_final_norm) == (place in ("pre", "sandwich", "out"))
 
 
-def test_all_norm_positions_but_deepnorm_share_their_weights():
-    matrices = {place: {n: p for n, p in Decoder(config(norm_pos=place)).named_parameters() if p.ndim > 1}
-                for place in POSITIONS}
-    for place in ("post", "sandwich", "out"):
-        assert all(torch.equal(p, matrices["pre"][n]) for n, p in matrices[place].items())
+def test_all_norm_positions_share_their_matrices_but_deepnorm_only_those_outside_its_blocks():
+    pre, *others = ({n: p for n, p in Decoder(config(norm_pos=place)).named_parameters() if p.ndim > 1}
+                    for place in POSITIONS)
+    for place, matrices in zip(POSITIONS[1:], others, strict=True):
+        assert matrices.keys() == pre.keys()
+        own = {name for name in pre if name.startswith("blocks.")} if place == "deepnorm" else set()
+        assert {name for name, p in matrices.items() if not torch.equal(p, pre[name])} == own, place
 
 
 def test_deepnorm_starts_with_its_papers_deviations():
@@ -302,21 +305,30 @@ def test_activation_checkpointing_changes_memory_and_nothing_else():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_dropout_acts_in_training_only_on_embedding_attention_and_branches():
+def test_dropout_acts_on_embedding_and_attention_in_training_only():
     model, x = Decoder(config(dropout=0.5)), tokens()
-    attention, cos, sin = model.blocks[0].attn, model.cos, model.sin
     embedded = torch.randn(2, 64, 64)
-    parts = {"attention": lambda: attention(embedded, cos, sin),
-             "branches": lambda: model.blocks[0](embedded, cos, sin)}
-    for name, part in parts.items():
-        assert not torch.equal(part(), part()), name
-    model.eval()
-    assert all(torch.equal(part(), part()) for part in parts.values())
-    model.train()
-    model.blocks = torch.nn.ModuleList()
-    assert not torch.equal(model(x), model(x))
-    model.eval()
-    assert torch.equal(model(x), model(x))
+    attention, without_blocks = model.blocks[0].attn, Decoder(config(dropout=0.5))
+    without_blocks.blocks = torch.nn.ModuleList()
+    for part, inputs in ((attention, (embedded, model.cos, model.sin)), (without_blocks, (x,))):
+        assert not torch.equal(part(*inputs), part(*inputs))
+        part.eval()
+        assert torch.equal(part(*inputs), part(*inputs))
+
+
+@pytest.mark.parametrize("branch", ["attn", "ffn"])
+@pytest.mark.parametrize("place", [*POSITIONS, "pre, by one kernel"])
+def test_dropout_acts_on_each_branch_wherever_the_norms_stand(place, branch):
+    model = Decoder(config(dropout=0.5, norm_pos=place.partition(",")[0]))
+    block, x = model.blocks[0], torch.randn(2, 64, 64)
+    if place not in POSITIONS:  # what norm_impl=triton does on CUDA
+        block.fuse_sum, block.ffn_norm.of_sum = True, lambda x, branch: (x + branch, block.ffn_norm(x + branch))
+    block.attn.eval()  # without the dropout that attention has inside
+    other = {"attn": block.ffn.down, "ffn": block.attn.out}[branch]
+    torch.nn.init.zeros_(other.weight)  # so only `branch` has something that dropout can take out
+    assert not torch.equal(block(x, model.cos, model.sin), block(x, model.cos, model.sin))
+    block.eval()
+    assert torch.equal(block(x, model.cos, model.sin), block(x, model.cos, model.sin))
 
 
 def test_hidden_size_follows_llama():
