@@ -130,10 +130,10 @@ def verify(path: Path) -> None:
 def foreign_entry(entries: list[zipfile.ZipInfo], size: int) -> str | None:
     """The name of an entry that torch.save would not have written into a file of `size` bytes, where nothing is
     compressed; None if there is no such."""
-    seen, first = set(), entries[0].filename.split("/")[0]
+    seen, first, left = set(), entries[0].filename.split("/")[0], size
     for entry in entries:
-        name, size = entry.filename, size - entry.file_size
-        small = size >= 0 and not (name.endswith(".pkl") and entry.file_size > LARGEST_PICKLE)
+        name, left = entry.filename, left - entry.file_size
+        small = left >= 0 and not (name.endswith(".pkl") and entry.file_size > LARGEST_PICKLE)
         stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
         if not (small and stored and ENTRY.fullmatch(name)) or name in seen or name.split("/")[0] != first:
             return name

@@ -95,7 +95,7 @@ def evaluate(model: Decoder, data: Dataset, split: str, device: str, dtype: str,
     return Evaluation(split, loss, data.bytes_per_token(split), len(starts), block_size, time.perf_counter() - begin)
 
 
-def find_dataset(name: str, known: dict[str, Any], place: Path) -> Dataset:
+def open_known(name: str, known: dict[str, Any], place: Path) -> Dataset:
     """The data set data/<name>; '' = the one that the model was trained on, by what is `known` of that.
 
     ValueError if its ids mean something else to the model in `place`, or it is not the same data any more.

@@ -42,7 +42,7 @@ def generate(model: Decoder, ids: list[int], max_new_tokens: int, *, num_samples
             raise FloatingPointError("the model's logits hold NaN or Inf: its weights are damaged, or too large for "
                                      "this dtype (then dtype=float32 helps)")
         cache.length, unread = window.shape[1], new[:-1, None].clone()  # a CUDA graph writes there again
-        widen(cache, num_samples)
+        repeat_cache(cache, num_samples)
         seen.scatter_(1, unread, True)
         window = torch.cat((window.expand(num_samples, -1), unread), dim=1)
         yield new_ids
@@ -110,7 +110,7 @@ def compute_dtype(model: Decoder) -> torch.dtype:
     return weight.dtype
 
 
-def widen(cache: KVCache, batch: int) -> None:
+def repeat_cache(cache: KVCache, batch: int) -> None:
     """Repeats the cache of one sequence for `batch` of them; a wide one stays as it is."""
     if cache.keys.shape[1] != batch:
         cache.keys, cache.values = (t.repeat(1, batch, 1, 1, 1) for t in (cache.keys, cache.values))

@@ -58,7 +58,7 @@ class ExportOptions:
 
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done; the user's errors leave with 2."""
-    if {"-h", "--help"} & set(argv) or not argv:
+    if {"-h", "--help"} & set(argv):
         print(help_text(f"{USAGE}\n\nimport:", ImportOptions), help_text("export:", ExportOptions), sep="\n\n")
         return 0
     with user_errors():

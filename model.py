@@ -74,8 +74,7 @@ class ModelConfig:
                             f"got {self.rope_low_freq} and {self.rope_high_freq}")
         if not 0 < self.prms_p <= 1:
             problems.append(f"prms_p must be in (0, 1], got {self.prms_p}")
-        if not problems:
-            problems = self._head_problems() + self._norm_problems()
+        problems = problems or self._head_problems() + self._norm_problems()
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -92,7 +91,7 @@ class ModelConfig:
             divisors = [k for k in range(1, self.n_head + 1) if self.n_head % k == 0]
             return [f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}: "
                     f"choose n_kv_head from {', '.join(map(str, divisors))}"]
-        if self.ffn in UNGATED and (self.hidden_size * 2) % 3:
+        if self.ffn in UNGATED and self.n_hidden % 2:
             return [f"n_hidden={self.n_hidden} must be even for ffn={self.ffn}, which gets 3/2 of it"]
         return []
 
@@ -268,7 +267,8 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.place, self.weight = config.norm_pos, (2 * config.n_layer) ** 0.25 if config.norm_pos == "deepnorm" else 1
+        self.norm_pos = config.norm_pos
+        self.stream_weight = (2 * config.n_layer) ** 0.25 if config.norm_pos == "deepnorm" else 1
         self.fuse_sum = (config.norm_impl, config.norm, config.norm_pos) == ("triton", "rmsnorm", "pre")
         self.attn_norm = config.norm_for(config.n_embd)
         self.attn = Attention(config, layer)
@@ -287,14 +287,14 @@ class Block(nn.Module):
 
     def join(self, x: Tensor, branch: Callable[[Tensor], Tensor], norm: Norm, norm_out: Norm | None) -> Tensor:
         """The residual stream [B, T, C] after one branch."""
-        if self.place == "pre":
+        if self.norm_pos == "pre":
             return x + self.dropout(branch(norm(x)))
-        if self.place == "sandwich":
+        if self.norm_pos == "sandwich":
             return x + norm_out(self.dropout(branch(norm(x))))
-        if self.place == "out":
+        if self.norm_pos == "out":
             return x + norm(self.dropout(branch(x)))
-        assert self.place in ("post", "deepnorm"), self.place
-        return norm(self.weight * x + self.dropout(branch(x)))
+        assert self.norm_pos in ("post", "deepnorm"), self.norm_pos
+        return norm(self.stream_weight * x + self.dropout(branch(x)))
 
 
 class Scale(nn.Module):

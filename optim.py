@@ -77,8 +77,6 @@ class Muon(torch.optim.Optimizer):
     are too small to keep a processor busy.
     """
 
-    ranks = 1  # that divide the matrices among themselves
-
     def __init__(self, params: Iterable, momentum: float):
         super().__init__(params, {"lr": 0.0, "momentum": momentum, "weight_decay": 0.0})
 
@@ -90,9 +88,13 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     alike[tuple(sorted(p.shape))].append(p)
             for (rows, cols), matrices in alike.items():
-                most = self.ranks * max(1, AT_ONCE // (rows * cols))
+                most = self.at_once(rows * cols)
                 for i in range(0, len(matrices), most):
                     self.move(matrices[i:i + most], **{k: group[k] for k in ("lr", "momentum", "weight_decay")})
+
+    def at_once(self, elements: int) -> int:
+        """How many matrices of so many elements are made orthogonal together."""
+        return max(1, AT_ONCE // elements)
 
     def move(self, matrices: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
         """The step of matrices of one shape, or its transpose."""

@@ -43,7 +43,7 @@ def check_shared(config: Config, world: World) -> None:
                          f"parallel=fsdp shares them: use parallel=ddp{'' if config.watch else ', or dtype=bfloat16'}")
 
 
-def build_model(config: Config, world: World, seed: int | None) -> Decoder:
+def build_on_ranks(config: Config, world: World, seed: int | None) -> Decoder:
     """The model of a run on its device, adapters too, with the weights of `seed`; None: with none yet.
 
     Of a shared one no rank ever has more than its part and one matrix.
@@ -179,7 +179,7 @@ def without_data(tree: Any) -> Any:
     return tree.to("meta") if isinstance(tree, Tensor) else tree
 
 
-def load_model(model: Decoder, weights: dict[str, Tensor], world: World, frozen: bool = False) -> None:
+def put_weights(model: Decoder, weights: dict[str, Tensor], world: World, frozen: bool = False) -> None:
     """As checkpoint.load_weights; with ranks, `weights` are those of main, and elsewhere without data."""
     if world.size == 1:
         load_weights(model, weights, frozen)
@@ -211,9 +211,8 @@ def zeros_like_parameters(saved: dict[str, dict[str, Tensor]], model: Decoder) -
 class DividedMuon(Muon):
     """Muon whose matrices the ranks divide among themselves."""
 
-    @property
-    def ranks(self) -> int:
-        return dist.get_world_size()
+    def at_once(self, elements: int) -> int:
+        return dist.get_world_size() * super().at_once(elements)
 
 
 class CopiedMuon(DividedMuon):

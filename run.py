@@ -26,11 +26,11 @@ from metrics import read_metrics
 from model import Decoder
 from optim import Optimizers
 from parallel import (
-    build_model,
+    build_on_ranks,
     check_shared,
     like_parameters,
-    load_model,
     muon_for,
+    put_weights,
     without_data,
     wrap,
     zeros_like_parameters,
@@ -217,11 +217,11 @@ def build(config: Config, data: Dataset, begin: dict[str, Any], world: World = A
     elif config.device == "cpu":
         keep_freed_memory()
     weights, saved = begin["weights"], begin["saved"]
-    model = build_model(config, world, seed=None if weights or saved else config.seed)
+    model = build_on_ranks(config, world, seed=None if weights or saved else config.seed)
     if weights:
-        load_model(model, weights, world, frozen=bool(config.lora_rank))
+        put_weights(model, weights, world, frozen=bool(config.lora_rank))
     if saved and "shards" not in saved:
-        load_model(model, saved["model"], world)
+        put_weights(model, saved["model"], world)
     optimizers = Optimizers(model, optimizer=config.optimizer, weight_decay=config.weight_decay,
                             betas=(config.beta1, config.beta2), momentum=config.muon_momentum,
                             embed_lr=config.embed_lr, muon=muon_for(config, world))

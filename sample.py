@@ -19,7 +19,7 @@ import torch
 from config.schema import help_text, knobs_of, split_arguments, typed, user_errors
 from data.tokenizer import Tokenizer
 from device import autocast, choose_device, choose_dtype, keep_freed_memory, without_cudnn_attention
-from evaluate import evaluate, find_dataset
+from evaluate import evaluate, open_known
 from generate import generate, window_start
 from model import Decoder, knob
 from quantize import can_pack, pack_matrices, quantize_int8, round_matrices
@@ -137,7 +137,7 @@ def run(argv: list[str]) -> None:
         ids = prompt_ids(tokenizer, text)
         for_inference(model, options)
         if options.eval != "none":
-            data = find_dataset(options.dataset, known, folder)
+            data = open_known(options.dataset, known, folder)
             found = evaluate(model, data, options.eval, options.device, options.dtype, windows=options.eval_iters,
                              block_size=options.block_size, batch=options.micro_batch_size)
             print(found, options.arithmetic)

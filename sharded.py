@@ -265,7 +265,7 @@ def find(folder: Path, which: str) -> Path:
 
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
-    if {"-h", "--help"} & set(argv) or not argv:
+    if {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0
     with user_errors():

@@ -1,7 +1,7 @@
 """Train a decoder:  python train.py config/small.py [key=value ...]
 
 Reading order: main, which has run.py check all that a user can get wrong before anything is created; train, the loop;
-train_step and evaluate, one step of it; and last what surrounds them.
+train_step and validation_loss, what it repeats; and last what surrounds them.
 """
 
 import dataclasses
@@ -102,7 +102,7 @@ def train(run: Run, tracker=None) -> int:
         try:
             while True:
                 if evaluation_is_due(run, log):
-                    val_loss = evaluate(run, interrupts)
+                    val_loss = validation_loss(run, interrupts)
                     if val_loss is not None:  # None: a signal came in between; the resumed run evaluates again
                         log.evaluation(run.step, val_loss)
                         save_if_best(run, val_loss)
@@ -159,7 +159,7 @@ def timed_step(run: Run, first: bool = False) -> tuple[float, float, float, floa
     """One optimizer step: (loss, learning rate, gradient norm, seconds)."""
     start = time.perf_counter()
     if first:
-        settle(run)
+        fix_sum_order(run)
     return *train_step(run), time.perf_counter() - start  # train_step has waited for the device
 
 
@@ -236,7 +236,7 @@ def gradients(run: Run) -> torch.Tensor:
     return total
 
 
-def settle(run: Run) -> None:
+def fix_sum_order(run: Run) -> None:
     """DDP sums gradients in another order from its second backward on; one whose result is thrown away lets a resumed
     run begin with that order, so that it stays bitwise the same run."""
     if run.world.size > 1 and run.config.parallel == "ddp":
@@ -262,7 +262,7 @@ def skipped_as_spike(run: Run, norm: float) -> bool:
 
 
 @torch.no_grad()
-def evaluate(run: Run, interrupts: Interrupts | None = None) -> float | None:
+def validation_loss(run: Run, interrupts: Interrupts | None = None) -> float | None:
     """Mean loss (nats per token) over the validation windows, always the same ones; None if a signal came."""
     config = run.config
     run.world.together(run.data.check_unchanged)

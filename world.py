@@ -73,9 +73,9 @@ class World:
         if worst == 2:
             raise error if status == 2 else SystemExit(1)
         if worst == 1:
-            told = [f"{error}" if status else None] * self.size
+            told: list[Any] = [error and str(error)] * self.size
             if self.size > 1:
-                dist.all_gather_object(told, told[0])
+                dist.all_gather_object(told, told[self.rank])
             rank, text = next((rank, text) for rank, text in enumerate(told) if text is not None)
             raise OSError(f"rank {rank}: {text}" if rank else text) from error
 

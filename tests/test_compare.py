@@ -231,7 +231,7 @@ def test_divergence_is_a_result(compared):
 
 
 def test_ending_above_the_first_loss_is_divergence(compared, monkeypatch):
-    monkeypatch.setattr(train, "evaluate", lambda run, interrupts: 99.0)
+    monkeypatch.setattr(train, "validation_loss", lambda run, interrupts: 99.0)
     assert compared(*BOTH, "seeds=1")[0] == 0
     assert [(r["val_loss"], r["diverged"]) for r in results(compared.folder)] == [(99.0, True)] * 2
 

@@ -17,7 +17,7 @@ import metrics
 import sample
 from data.loader import open_dataset
 from data.prepare import prepare
-from evaluate import Evaluation, find_dataset, mean_loss
+from evaluate import Evaluation, mean_loss, open_known
 from model import Decoder, ModelConfig
 from weights import hf_name
 
@@ -189,16 +189,16 @@ def test_dropout_is_off(data):
 def test_a_checkpoint_cannot_name_a_folder_elsewhere(data, name):
     known = {"name": name, "tokenizer_sha256": open_dataset(data).meta["tokenizer_sha256"]}
     with pytest.raises(ValueError, match="which is no name of a data set"):
-        find_dataset("", known, data)
+        open_known("", known, data)
 
 
 def test_data_that_have_changed_since_are_only_used_when_they_are_named(data):
     known = open_dataset(data).fingerprint
-    assert find_dataset("", known, data).folder == data
+    assert open_known("", known, data).folder == data
     known["content_sha256"] = "0" * 64
     with pytest.raises(ValueError, match="is not the data any more .*: dataset=words evaluates on it all the same"):
-        find_dataset("", known, data)
-    assert find_dataset("words", known, data).folder == data
+        open_known("", known, data)
+    assert open_known("words", known, data).folder == data
 
 
 def test_a_loss_that_is_not_finite_ends_the_command_with_one_line(data, tmp_path, capsys):

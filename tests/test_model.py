@@ -159,7 +159,7 @@ def formula(block, x, cos, sin):
             "post": lambda: N2((h := N1(x + A(x))) + F(h)),
             "out": lambda: (h := x + N1(A(x))) + N2(F(h)),
             "sandwich": lambda: (h := x + N3(A(N1(x)))) + N4(F(N2(h))),
-            "deepnorm": lambda: N2(a * (h := N1(a * x + A(x))) + F(h))}[block.place]()
+            "deepnorm": lambda: N2(a * (h := N1(a * x + A(x))) + F(h))}[block.norm_pos]()
 
 
 POSITIONS = ["pre", "post", "sandwich", "out", "deepnorm"]
@@ -192,7 +192,7 @@ def test_deepnorm_starts_with_its_papers_deviations():
     for role, std in wanted.items():
         matrix = model.blocks[3].get_submodule(f"{'attn' if role in 'q k v out' else 'ffn'}.{role}").weight
         assert abs(matrix.std().item() / std - 1) < 0.02, role
-    assert model.blocks[3].weight == 2.0
+    assert model.blocks[3].stream_weight == 2.0
 
 
 # The feed-forward.
