@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Decoder, KVCache
+from model import Decoder, ModelConfig
 
 
 @torch.inference_mode()  # on a generator it holds only while the generator runs, not in the caller between tokens
@@ -28,7 +28,7 @@ def generate(model: Decoder, ids: list[int], max_new_tokens: int, *, num_samples
     seen[:, ids] = True
     size = min(block_size, len(ids) + max_new_tokens)
     size = 1 << (size - 1).bit_length() if compile else size  # of few sizes, since each is compiled for
-    cache = KVCache(model.config, 1, size, device, compute_dtype(model))
+    cache = KVCache(model.config, 1, size, device, cache_dtype(model))
     for _ in range(max_new_tokens):
         start = window_start(window.shape[1], block_size)
         if start:
@@ -46,6 +46,52 @@ def generate(model: Decoder, ids: list[int], max_new_tokens: int, *, num_samples
         seen.scatter_(1, unread, True)
         window = torch.cat((window.expand(num_samples, -1), unread), dim=1)
         yield new_ids
+
+
+class KVCache:
+    """Preallocated keys and values of one batch of sequences: `length` tokens are filled, of at most `size`."""
+
+    def __init__(self, config: ModelConfig, batch: int, size: int, device, dtype=torch.float32):
+        shape = (config.n_layer, batch, config.kv_heads, size, config.head_size)  # [L, B, K, S, D]
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.length = 0
+
+    def positions(self, T: int) -> slice:
+        """Of the next T tokens."""
+        return slice(self.length, self.length + T)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Writes k and v [B, K, T, D] behind what is filled. Returns views of all of that layer, [B, K, length + T, D],
+        and which of these each new token sees, [T, length + T] bool, where that is not all, or all up to itself."""
+        start, T = self.length, k.shape[2]
+        end = start + T
+        self.keys[layer, :, :, start:end], self.values[layer, :, :, start:end] = k, v
+        mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(start) if start and T > 1 else None
+        if layer == len(self.keys) - 1:  # all layers have them now
+            self.length = end
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end], mask
+
+
+class FixedCache(KVCache):
+    """A cache whose length is data: the step of a token is the same operations on the same memory at every length.
+
+    All that is preallocated is read, with a mask over what is not filled.
+    """
+
+    def __init__(self, cache: KVCache):
+        self.keys, self.values = cache.keys, cache.values
+        self.length = torch.full((1,), cache.length, device=cache.keys.device)
+        for memory in (self.keys, self.values):  # a CUDA graph need not copy what stays in its place
+            torch._dynamo.mark_static_address(memory)
+
+    def positions(self, T: int) -> Tensor:
+        return self.length
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(2, self.length, k.to(keys.dtype))
+        values.index_copy_(2, self.length, v.to(values.dtype))
+        return keys, values, (torch.arange(keys.shape[2], device=k.device) <= self.length)[None]
 
 
 def next_ids(model: Decoder, ids: Tensor, cache: KVCache, uniform: Tensor, seen: Tensor, repetition_penalty: float,
@@ -70,28 +116,6 @@ def compiled_step(device: str) -> Callable[..., Tensor]:
     return torch.compile(next_ids, fullgraph=True, mode="reduce-overhead" if device == "cuda" else None)
 
 
-class FixedCache(KVCache):
-    """A cache whose length is data: the step of a token is the same operations on the same memory at every length.
-
-    All that is preallocated is read, with a mask over what is not filled.
-    """
-
-    def __init__(self, cache: KVCache):
-        self.keys, self.values = cache.keys, cache.values
-        self.length = torch.full((1,), cache.length, device=cache.keys.device)
-        for memory in (self.keys, self.values):  # a CUDA graph need not copy what stays in its place
-            torch._dynamo.mark_static_address(memory)
-
-    def positions(self, T: int) -> Tensor:
-        return self.length
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(2, self.length, k)
-        values.index_copy_(2, self.length, v)
-        return keys, values, (torch.arange(keys.shape[2], device=k.device) <= self.length)[None]
-
-
 def window_start(length: int, block_size: int) -> int:
     """The index of the first of `length` tokens that the model still sees.
 
@@ -102,10 +126,11 @@ def window_start(length: int, block_size: int) -> int:
     return -(-max(0, length - block_size) // half) * half
 
 
-def compute_dtype(model: Decoder) -> torch.dtype:
-    """The dtype of the model's keys and values: that of the active autocast, else of its weights."""
+def cache_dtype(model: Decoder) -> torch.dtype:
+    """The dtype of keys and values: that of the active autocast, else of the model's weights. On a CPU it is float32,
+    in which PyTorch's attention of one token takes a third of the time of bfloat16's, or less."""
     weight = model.embed.weight
-    if torch.is_autocast_enabled(weight.device.type):
+    if torch.is_autocast_enabled(weight.device.type) and weight.device.type != "cpu":
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype
 

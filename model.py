@@ -1,12 +1,13 @@
 """A LLaMA-style decoder in one file; with norm.py and loss.py beside it, it works alone.
 
 Legend: B batch, T time, C channels (n_embd), H heads, K key/value heads, D head size, F hidden size of the
-feed-forward, V vocabulary, S cache size. Reading order is from the configuration through the leaves to the root.
+feed-forward, V vocabulary. Reading order is from the configuration through the leaves to the root.
 """
 
 import math
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -157,30 +158,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
-class KVCache:
-    """Preallocated keys and values of one batch of sequences: `length` tokens are filled, of at most `size`."""
-
-    def __init__(self, config: ModelConfig, batch: int, size: int, device, dtype=torch.float32):
-        shape = (config.n_layer, batch, config.kv_heads, size, config.head_size)  # [L, B, K, S, D]
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = 0
-
-    def positions(self, T: int) -> slice:
-        """Of the next T tokens."""
-        return slice(self.length, self.length + T)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Writes k and v [B, K, T, D] behind what is filled. Returns views of all of that layer, [B, K, length + T, D],
-        and which of these each new token sees, [T, length + T] bool, where that is not all, or all up to itself."""
-        start, T = self.length, k.shape[2]
-        end = start + T
-        self.keys[layer, :, :, start:end], self.values[layer, :, :, start:end] = k, v
-        mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(start) if start and T > 1 else None
-        if layer == len(self.keys) - 1:  # all layers have them now
-            self.length = end
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end], mask
-
-
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A matrix without bias. Its numbers come from `initialise` or a checkpoint: PyTorch would draw others in vain."""
     return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, device=torch.get_default_device())
@@ -207,13 +184,15 @@ class Attention(nn.Module):
         k = self.k_norm(self.k(x).view(B, T, self.kv_heads, self.head_size)).transpose(1, 2)
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any = None) -> Tensor:
         B, T, _ = x.shape
         q, k = self.queries_and_keys(x, cos, sin)
         v = self.v(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2)  # [B, K, T, D]
         k, v, mask = cache.extend(self.layer, k, v) if cache else (k, v, None)
         dropout, causal = self.dropout if self.training else 0.0, mask is None and k.shape[2] == T
-        if causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= SHORT:
+        if cache and T == 1:
+            y = attention_of_one(q, k, v, mask)
+        elif causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= SHORT:
             y = plain_attention(q, k, v, dropout)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal,
@@ -231,6 +210,17 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
     scores = torch.baddbmm(future, q.flatten(0, 1), k.mT, alpha=1 / math.sqrt(D))  # [B * H, T, T]
     return (F.dropout(scores.softmax(-1), dropout) @ v).view(B, H, T, D)
+
+
+def attention_of_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """What one new token reads from all keys, in their dtype: q [B, H, 1, D], k and v [B, K, S, D] -> [B, H, 1, D].
+
+    Heads that share keys are rows of one product, so that no key is copied for each of them.
+    """
+    B, H, _, D = q.shape
+    with torch.autocast(q.device.type, enabled=False) if q.dtype != k.dtype else nullcontext():
+        rows = q.to(k.dtype).reshape(B, k.shape[1], -1, D)  # [B, K, H / K, D]
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).view(B, H, 1, D)
 
 
 class FeedForward(nn.Module):
@@ -278,7 +268,7 @@ class Block(nn.Module):
         self.attn_norm_out, self.ffn_norm_out = (
             config.norm_for(config.n_embd) if config.norm_pos == "sandwich" else None for _ in range(2))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any = None) -> Tensor:
         if self.fuse_sum:
             x, h = self.ffn_norm.of_sum(x, self.dropout(self.attn(self.attn_norm(x), cos, sin, cache)))
             return x + self.dropout(self.ffn(h))
@@ -349,10 +339,10 @@ class Decoder(nn.Module):
         weight = self.embed.weight if self.head is None else self.head.weight
         return head_loss(x.flatten(0, 1), targets.flatten(), self.logits, weight)
 
-    def features(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def features(self, ids: Tensor, cache: Any = None) -> Tensor:
         """ids [B, T] -> what the head reads, [B, T, C].
 
-        With a cache, ids are the tokens that follow those in it, and it is extended by them.
+        With a cache (generate.KVCache) ids are the tokens that follow those in it, and it is extended by them.
         """
         T = ids.shape[1]
         positions = cache.positions(T) if cache else slice(T)

@@ -167,14 +167,14 @@ def test_dropout_is_off_while_sampling():
     assert ids_of(model, [1], 20, temperature=0.0) == ids_of(model.train(), [1], 20, temperature=0.0)
 
 
-def test_under_autocast_the_cache_has_its_dtype_and_is_still_exact():
+def test_under_autocast_keys_stay_in_float32_on_a_cpu_and_the_cache_is_still_exact():
     model, seen, dtypes = tiny(), [], []
     record(model, seen)
     handle = model.blocks[0].register_forward_hook(lambda _, inputs, output: dtypes.append(inputs[3].keys.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         ids = [3] + [tokens[0] for tokens in ids_of(model, [3], 7)]
         handle.remove()
-        assert dtypes == [torch.bfloat16] * 7
+        assert dtypes == [torch.float32] * 7
         for length, logits in enumerate(seen[:7], 1):
             expected = model(torch.tensor([ids[:length]]))[0, -1]
             torch.testing.assert_close(logits[0], expected, atol=0.05, rtol=0.05)

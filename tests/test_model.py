@@ -6,15 +6,8 @@ import pytest
 import torch
 
 from cost import parameter_count
-from model import (
-    Decoder,
-    KVCache,
-    ModelConfig,
-    plain_attention,
-    rope_frequencies,
-    rope_table,
-    rotate,
-)
+from generate import KVCache
+from model import Decoder, ModelConfig, plain_attention, rope_frequencies, rope_table, rotate
 from norm import EAGER
 
 LLAMA3 = dict(rope_scaling="llama3", rope_theta=500000.0, rope_factor=8.0, rope_low_freq=0.5, rope_high_freq=5.0,
