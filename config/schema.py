@@ -85,25 +85,19 @@ class Config:
     activation_checkpointing: bool = knob(False, "compute each Block twice to keep less: slower, less memory")
 
     def __post_init__(self):
-        positive = ("batch_size", "max_iters", "log_interval", "keep")
-        not_negative = ("micro_batch_size", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "skip_spikes",
-                        "eval_interval", "eval_iters", "save_interval", "sample_tokens", "seed", "lora_rank")
-        problems = [f"{name} must be 1 or more, got {getattr(self, name)}" for name in positive
-                    if getattr(self, name) < 1]
-        problems += [f"{name} must be 0 or more, got {getattr(self, name)}" for name in not_negative
-                     if getattr(self, name) < 0]
-        problems += [f"{name} must be in [0, 1), got {getattr(self, name)}" for name in ("beta1", "beta2",
-                     "muon_momentum") if not 0 <= getattr(self, name) < 1]
-        problems += [f"{name} must be above 0, got {getattr(self, name)}" for name in ("learning_rate", "embed_lr",
-                     "lora_alpha") if getattr(self, name) <= 0]
+        bounds = {"1 or more": (lambda v: v >= 1, "batch_size", "max_iters", "log_interval", "keep"),
+                  "0 or more": (lambda v: v >= 0, "micro_batch_size", "min_lr", "warmup_iters", "weight_decay",
+                                "grad_clip", "skip_spikes", "eval_interval", "eval_iters", "save_interval",
+                                "sample_tokens", "seed", "lora_rank"),
+                  "above 0": (lambda v: v > 0, "learning_rate", "embed_lr", "lora_alpha"),
+                  "in [0, 1)": (lambda v: 0 <= v < 1, "beta1", "beta2", "muon_momentum"),
+                  "in (0, 1]": (lambda v: 0 < v <= 1, "decay_fraction"), "below 2**43": (lambda v: v < 2**43, "seed")}
+        problems = [f"{name} must be {bound}, got {getattr(self, name)}" for bound, (holds, *names) in bounds.items()
+                    for name in names if not holds(getattr(self, name))]
         if self.min_lr > self.learning_rate > 0:
             problems.append(f"min_lr={self.min_lr} must not be above learning_rate={self.learning_rate}")
         if self.warmup_iters > self.max_iters > 0:
             problems.append(f"warmup_iters={self.warmup_iters} must not be above max_iters={self.max_iters}")
-        if not 0 < self.decay_fraction <= 1:
-            problems.append(f"decay_fraction must be in (0, 1], got {self.decay_fraction}")
-        if self.seed >= 2**43:
-            problems.append(f"seed must be below 2**43, got {self.seed}")
         if self.batch_size > 1_000_000:
             problems.append(f"batch_size must be at most 1,000,000 sequences, got {self.batch_size:,}")
         elif self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size:
@@ -160,8 +154,8 @@ def convert(key: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is Literal:
         return choose(key, value, get_args(kind))
     if kind is str:
-        if not isinstance(value, str):
-            raise ValueError(f"{key} must be text in quotes, got {value!r:.80}")
+        if not isinstance(value, str) or (key, value) == ("out_dir", ""):
+            raise ValueError(f"{key} must be {'a folder' if value == '' else 'text in quotes'}, got {value!r:.80}")
         return value
     if kind is bool:
         return choose(key, value, (True, False))

@@ -312,6 +312,7 @@ def test_a_failed_import_leaves_nothing(tmp_path, monkeypatch, capsys):
     (["import"], "write python hf.py import DIR"), (["export", "x"], "write python hf.py import DIR"),
     (["convert", "a", "b"], "got convert a b"),
     (["import", "nowhere"], "nowhere does not exist"),
+    (["import", "x", "out_dir="], "out_dir must be a folder, got ''"),
     (["export", "nowhere", "out"], "nowhere does not exist"),
     (["export", "x", "out", "dtype=int8"], "dtype must be float32, bfloat16 or float16"),
     (["export", "x", "out", "shard_gb=0"], "shard_gb must be above 0"),

@@ -130,7 +130,7 @@ def test_values_become_the_type_of_their_knob(value, kind, wanted):
     (["learning_rate=" + "9" * 101], "learning_rate must be a number, got '999"),
     (["norm=" + "x" * 9999], "or none, got 'xxx"),
     # paths
-    (["dataset=.."], "dataset must be the name of a folder"),
+    (["dataset=.."], "dataset must be the name of a folder"), (["out_dir="], "out_dir must be a folder, got ''"),
 ])
 def test_bad_command_lines_are_refused_in_one_line(arguments, words):
     with pytest.raises(ValueError) as error:
