@@ -202,8 +202,13 @@ def typed(values: dict[str, Any], knobs: dict, where: str) -> dict[str, Any]:
 
 
 def read_preset(path: str | Path) -> dict[str, Any]:
-    """The `name = literal` lines of a preset, in order. Numbers, strings, booleans and arithmetic of numbers."""
+    """The `name = literal` lines of a preset, in order. Numbers, strings, booleans and arithmetic of numbers.
+
+    tiny, tiny.py and config/tiny.py are ours in any folder that does not have such a file.
+    """
     path = Path(path)
+    ours = DEFAULT_PRESET.with_name(path.name.removesuffix(".py") + ".py")
+    path = ours if not path.is_file() and str(path.parent) in (".", "config") and ours.is_file() else path
     if not path.is_file():
         known = sorted(p.stem for p in DEFAULT_PRESET.parent.glob("*.py") if p.stem not in ("schema", "__init__"))
         raise ValueError(f"{path} is not a file; presets are {', '.join(f'config/{name}.py' for name in known)}")

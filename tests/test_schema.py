@@ -50,6 +50,20 @@ def test_command_line_overrides_the_preset_and_small_is_the_default(tmp_path):
     assert load_config([]) == load_config([str(CONFIG / "small.py")])
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny.py", "config/tiny.py"])
+def test_a_preset_of_ours_is_found_from_any_folder_unless_there_is_another(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert load_config([name]) == load_config([str(CONFIG / "tiny.py")])
+    for other in ("elsewhere/tiny.py", "tiny.txt", "none", "", "..", "config"):
+        with pytest.raises(ValueError, match="is not a file; presets are"):
+            read_preset(other)
+    for name in ("config/tiny.py", "tiny.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("n_layer = 3")
+        assert read_preset(name) == {"n_layer": 3}
+
+
 def test_overrides_are_checked_together():
     config = load_config(["n_embd=600", "n_head=6", "n_kv_head=0"])  # either alone would not fit the preset's
     assert config.model.head_size == 100
