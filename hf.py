@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from config.schema import help_text, knobs_of, split_arguments, typed, user_errors
+from config.schema import help_text, knobs_of, print_help, split_arguments, typed, user_errors
 from cost import parameter_count
 from data.prepare import workshop
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -59,7 +59,7 @@ class ExportOptions:
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done; the user's errors leave with 2."""
     if {"-h", "--help"} & set(argv) or not argv:
-        print(help_text(f"{USAGE}\n\nimport:", ImportOptions), help_text("export:", ExportOptions), sep="\n\n")
+        print_help(help_text(f"{USAGE}\n\nimport:", ImportOptions), help_text("export:", ExportOptions))
         return 0
     with user_errors():
         words, pairs = split_arguments(argv)

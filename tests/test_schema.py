@@ -1,6 +1,8 @@
 """Presets and command lines: what is accepted, and the one line for what is not."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from config.schema import (
     help_text,
     knobs_of,
     load_config,
+    print_help,
     read_preset,
     split_arguments,
     typed,
@@ -82,6 +85,14 @@ def test_help_lists_every_knob_with_its_default():
         assert field.metadata["help"] in text
 
 
+def test_a_reader_of_help_who_leaves_is_no_error(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        print_help("help " * 9999, "more")  # and nothing is raised when the pipe is closed either
+
+
 def test_flat_config_is_plain_json():
     config = load_config([])
     assert json.loads(json.dumps(config.flat())) == config.flat()
@@ -129,6 +140,7 @@ def test_values_become_the_type_of_their_knob(value, kind, wanted):
     (["n_head=4", "n_embd=256", "n_kv_head=3"], "choose n_kv_head from 1, 2, 4"),
     (["n_layer=0"], "n_layer must be between 1 and"),
     (["batch_size=1000000000"], "batch_size must be at most"),
+    (["micro_batch_size=1000000000000"], "micro_batch_size must be at most 1,000,000"),
     (["batch_size=-1"], "batch_size must be 1 or more"),
     # 11: across fields
     (["learning_rate=-1", "min_lr=0"], "learning_rate must be above 0"),
