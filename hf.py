@@ -6,6 +6,7 @@ Reading order: the command; import; export, which refuses what Llama cannot be; 
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -98,9 +99,10 @@ def import_run(source: Path, options: ImportOptions) -> None:
             for name in files:
                 (folder / name).unlink(missing_ok=True)
             raise
+    name = shlex.quote(str(folder))
     print(f"{folder}: {describe(config)}\n"
-          f"sample   python sample.py {folder} prompt='...'\n"
-          f"tune     python train.py config/finetune.py init_from={folder} dataset=TEXT out_dir=out/tuned")
+          f"sample   python sample.py {name} prompt='...'\n"
+          f"tune     python train.py config/finetune.py init_from={name} dataset=TEXT out_dir=out/tuned")
 
 
 def read_source(source: Path) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer]:
