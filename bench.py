@@ -25,7 +25,7 @@ import bench_cost as costs
 import bench_plan
 from bench_beside import fresh_run, middle, own_options, print_table, spread, values_in_turn, written
 from bench_norm import NormBench, at_least_one, machine, norms, seconds_of, several, why_not
-from config.schema import Config, convert, help_text, one_line, user_errors
+from config.schema import Config, convert, help_text, one_line, print_help, user_errors
 from cost import flops_per_token, parameter_count
 from device import autocast, choose_device, choose_dtype, matmul_rate, peak_memory
 from generate import generate
@@ -54,8 +54,8 @@ EVERYTHING = [line.split() for line in (
 def main(argv: list[str]) -> int:
     """Returns the exit code, 0; the user's errors leave with 2, Ctrl-C with 130. What was measured is printed."""
     if {"-h", "--help"} & set(argv):
-        print(USAGE, *(help_text(f"{name}: {about}", kind) for name, (_, kind, about) in BENCHES.items()),
-              help_text("Every knob of a run, for all that can be given a preset:", Config, ModelConfig), sep="\n\n")
+        print_help(USAGE, *(help_text(f"{name}: {about}", kind) for name, (_, kind, about) in BENCHES.items()),
+              help_text("Every knob of a run, for all that can be given a preset:", Config, ModelConfig))
         return 0
     with user_errors():
         if argv and argv[0] not in BENCHES:

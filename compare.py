@@ -35,7 +35,7 @@ import norm
 import train
 import watch
 from checkpoint import NEVER_COMPARED, all_in, write_atomically
-from config.schema import Config, convert, help_text, knobs_of, split_arguments, user_errors
+from config.schema import Config, convert, help_text, knobs_of, print_help, split_arguments, user_errors
 from device import processor, versions
 from lock import Lock
 from metrics import read_metrics
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["watch"]:
         return watch.main(argv[1:])
     if {"-h", "--help"} & set(argv):
-        print(help_text(__doc__, Config, ModelConfig))
+        print_help(help_text(__doc__, Config, ModelConfig))
         return 0
     if argv == ["--list"]:
         print("\n".join(f"{kind:18}{function.__doc__.splitlines()[0]}" for kind, function in norm.EAGER.items()))

@@ -6,6 +6,7 @@ Reading order: the command; import; export, which refuses what Llama cannot be; 
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from config.schema import help_text, knobs_of, split_arguments, typed, user_errors
+from config.schema import help_text, knobs_of, print_help, split_arguments, typed, user_errors
 from cost import parameter_count
 from data.prepare import workshop
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -59,7 +60,7 @@ class ExportOptions:
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done; the user's errors leave with 2."""
     if {"-h", "--help"} & set(argv):
-        print(help_text(f"{USAGE}\n\nimport:", ImportOptions), help_text("export:", ExportOptions), sep="\n\n")
+        print_help(help_text(f"{USAGE}\n\nimport:", ImportOptions), help_text("export:", ExportOptions))
         return 0
     with user_errors():
         words, pairs = split_arguments(argv)
@@ -98,9 +99,10 @@ def import_run(source: Path, options: ImportOptions) -> None:
             for name in files:
                 (folder / name).unlink(missing_ok=True)
             raise
+    name = shlex.quote(str(folder))
     print(f"{folder}: {describe(config)}\n"
-          f"sample   python sample.py {folder} prompt='...'\n"
-          f"tune     python train.py config/finetune.py init_from={folder} dataset=TEXT out_dir=out/tuned")
+          f"sample   python sample.py {name} prompt='...'\n"
+          f"tune     python train.py config/finetune.py init_from={name} dataset=TEXT out_dir=out/tuned")
 
 
 def read_source(source: Path) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer]:

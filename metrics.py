@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from checkpoint import write_atomically
-from config.schema import Config, warn
+from config.schema import Config, one_line, warn
 from cost import memory_estimate, parameter_count
 from data.loader import Dataset
 from device import peak_memory
@@ -268,7 +268,8 @@ def plot_losses(folder: Path) -> Path | None:
     if not records:
         return None
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
+    name = one_line(folder.name).replace("$", r"\$")  # two of them would be mathematics
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", title=name)
     for key, style, label in (("loss", "-", "training"), ("val_loss", "o-", "validation")):
         points = [(r["step"], r[key]) for r in records if key in r]
         if points:

@@ -127,7 +127,7 @@ UNGATED = ("gelu", "relu2")
 SCALED_EMBEDDING = ("dyt", "derf")  # these norms do not bring the stream to a known size
 FINAL_NORM = ("pre", "sandwich", "out")  # post and deepnorm end in a norm anyway
 SHORT = 1024  # tokens up to which a CPU computes all T x T scores at once, in bfloat16
-LARGEST = {"n_layer": 10_000, "n_head": 10_000, "n_embd": 1_000_000, "block_size": 100_000_000}
+LARGEST = {"n_layer": 700, "n_head": 10_000, "n_embd": 1_000_000, "block_size": 100_000_000}
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

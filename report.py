@@ -342,6 +342,10 @@ def curve(folder: Path, cells: Cells, key: str) -> tuple[np.ndarray, np.ndarray]
         [np.convolve([record[step] for step in steps], np.ones(width) / width, "valid") for record in records])
 
 
+def plain(name: str) -> str:  # between two dollars matplotlib would see mathematics
+    return name.replace("$", r"\$")
+
+
 def loss_curves(study: Study, figure: Any, colours: dict[str, str]) -> None:
     """Left the losses; right how far each arm's training loss is from the reference's, on the same batches."""
     left, right = figure.subplots(1, 2)
@@ -359,7 +363,7 @@ def loss_curves(study: Study, figure: Any, colours: dict[str, str]) -> None:
         common, here, there = np.intersect1d(steps, base[0] if base else [], return_indices=True)
         pairs = [(left, steps, losses)] + ([(right, common, losses[:, here] - base[1][:, there])] if base else [])
         for axes, x, y in pairs:
-            axes.plot(x, y.mean(0), color=colours[arm], linewidth=1.2, label=arm)
+            axes.plot(x, y.mean(0), color=colours[arm], linewidth=1.2, label=plain(arm))
             axes.fill_between(x, y.min(0), y.max(0), color=colours[arm], alpha=0.15, linewidth=0)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", title="mean, and\nrange over seeds")
 
@@ -373,7 +377,7 @@ def rate_plot(study: Study, figure: Any, colours: dict[str, str]) -> None:
         sound = {rate * beside: y for rate, y in losses.items() if np.isfinite(y).all()}
         reach = np.array([[y.mean() - y.min(), y.max() - y.mean()] for y in sound.values()]).reshape(-1, 2).T
         axes.errorbar(list(sound), [y.mean() for y in sound.values()], reach, color=colours[arm], marker="o",
-                      markersize=4, linewidth=1.2, capsize=3, label=arm)
+                      markersize=4, linewidth=1.2, capsize=3, label=plain(arm))
         lost = [rate * beside for rate, y in losses.items() if not np.isfinite(y).all()]
         axes.plot(lost, [0.98] * len(lost), "x", color=colours[arm], transform=axes.get_xaxis_transform())
     axes.set_xticks(list(losses), [f"{rate:g}" for rate in losses], minor=False)
@@ -386,8 +390,8 @@ def time_plot(study: Study, figure: Any, colours: dict[str, str]) -> None:
     axes = figure.add_subplot(xlabel="time per training step (ms): median and quartiles")
     for name, seconds in study.seconds.items():
         low, median, high = 1000 * np.quantile(seconds, (0.25, 0.5, 0.75))
-        axes.barh(name, median, xerr=[[median - low], [high - median]], color=colours.get(name, "#bbbbbb"), alpha=0.8,
-                  height=0.6, capsize=3)
+        axes.barh(plain(name), median, xerr=[[median - low], [high - median]], color=colours.get(name, "#bbbbbb"),
+                  alpha=0.8, height=0.6, capsize=3)
         axes.text(high, name, f"  {median:.2f}", va="center")
     axes.invert_yaxis()
     axes.margins(x=0.1)

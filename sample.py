@@ -16,7 +16,7 @@ from typing import BinaryIO, Literal
 
 import torch
 
-from config.schema import help_text, knobs_of, split_arguments, typed, user_errors
+from config.schema import help_text, knobs_of, print_help, split_arguments, typed, user_errors
 from data.tokenizer import Tokenizer
 from device import autocast, choose_device, choose_dtype, keep_freed_memory, without_cudnn_attention
 from evaluate import evaluate, open_known
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> int:
 
 def run(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
-        print(help_text(USAGE, SampleOptions))
+        print_help(help_text(USAGE, SampleOptions))
         return
     with user_errors():
         folder, options = parse(argv)

@@ -19,7 +19,7 @@ import torch
 import checkpoint
 import sharded
 import watch
-from config.schema import Config, catch_signals, help_text, restore_signals, user_errors, warn
+from config.schema import Config, catch_signals, help_text, print_help, restore_signals, user_errors, warn
 from cost import flops_per_token
 from data.loader import batch, val_starts
 from data.tokenizer import load_tokenizer
@@ -73,7 +73,7 @@ class Interrupts:
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done, 1 a fault on the way, 2 the user's error, 3 NaN or Inf, 128 + the signal's."""
     if {"-h", "--help"} & set(argv):
-        print(help_text(USAGE, Config, ModelConfig))
+        print_help(help_text(USAGE, Config, ModelConfig))
         return 0
     with user_errors():
         world = join()

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import math
 import operator
+import os
 import signal
 import sys
 import textwrap
@@ -85,28 +86,21 @@ class Config:
     activation_checkpointing: bool = knob(False, "compute each Block twice to keep less: slower, less memory")
 
     def __post_init__(self):
-        positive = ("batch_size", "max_iters", "log_interval", "keep")
-        not_negative = ("micro_batch_size", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "skip_spikes",
-                        "eval_interval", "eval_iters", "save_interval", "sample_tokens", "seed", "lora_rank")
-        problems = [f"{name} must be 1 or more, got {getattr(self, name)}" for name in positive
-                    if getattr(self, name) < 1]
-        problems += [f"{name} must be 0 or more, got {getattr(self, name)}" for name in not_negative
-                     if getattr(self, name) < 0]
-        problems += [f"{name} must be in [0, 1), got {getattr(self, name)}" for name in ("beta1", "beta2",
-                     "muon_momentum") if not 0 <= getattr(self, name) < 1]
-        problems += [f"{name} must be above 0, got {getattr(self, name)}" for name in ("learning_rate", "embed_lr",
-                     "lora_alpha") if getattr(self, name) <= 0]
+        bounds = {"1 or more": (lambda v: v >= 1, "batch_size", "max_iters", "log_interval", "keep"),
+                  "0 or more": (lambda v: v >= 0, "micro_batch_size", "min_lr", "warmup_iters", "weight_decay",
+                                "grad_clip", "skip_spikes", "eval_interval", "eval_iters", "save_interval",
+                                "sample_tokens", "seed", "lora_rank"),
+                  "above 0": (lambda v: v > 0, "learning_rate", "embed_lr", "lora_alpha"),
+                  "in [0, 1)": (lambda v: 0 <= v < 1, "beta1", "beta2", "muon_momentum"),
+                  "in (0, 1]": (lambda v: 0 < v <= 1, "decay_fraction"), "below 2**43": (lambda v: v < 2**43, "seed"),
+                  "at most 1,000,000": (lambda v: v <= 1_000_000, "batch_size", "micro_batch_size")}
+        problems = [f"{name} must be {bound}, got {getattr(self, name)}" for bound, (holds, *names) in bounds.items()
+                    for name in names if not holds(getattr(self, name))]
         if self.min_lr > self.learning_rate > 0:
             problems.append(f"min_lr={self.min_lr} must not be above learning_rate={self.learning_rate}")
         if self.warmup_iters > self.max_iters > 0:
             problems.append(f"warmup_iters={self.warmup_iters} must not be above max_iters={self.max_iters}")
-        if not 0 < self.decay_fraction <= 1:
-            problems.append(f"decay_fraction must be in (0, 1], got {self.decay_fraction}")
-        if self.seed >= 2**43:
-            problems.append(f"seed must be below 2**43, got {self.seed}")
-        if self.batch_size > 1_000_000:
-            problems.append(f"batch_size must be at most 1,000,000 sequences, got {self.batch_size:,}")
-        elif self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size:
+        if 0 < self.micro_batch_size <= 1_000_000 and self.batch_size % self.micro_batch_size:
             near = max(m for m in range(1, self.micro_batch_size) if self.batch_size % m == 0)
             problems.append(f"batch_size={self.batch_size} must be a multiple of micro_batch_size="
                             f"{self.micro_batch_size}: the nearest is {near}")
@@ -160,17 +154,15 @@ def convert(key: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is Literal:
         return choose(key, value, get_args(kind))
     if kind is str:
-        if not isinstance(value, str):
-            raise ValueError(f"{key} must be text in quotes, got {value!r:.80}")
+        if not isinstance(value, str) or (key, value) == ("out_dir", ""):
+            raise ValueError(f"{key} must be {'a folder' if value == '' else 'text in quotes'}, got {value!r:.80}")
         return value
     if kind is bool:
         return choose(key, value, (True, False))
-    parsed = value
-    if isinstance(value, str):
-        try:
-            parsed = kind(value) if len(value) <= 100 else None  # int() of a long text takes its time
-        except ValueError:
-            parsed = None
+    parsed = None if isinstance(value, str) else value
+    if isinstance(value, str) and len(value) <= 100:  # int() of a long text takes its time
+        with suppress(ValueError):
+            parsed = kind(value)
     wanted = {int: "a whole number", float: "a number"}[kind]
     too_large = isinstance(parsed, int) and abs(parsed) >= 2**63  # for any knob, and for float()
     if isinstance(parsed, bool) or not isinstance(parsed, (int, kind)) or too_large:
@@ -184,10 +176,7 @@ def choose(key: str, value: Any, choices: tuple) -> Any:
     """The one of `choices` that value names; booleans may be true/false, yes/no or 1/0 in any case."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     for choice in choices:
-        if isinstance(choice, bool):
-            if words.get(str(value).lower()) is choice:
-                return choice
-        elif value == choice:
+        if words.get(str(value).lower()) is choice if isinstance(choice, bool) else value == choice:
             return choice
     *others, last = (str(choice).lower() for choice in choices)
     raise ValueError(f"{key} must be {', '.join(others)} or {last}, got {value!r:.80}")
@@ -208,8 +197,13 @@ def typed(values: dict[str, Any], knobs: dict, where: str) -> dict[str, Any]:
 
 
 def read_preset(path: str | Path) -> dict[str, Any]:
-    """The `name = literal` lines of a preset, in order. Numbers, strings, booleans and arithmetic of numbers."""
+    """The `name = literal` lines of a preset, in order. Numbers, strings, booleans and arithmetic of numbers.
+
+    tiny, tiny.py and config/tiny.py are ours in any folder that does not have such a file.
+    """
     path = Path(path)
+    ours = DEFAULT_PRESET.with_name(path.name.removesuffix(".py") + ".py")
+    path = ours if not path.is_file() and str(path.parent) in (".", "config") and ours.is_file() else path
     if not path.is_file():
         known = sorted(p.stem for p in DEFAULT_PRESET.parent.glob("*.py") if p.stem not in ("schema", "__init__"))
         raise ValueError(f"{path} is not a file; presets are {', '.join(f'config/{name}.py' for name in known)}")
@@ -300,6 +294,14 @@ def help_text(usage: str, *classes: type) -> str:
         text = f"  {name}={default}".ljust(31) + f" {knob_field.metadata['help']} ({shape})"
         lines.append(textwrap.fill(text, 120, subsequent_indent=32 * " ", break_on_hyphens=False))
     return "\n".join(lines)
+
+
+def print_help(*texts: str) -> None:
+    """Prints them; that a reader leaves in between (`| head`) is no error."""
+    try:
+        print(*texts, sep="\n\n", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python puts the rest when it ends
 
 
 def one_line(error: object, most: int = 1500) -> str:

@@ -8,8 +8,10 @@ import platform
 import sysconfig
 import tokenize
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from itertools import takewhile
 from pathlib import Path
@@ -51,12 +53,9 @@ def split_of(key: str, val_share: float) -> str:
 
 
 def split_files(names: dict[str, Path], val_share: float) -> list[tuple[str, Path]]:
-    """(split, path) of each document, ordered by the hash of its name; no split is empty if there are two or more."""
+    """(split, path) of each document, ordered by the hash of its name, so that those of val come first."""
     order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    splits = [split_of(name, val_share) for name in order]  # the order puts those of val first
-    if len(order) > 1:
-        splits[0], splits[-1] = "val", "train"
-    return [(split, names[name]) for split, name in zip(splits, order, strict=True)]
+    return [(split_of(name, val_share), names[name]) for name in order]
 
 
 def read_text(split: str, path: Path, start: int, stop: int) -> Iterator[Piece]:
@@ -172,25 +171,36 @@ def folder_files(folder: Path) -> dict[str, Path]:
     return kept
 
 
+def cut_text(text: str) -> list[Piece]:
+    """The first 90% of the characters for train, the rest for val."""
+    cut = int(len(text) * 0.9)
+    return [piece for piece in (Piece("train", True, text[:cut]), Piece("val", True, text[cut:])) if piece.text]
+
+
 def documents(paths: list[Path]) -> Corpus:
-    """Folders and files: a text file is a document, so is each row of .jsonl and .parquet; 10% of them are val."""
+    """Folders and files: a text file is a document, so is each row of .jsonl and .parquet. 10% of them are val; but
+    where these are not 5 to 20% of the bytes, documents being few or unequal, each gives its last 10% to val."""
     names: dict[str, Path] = {}
     for path in paths:
         found = folder_files(path) if path.is_dir() else {path.name: path}
         names |= {(name if name not in names else f"{path}/{name}"): found[name] for name in found}
     texts = {name: path for name, path in names.items() if path.suffix not in ROWS}
 
-    def pieces() -> Iterator[Piece]:
+    def pieces(whole: bool = True) -> Iterator[Piece]:
         for split, path in split_files(texts, 0.1):
-            yield from read_text(split, path, 0, path.stat().st_size)
+            yield from read_text(split, path, 0, path.stat().st_size) if whole else text_file(path).pieces()
         for name in sorted(names.keys() - texts.keys()):
             for row, text in enumerate(ROWS[names[name].suffix](names[name])):
-                yield Piece(split_of(f"{name}:{row}", 0.1), True, text)
+                yield from [Piece(split_of(f"{name}:{row}", 0.1), True, text)] if whole else cut_text(text)
 
+    sizes = Counter()
+    for piece in pieces():
+        sizes[piece.split] += len(piece.text.encode())
+    whole = 0.05 * sizes.total() <= sizes["val"] <= 0.2 * sizes.total()
     first = paths[0].resolve()
-    source = f"{len(names)} files of {', '.join(path.resolve().name for path in paths)}"
-    size = sum(path.stat().st_size for path in names.values())
-    return Corpus(first.name if first.is_dir() else first.stem, source, pieces, size)
+    how = "split by document" if whole else "few or unequal, so each is cut 90/10"
+    source = f"{len(names)} files of {', '.join(path.resolve().name for path in paths)}, {how}"
+    return Corpus(first.name if first.is_dir() else first.stem, source, partial(pieces, whole), sizes.total())
 
 
 def shakespeare() -> Corpus:
@@ -203,9 +213,7 @@ def shakespeare() -> Corpus:
                       "python data/prepare.py input.txt name=shakespeare tokenizer=char") from None
     if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
         raise ValueError(f"{SHAKESPEARE}: what came is not tinyshakespeare (its SHA-256 differs); try again later")
-    text = content.decode()
-    cut = int(len(text) * 0.9)
-    pieces = [Piece("train", True, text[:cut]), Piece("val", True, text[cut:])]
+    pieces = cut_text(content.decode())
     return Corpus("shakespeare", "tinyshakespeare of karpathy/char-rnn", lambda: iter(pieces), len(content),
                   tokenizer="char")
 

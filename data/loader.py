@@ -5,6 +5,7 @@ Tokens are read from disk as they are needed (memory maps). Global random genera
 
 import json
 import os
+import shlex
 import stat
 import zlib
 from dataclasses import dataclass
@@ -58,9 +59,10 @@ class Dataset:
 def open_dataset(folder: str | Path) -> Dataset:
     """Opens data/<name>. Raises OSError (a file is missing or unreadable) or ValueError, in one line."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such data set; make it with: python data/prepare.py {folder.name} "
-                                f"(or YOUR-TEXT name={folder.name})")
+    if not any((folder / file).exists() for file in ("meta.json", "train.bin")):
+        text, name = shlex.quote(str(folder)), shlex.quote(folder.name)
+        words = f"{text} name=NAME tokenizer=RUN" if folder.exists() else f"{name} (or YOUR-TEXT name={name})"
+        raise FileNotFoundError(f"{folder}: no such data set; make it with: python data/prepare.py {words}")
     meta = read_meta(folder / "meta.json")
     opened = {folder / f"{split}.bin": check_regular(folder / f"{split}.bin") for split in SPLITS}
     tokens = {split: map_tokens(path, status.st_size, meta, split)
@@ -113,11 +115,9 @@ def read_meta(path: Path) -> dict:
         raise ValueError(f"{path}: larger than {LARGEST_META:,} bytes, no meta.json is; prepare the data set again")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        found = checksum(meta) if isinstance(meta, dict) else None  # here too, since it walks as deep
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); prepare the data set again") from None
-    if not isinstance(meta, dict):
-        raise ValueError(f"{path}: not a JSON object; prepare the data set again")
+        found = checksum(meta)  # here too, since it walks as deep
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise ValueError(f"{path}: not a JSON object ({error}); prepare the data set again") from None
     for field, (good, meaning) in FIELDS.items():
         if not good(meta.get(field)):
             raise ValueError(f"{path}: {field} is {meta.get(field)!r:.80}, must be {meaning}; prepare the data again")

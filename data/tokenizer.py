@@ -20,6 +20,7 @@ import tiktoken
 
 from data.tokenizer_json import (
     SPACE,
+    Mismatch,
     damage,
     json_ids,
     json_pieces,
@@ -253,7 +254,7 @@ class HuggingFaceTokenizer(Tokenizer):
         super().__init__(json_pieces(plain), bos_id, end_ids)
         for i in self.end_ids:
             if type(i) is not int or not 0 <= i < self.vocab_size:
-                raise ValueError(f"its bos or eos, {i!r:.99}, is not an id below {self.vocab_size}")
+                raise Mismatch(f"bos or eos, {i!r:.99}, is not an id below {self.vocab_size}")
             self.pieces[i] = b""
         with silent_panics():
             self._check()
@@ -262,7 +263,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """That no text becomes a special token, and that the library makes of ids what `pieces` makes of them."""
         for i in self.end_ids:
             if i in self.encode(self._encodable(self.first.id_to_token(i) or "")):
-                raise ValueError(f"a text can have its special token {self.first.id_to_token(i)!r}")
+                raise Mismatch(f"bos or eos, id {i}, is {self.first.id_to_token(i)!r} here, which a text can have")
         ids = self.encode(self._encodable(PATTERN_PROBE))
         with rust_errors("its decoder fails"):
             theirs = self.first.decode(ids, skip_special_tokens=True)
@@ -342,7 +343,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         with damage(path):
             return SentencePieceTokenizer(read_capped(path))
     fields = read_json(path)
-    with damage(path):
+    with damage(path, foreign="kind" not in fields):
         if "kind" not in fields and "model" in fields:
             return HuggingFaceTokenizer.from_folder(path.parent, fields)
         return FROM_JSON[fields["kind"]](fields)

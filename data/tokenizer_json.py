@@ -26,12 +26,19 @@ def read_capped(path: Path) -> bytes:
     return path.read_bytes()
 
 
+class Mismatch(ValueError):
+    """Of bos or eos, which the files beside a tokenizer.json name, with what it has."""
+
+
 @contextmanager
-def damage(path: Path) -> Iterator[None]:
-    """Makes one line that names the file of what can go wrong inside a damaged one."""
+def damage(path: Path, foreign: bool = False) -> Iterator[None]:
+    """Makes one line that names the file of what can go wrong inside a damaged one, or with a foreign one's company."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        if foreign and isinstance(error, Mismatch):
+            raise ValueError(f"{path}: {error}: it is not the tokenizer of the config.json and generation_config.json "
+                             "beside it, or these are wrong") from None
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: damaged tokenizer file ({reason}); make or fetch it again") from None
 

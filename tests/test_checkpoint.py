@@ -3,6 +3,7 @@
 import os
 import re
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import checkpoint
 from checkpoint import all_in, compare_with_run, load, load_named, load_newest, path_of, prune, save, write_atomically
-from model import Decoder, ModelConfig
+from model import LARGEST, Decoder, ModelConfig
 
 MODEL = ModelConfig(vocab_size=11, n_layer=1, n_embd=8, n_head=2, n_hidden=8, block_size=8)
 
@@ -62,6 +63,19 @@ def test_the_model_in_it_is_rebuilt(folder):
 def test_a_model_trained_with_the_cuda_kernel_is_rebuilt_without_it():
     knobs = vars(MODEL) | {"norm_impl": "triton"}
     assert rebuilt(state(config=knobs)).config.norm_impl == "eager"
+
+
+def test_the_deepest_model_with_the_most_norms_can_be_saved(tmp_path):
+    """Its names fill LARGEST_PICKLE by so much a Block, and a little more where there are many."""
+    sizes = []
+    for layers in (8, 12):
+        model = Decoder(replace(MODEL, n_layer=layers, norm="derf", norm_pos="sandwich", qk_norm=True))
+        tensors = {name: p.detach() for name, p in model.named_parameters()}
+        adamw = {name: {key: p.clone() for key in ("step", "exp_avg", "exp_avg_sq")} for name, p in tensors.items()}
+        torch.save({"model": tensors, "optimizer": adamw}, tmp_path / "x.pt")
+        with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+            sizes.append(archive.getinfo("x/data.pkl").file_size)
+    assert (sizes[1] - sizes[0]) / 4 * 1.05 * LARGEST["n_layer"] < checkpoint.LARGEST_PICKLE
 
 
 def test_newest_is_by_number(folder):

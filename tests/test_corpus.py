@@ -72,7 +72,7 @@ def test_a_file_of_a_folder_is_a_document_in_one_split(tmp_path):
     assert sorted(piece.text for piece in pieces) == sorted(texts.values()) and all(piece.start for piece in pieces)
     assert {piece.split for piece in pieces} == {"train", "val"}
     assert pieces == list(documents([folder]).pieces()) and source.name == "books"
-    assert source.size == sum(map(len, texts.values())) and source.source == "41 files of books"
+    assert source.size == sum(map(len, texts.values())) and source.source == "41 files of books, split by document"
 
 
 def test_two_files_are_enough_for_both_splits(tmp_path):
@@ -81,6 +81,25 @@ def test_two_files_are_enough_for_both_splits(tmp_path):
         for path in paths:
             path.write_text(path.name)
         assert {piece.split for piece in documents(paths).pieces()} == {"train", "val"}
+
+
+@pytest.mark.parametrize("texts", [["a" * 5000], ["a" * 5000, "b" * 30], ["a" * 5000] + ["b" * 9] * 60, ["a" * 99] * 3],
+                         ids=["one", "two", "one giant", "three"])
+@pytest.mark.parametrize("kind", ["files", "rows"])
+def test_few_or_unequal_documents_are_each_cut_at_ninety_percent(tmp_path, texts, kind):
+    (tmp_path / "mine").mkdir()
+    if kind == "rows":
+        write_jsonl(tmp_path / "mine" / "r.jsonl", texts)
+    for i, text in enumerate(texts if kind == "files" else []):
+        (tmp_path / "mine" / f"{i}.txt").write_text(text)
+    source = documents([tmp_path / "mine"])
+    pieces = list(source.pieces())
+    assert sorted(piece.text for piece in pieces) == sorted(
+        part for text in texts for part in (text[:int(len(text) * 0.9)], text[int(len(text) * 0.9):]))
+    assert all(piece.start for piece in pieces) and pieces == list(source.pieces())
+    assert sum(len(piece.text) for piece in pieces if piece.split == "val") == sum(-(-len(t) // 10) for t in texts)
+    assert source.source.endswith(" of mine, few or unequal, so each is cut 90/10")
+    assert source.size == sum(map(len, texts))
 
 
 def test_files_of_the_same_name_are_all_taken(tmp_path):

@@ -264,9 +264,11 @@ def test_a_full_disk_under_an_export_is_one_line_and_leaves_nothing(tmp_path, ca
 
 def test_an_imported_run_samples_and_so_does_the_folder_itself(tmp_path, capsys):
     save_hf_twin(tmp_path / "hf", "GQA", True, "default")
-    assert run_hf("import", tmp_path / "hf", f"out_dir={tmp_path / 'run'}") == 0
+    assert run_hf("import", tmp_path / "hf", f"out_dir={tmp_path / 'my run'}") == 0
+    out = capsys.readouterr().out
+    assert f"sample.py '{tmp_path / 'my run'}' prompt" in out and f"init_from='{tmp_path / 'my run'}' dataset" in out
     texts = []
-    for place in ("run", "hf"):
+    for place in ("my run", "hf"):
         capsys.readouterr()
         assert sample.main([str(tmp_path / place), "prompt=x = 1", "max_new_tokens=9", "device=cpu"]) == 0
         texts.append(capsys.readouterr().out)
@@ -312,6 +314,7 @@ def test_a_failed_import_leaves_nothing(tmp_path, monkeypatch, capsys):
     (["import"], "write python hf.py import DIR"), (["export", "x"], "write python hf.py import DIR"),
     (["convert", "a", "b"], "got convert a b"),
     (["import", "nowhere"], "nowhere does not exist"),
+    (["import", "x", "out_dir="], "out_dir must be a folder, got ''"),
     (["export", "nowhere", "out"], "nowhere does not exist"),
     (["export", "x", "out", "dtype=int8"], "dtype must be float32, bfloat16 or float16"),
     (["export", "x", "out", "shard_gb=0"], "shard_gb must be above 0"),

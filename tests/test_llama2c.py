@@ -211,7 +211,7 @@ def header(*numbers):
     (header(C, F, 0, H, 2, V, T), "n_layer=0"), (header(C, F, L, H, -2, V, T), "n_kv_head=-2"),
     (header(C, F, L, 5, 5, V, T), "must be a multiple of 2 * n_head"), (header(C, F, L, H, 3, V, T), "n_kv_head from"),
     (header(*7 * [2**31 - 1]), "n_layer must be between"), (header(*7 * [-2**31]), "n_embd=-2147483648"),
-    (header(10**6, 2**31 - 1, 10**4, 1, 1, -2**31, 10**8), "asks for"), (b"PK\x03\x04" + bytes(400), "n_hidden=0")])
+    (header(10**6, 2**31 - 1, 700, 1, 1, -2**31, 10**8), "asks for"), (b"PK\x03\x04" + bytes(400), "n_hidden=0")])
 def test_a_file_that_is_not_of_version_0_is_refused_unread(put, monkeypatch, content, words):
     monkeypatch.setattr("numpy.fromfile", None)
     with pytest.raises(ValueError) as caught:

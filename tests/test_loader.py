@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import zlib
 
 import numpy as np
@@ -54,6 +55,16 @@ def test_uint32_ids_are_read_whole(tmp_path):
 
 def test_a_missing_folder_names_the_command_that_makes_it(tmp_path):
     refused(tmp_path / "python", r"python data/prepare.py python", FileNotFoundError)
+
+
+def test_a_text_in_place_of_a_data_set_is_told_how_to_make_one_of_it(tmp_path):
+    folder = tmp_path / "my texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("text")
+    for text in (folder, folder / "a.txt"):
+        refused(text, re.escape(f"{text}: no such data set; make it with: python data/prepare.py '{text}' name=NAME "
+                                f"tokenizer=RUN"), FileNotFoundError)
+    refused(tmp_path / "a b", r"prepare.py 'a b' \(or YOUR-TEXT name='a b'\)", FileNotFoundError)
 
 
 @pytest.mark.parametrize("name", ["meta.json", "train.bin", "val.bin", "tokenizer.json"])

@@ -132,3 +132,11 @@ def test_the_plot_is_a_picture_and_needs_matplotlib(tmp_path, monkeypatch):
     assert plot_losses(tmp_path).read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert plot_losses(tmp_path) is None
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("name", ["$x_{$", "\udcff", "$", "a\nb"])
+def test_the_plot_of_a_run_with_an_odd_name_is_a_picture(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / FILE).write_text('{"step": 1, "loss": 2.0}\n')
+    assert plot_losses(tmp_path / name).read_bytes().startswith(b"\x89PNG")

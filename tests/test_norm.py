@@ -1,5 +1,6 @@
 """The norm contract, clause by clause, for every kind. Sizes are small; everything is held against float64."""
 
+import inspect
 import math
 
 import pytest
@@ -297,3 +298,17 @@ def test_a_kernel_that_pytorch_has_not_is_refused(kind):
 def test_unknown_norm_is_refused():
     with pytest.raises(ValueError, match="layernorm, .*, rmsnorm, .*, none, got 'rms'"):
         norm_function("rms", "eager")
+
+
+@pytest.mark.parametrize("kind, before, after", [
+    ("dyt", '{"gain": 1.0, "alpha": 0.5}', '{"alpha": 0.5, "gain": 1.0}'),
+    ("rmsnorm1p", '"rmsnorm1p": {"gain": 0.0}, ', ""),
+    ("rmsnorm1p", '"rmsnorm1p": rmsnorm1p, ', ""), ("derf", '"alpha", "shift")  # last', '"alpha")  # last'),
+    ("layernorm", '{"gain": 1.0, "bias": 0.0}', '{"gain": 1.0}'), ("rmsnorm_noparam", '"rmsnorm_noparam": {}',
+                                                                   '"rmsnorm_noparam": {"gain": 1.0}'),
+    ("none", '    """x: no norm at all; the control that tells what a norm costs and whether it is needed."""\n', "")])
+def test_a_norm_that_is_not_entered_everywhere_alike_is_named_at_import(kind, before, after):
+    source = inspect.getsource(norm_module)
+    assert before in source
+    with pytest.raises(AssertionError, match=f"norm {kind}: EAGER, PARAMETERS"):
+        exec(source.replace(before, after), {"__name__": "copy"})

@@ -263,7 +263,9 @@ def test_the_command_prepares_a_named_data_set(run, text, tmp_path):
     assert run(text) == (0, "")
     assert open_dataset(tmp_path / "data" / "prose").meta["tokenizer"] == "sentencepiece"
     assert run(text, text.parent / "prose.txt", "--tokenizer=byte", "name=two") == (0, "")
-    assert open_dataset(tmp_path / "data" / "two").meta["source"] == "2 files of prose.txt, prose.txt"
+    two = open_dataset(tmp_path / "data" / "two").meta
+    assert two["source"] == "2 files of prose.txt, prose.txt, few or unequal, so each is cut 90/10"
+    assert two["bytes"] == {"train": 2 * int(len(PROSE) * 0.9), "val": 2 * (len(PROSE) - int(len(PROSE) * 0.9))}
 
 
 @pytest.mark.parametrize("words, match", [

@@ -13,6 +13,7 @@ from report import (
     best_cells,
     bootstrap,
     detectable,
+    draw,
     holm,
     judge,
     paired_t_test,
@@ -238,6 +239,12 @@ def test_without_matplotlib_the_report_has_no_plots_and_says_so(study, monkeypat
     write_report(study())
     assert "matplotlib is not installed" in capsys.readouterr().out
     assert "](" not in (study().folder / "report.md").read_text() and not list(study().folder.glob("*.png"))
+
+
+def test_an_arm_between_dollars_is_drawn_to_the_letter(study):
+    cells = [c | {"arm": "$x_{$"} if c["arm"] == "rms" else c for c in study().cells]
+    named = study(arms=["$x_{$", "layer"], cells=cells, seconds={"$x_{$": [0.01, 0.02], "layer": [0.01, 0.02]})
+    assert draw(named) == ["loss_curves", "step_time", "learning_rate"]
 
 
 def test_a_difference_names_its_direction():

@@ -1,6 +1,8 @@
 """Presets and command lines: what is accepted, and the one line for what is not."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from config.schema import (
     help_text,
     knobs_of,
     load_config,
+    print_help,
     read_preset,
     split_arguments,
     typed,
@@ -50,6 +53,20 @@ def test_command_line_overrides_the_preset_and_small_is_the_default(tmp_path):
     assert load_config([]) == load_config([str(CONFIG / "small.py")])
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny.py", "config/tiny.py"])
+def test_a_preset_of_ours_is_found_from_any_folder_unless_there_is_another(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert load_config([name]) == load_config([str(CONFIG / "tiny.py")])
+    for other in ("elsewhere/tiny.py", "tiny.txt", "none", "", "..", "config"):
+        with pytest.raises(ValueError, match="is not a file; presets are"):
+            read_preset(other)
+    for name in ("config/tiny.py", "tiny.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("n_layer = 3")
+        assert read_preset(name) == {"n_layer": 3}
+
+
 def test_overrides_are_checked_together():
     config = load_config(["n_embd=600", "n_head=6", "n_kv_head=0"])  # either alone would not fit the preset's
     assert config.model.head_size == 100
@@ -66,6 +83,14 @@ def test_help_lists_every_knob_with_its_default():
     for name, (_, field) in knobs_of(Config, ModelConfig).items():
         assert f" {name}={field.default} {field.metadata['help']} (" in text or field.default == ""
         assert field.metadata["help"] in text
+
+
+def test_a_reader_of_help_who_leaves_is_no_error(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        print_help("help " * 9999, "more")  # and nothing is raised when the pipe is closed either
 
 
 def test_flat_config_is_plain_json():
@@ -115,6 +140,7 @@ def test_values_become_the_type_of_their_knob(value, kind, wanted):
     (["n_head=4", "n_embd=256", "n_kv_head=3"], "choose n_kv_head from 1, 2, 4"),
     (["n_layer=0"], "n_layer must be between 1 and"),
     (["batch_size=1000000000"], "batch_size must be at most"),
+    (["micro_batch_size=1000000000000"], "micro_batch_size must be at most 1,000,000"),
     (["batch_size=-1"], "batch_size must be 1 or more"),
     # 11: across fields
     (["learning_rate=-1", "min_lr=0"], "learning_rate must be above 0"),
@@ -130,7 +156,7 @@ def test_values_become_the_type_of_their_knob(value, kind, wanted):
     (["learning_rate=" + "9" * 101], "learning_rate must be a number, got '999"),
     (["norm=" + "x" * 9999], "or none, got 'xxx"),
     # paths
-    (["dataset=.."], "dataset must be the name of a folder"),
+    (["dataset=.."], "dataset must be the name of a folder"), (["out_dir="], "out_dir must be a folder, got ''"),
 ])
 def test_bad_command_lines_are_refused_in_one_line(arguments, words):
     with pytest.raises(ValueError) as error:

@@ -498,7 +498,7 @@ def test_the_python_data_set_is_prepared_when_it_is_missing(start, tmp_path, mon
 @pytest.mark.parametrize("arguments, words", [
     (["dataset=missing"], "no such data set; make it with: python data/prepare.py"),  # row 13
     (["block_size=100000"], "tokens, needs at least block_size + 1"),  # 17
-    (["n_embd=1000000", "n_head=2", "n_layer=10000"], "billion parameters need about"),  # 10
+    (["n_embd=1000000", "n_head=2", "n_layer=700"], "billion parameters need about"),  # 10
     (["device=cdua"], "device=cdua is not on this machine; it has cpu"),  # 52
     (["device=cuda:7"], "is not on this machine"), (["dtype=float16"], "dtype=float16 needs a CUDA device"),  # 53
     (["out_dir=/proc/nothing/here"], "/proc/nothing"),  # 30

@@ -310,6 +310,10 @@ def test_the_picture_of_one_run_lies_in_its_folder_that_of_several_where_it_is_a
     both = tmp_path / "both.png"
     assert watch.main([str(tmp_path / "run"), str(tmp_path / "other"), f"out={both}"]) == 0
     assert both.read_bytes().startswith(b"\x89PNG") and not (tmp_path / "other" / "watch.png").exists()
+    for name in ("$x_{$", "\udcff"):
+        (tmp_path / "run").rename(tmp_path / name)
+        watch.plot([tmp_path / name], both)
+        (tmp_path / name).rename(tmp_path / "run")
 
 
 def test_what_was_watched_is_read_back_by_step_and_layer(tmp_path):

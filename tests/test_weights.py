@@ -147,7 +147,7 @@ def test_llama_1_is_read_whose_config_says_little(folder):
     ({"rope_parameters": [1]}, "rope_parameters must be an object"),
     ({"hidden_size": None}, "lacks hidden_size"), ({"hidden_size": "wide"}, "n_embd must be a whole number"),
     ({"head_dim": 15}, "head_dim must be even"), ({"hidden_size": [64]}, "n_embd must be a number or a text, got list"),
-    ({"num_hidden_layers": 10**6}, "n_layer must be between 1 and 10,000"),
+    ({"num_hidden_layers": 10**6}, "n_layer must be between 1 and 700"),
     ({"rms_norm_eps": -1}, "norm_eps must be above 0"), ({"rms_norm_eps": "NaN"}, "norm_eps must be finite"),
     ({"num_key_value_heads": 3}, "n_head=4 must be a multiple of n_kv_head=3"),
     ({"num_hidden_layers": 3}, "lacks model.layers.2."), ({"num_hidden_layers": 1}, "surplus model.layers.1."),
