@@ -280,7 +280,7 @@ def data_change(tries: int, folder: Path) -> Report:
     old one's place is no change, because the old one is still there for the run that has it open."""
     whole, source, report, put_back = trained(folder), words(folder) / "words", Report(), 0
     cases = [(change, place, name) for name in ("train.bin", "val.bin") for change in (truncate, overwrite, replace)
-             for place in ("batch", "evaluate")]
+             for place in ("batch", "validation_loss")]
     for i in range(tries):
         change, place, name = cases[i * 7 % len(cases)]
         step = random.Random(i).choice((1, 2, 3, 5, 6, 7, 9, 10, 11)) if place == "batch" else 5 + i % 2 * 5
