@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     """Returns the exit code, 0; the user's errors leave with 2, Ctrl-C with 130. What was measured is printed."""
     if {"-h", "--help"} & set(argv):
         print_help(USAGE, *(help_text(f"{name}: {about}", kind) for name, (_, kind, about) in BENCHES.items()),
-              help_text("Every knob of a run, for all that can be given a preset:", Config, ModelConfig))
+                   help_text("Every knob of a run, for all that can be given a preset:", Config, ModelConfig))
         return 0
     with user_errors():
         if argv and argv[0] not in BENCHES:

@@ -17,8 +17,8 @@ def generate(model: Decoder, ids: list[int], max_new_tokens: int, *, num_samples
     """Continues `ids` (at least one) num_samples times at once; yields per new token one id for each sample.
 
     Ids from vocab_size up (the padding of a model's vocabulary; None = it has none) are never drawn. The same arguments
-    give the same ids; torch's own random state is neither read nor changed. Under the caller's autocast the cache is
-    in its dtype too. Leaves the model in eval mode. FloatingPointError if the logits are not finite.
+    give the same ids; torch's own random state is neither read nor changed. With `compile` the last digits are others.
+    Leaves the model in eval mode. FloatingPointError if the logits are not finite.
     """
     device, block_size = model.embed.weight.device, model.config.block_size
     model.eval()

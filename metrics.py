@@ -258,6 +258,11 @@ def wandb(folder: Path, knobs: dict[str, Any]) -> Callable[[dict], None]:
 TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
 
 
+def plain(name: str) -> str:
+    """A name as matplotlib can write it: between two dollars it would see mathematics."""
+    return one_line(name).replace("$", r"\$")
+
+
 def plot_losses(folder: Path) -> Path | None:
     """loss.png from metrics.jsonl, by step; None without records, or where matplotlib is not installed."""
     try:
@@ -268,8 +273,7 @@ def plot_losses(folder: Path) -> Path | None:
     if not records:
         return None
     figure = Figure(figsize=(7, 4), layout="constrained")
-    name = one_line(folder.name).replace("$", r"\$")  # two of them would be mathematics
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", title=name)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", title=plain(folder.name))
     for key, style, label in (("loss", "-", "training"), ("val_loss", "o-", "validation")):
         points = [(r["step"], r[key]) for r in records if key in r]
         if points:

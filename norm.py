@@ -136,13 +136,21 @@ PARAMETERS: dict[str, dict[str, float]] = {  # name -> initial value, in the ord
     "derf": {"gain": 1.0, "bias": 0.0, "alpha": 0.5, "shift": 0.0}, "none": {}}
 NORM_LEAVES = ("gain", "bias", "alpha", "shift")  # last parts of their parameters' names
 SCALARS = ("alpha", "shift")  # of all parameters these have one element, the others one per channel
-for kind in EAGER | PARAMETERS:  # parameters in another order than the function's arguments would train in silence
-    function, parameters = EAGER.get(kind, lambda: None), [*PARAMETERS.get(kind, "?")]
-    takes = getfullargspec(function).args[1:]
-    assert takes == [*parameters, "eps", "p"][:len(takes)] and {*parameters} <= {*NORM_LEAVES} and function.__doc__, (
-        f"norm {kind}: EAGER, PARAMETERS, NORM_LEAVES and the function's arguments and docstring do not agree")
 CACHE, BLOCK = 2**25, 2**22  # bytes: about what a CPU's last cache holds; what is worked on at once if x is larger
 ELEMENTWISE = ("dyt", "derf", "none")  # without statistics, so without eps; the stream's scale passes through
+
+
+def check_entries() -> None:
+    """Each norm is entered everywhere alike: parameters in another order than the arguments would train in silence."""
+    for kind in EAGER | PARAMETERS:
+        function, parameters = EAGER.get(kind, lambda: None), [*PARAMETERS.get(kind, "?")]
+        takes = getfullargspec(function).args[1:]
+        alike = takes == [*parameters, "eps", "p"][:len(takes)] and {*parameters} <= {*NORM_LEAVES}
+        assert alike and function.__doc__, (
+            f"norm {kind}: EAGER, PARAMETERS, NORM_LEAVES and the function's arguments and docstring do not agree")
+
+
+check_entries()
 
 
 def refusal(kind: str, impl: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from metrics import read_metrics
+from metrics import plain, read_metrics
 
 SIGNIFICANCE, POWER = 0.05, 0.8
 RESAMPLES = 10_000  # of a bootstrap
@@ -340,10 +340,6 @@ def curve(folder: Path, cells: Cells, key: str) -> tuple[np.ndarray, np.ndarray]
     width = max(1, len(steps) // 25) if key == "loss" else 1
     return np.array(steps[width - 1:]), np.array(
         [np.convolve([record[step] for step in steps], np.ones(width) / width, "valid") for record in records])
-
-
-def plain(name: str) -> str:  # between two dollars matplotlib would see mathematics
-    return name.replace("$", r"\$")
 
 
 def loss_curves(study: Study, figure: Any, colours: dict[str, str]) -> None:

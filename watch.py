@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config.schema import one_line, split_arguments, typed, user_errors
+from config.schema import split_arguments, typed, user_errors
 from device import autocast
-from metrics import FILE, read_metrics
+from metrics import FILE, plain, read_metrics
 from model import Decoder
 from norm import Norm
 
@@ -185,7 +185,7 @@ def plot(folders: list[Path], file: Path) -> None:
     figure = Figure(figsize=(2 + 4 * len(runs), 2.3 * len(PANELS)), layout="constrained")
     grid = figure.subplots(len(PANELS), len(runs), sharey="row", squeeze=False)
     for column, folder, (steps, values) in zip(grid.T, folders, runs, strict=True):
-        column[0].set_title(fill(one_line(folder.resolve().name), 30).replace("$", r"\$"), fontsize="medium")
+        column[0].set_title(fill(plain(folder.resolve().name), 30), fontsize="medium")
         draw_by_depth(column[0], steps, values["residual_rms"], by_step)
         draw_by_depth(column[1], steps, values["residual_mean_share"], by_step)
         draw_gains(column[2], steps[-1], values)

@@ -138,3 +138,11 @@ def test_what_is_compiled_for_cuda_is_the_same_bits(monkeypatch, dtype):
     found = head_loss(x, targets, None, weight)
     for mine, theirs in zip([found, *torch.autograd.grad(found, (x, weight))], wanted, strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_under_autocast_the_gradient_of_x_is_rounded_once_before_it_is_divided_by_the_rows():
+    x, weight, targets = inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head_loss(x, targets, None, weight)
+    times_rows = torch.autograd.grad(loss, x)[0] * len(x)
+    torch.testing.assert_close(times_rows.bfloat16().float(), times_rows, rtol=1e-6, atol=0)

@@ -208,6 +208,12 @@ def test_on_cuda_matrices_are_rounded_and_attention_is_not_planned(monkeypatch):
     assert planned == ["cuda"] and model.head.weight.dtype == torch.bfloat16
 
 
+def test_what_is_to_be_compiled_is_not_packed_where_a_compiler_could_not_look_into_it():
+    model = small()
+    for_inference(model, SampleOptions(device="cpu", dtype="bfloat16", compile=True))
+    assert all(type(block.attn.q) is torch.nn.Linear for block in model.blocks)
+
+
 @pytest.mark.parametrize("dtype, wanted", [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_a_cpu_that_cannot_pack_rounds(monkeypatch, dtype, wanted):
     monkeypatch.setattr("sample.can_pack", lambda dtype: False)
