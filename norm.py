@@ -136,7 +136,7 @@ PARAMETERS: dict[str, dict[str, float]] = {  # name -> initial value, in the ord
     "derf": {"gain": 1.0, "bias": 0.0, "alpha": 0.5, "shift": 0.0}, "none": {}}
 NORM_LEAVES = ("gain", "bias", "alpha", "shift")  # last parts of their parameters' names
 SCALARS = ("alpha", "shift")  # of all parameters these have one element, the others one per channel
-CACHE, BLOCK = 2**25, 2**22  # bytes: about what a CPU's last cache holds; what is worked on at once if x is larger
+LARGE, ROWS = 2**22, 8  # bytes from which on LargeRMSNorm wins, and the rows that its backward has side by side
 ELEMENTWISE = ("dyt", "derf", "none")  # without statistics, so without eps; the stream's scale passes through
 
 
@@ -185,7 +185,7 @@ def compiled_norm(kind: str, x: Tensor, *arguments) -> Tensor:
     """The eager function through torch.compile; a large RMSNorm on a CPU with a backward of our own."""
     if torch.compiler.is_compiling():  # part of a larger compilation already
         return EAGER[kind](x, *arguments)
-    if kind == "rmsnorm" and x.device.type == "cpu" and x.nbytes > CACHE and torch.is_grad_enabled():
+    if kind == "rmsnorm" and x.device.type == "cpu" and x.nbytes >= LARGE and torch.is_grad_enabled():
         return LargeRMSNorm.apply(x.contiguous(), *arguments)
     return compiled(EAGER[kind])(x, *arguments)
 
@@ -196,36 +196,46 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function)
 
 
-def rmsnorm_gradient(dy: Tensor, x: Tensor, dx: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """Writes the gradient by x [M, C] into dx, and returns that by the gain as partial sums [groups, C].
+def rmsnorm_and_squares(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """rmsnorm, and the sum of the squares of each row [..., 1], which costs nothing to keep."""
+    squares = widen(x).square().sum(-1, keepdim=True)
+    return (widen(x) * torch.rsqrt(squares / x.shape[-1] + eps) * gain).to(x.dtype), squares
 
-    Rows are summed in groups of at most 16: a sum over all rows at once is slow in Inductor's CPU code.
+
+def rmsnorm_gradient(dy: Tensor, x: Tensor, scale: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients by x [M, R, C], whose rows have `scale` [M, R, 1], and by the gain, as partial sums [M, C].
+
+    R rows are written out side by side, so that Inductor's CPU code has one loop over M for both gradients and makes
+    the second pass over its rows while they are in a core's cache.
     """
-    scale = torch.rsqrt(widen(x).square().mean(-1, keepdim=True) + eps)
-    normed, inner = widen(x) * scale, dy * gain
-    dx.copy_((inner - normed * (inner * normed).mean(-1, keepdim=True)) * scale)
-    return (dy * normed).unflatten(0, (-1, math.gcd(len(x), 16))).sum(1)
+    gradients, by_gain = [], 0.0
+    for dy_row, row, factor in zip(dy.unbind(1), x.unbind(1), scale.unbind(1), strict=True):
+        normed, inner = widen(row) * factor, widen(dy_row) * gain
+        gradients.append(((inner - normed * (inner * normed).mean(-1, keepdim=True)) * factor).to(x.dtype))
+        by_gain = by_gain + dy_row * normed
+    return torch.stack(gradients, 1), by_gain
 
 
 class LargeRMSNorm(torch.autograd.Function):
-    """RMSNorm whose backward goes through blocks of rows that fit a cache, so x and dy are read from memory once.
+    """RMSNorm of [..., C] whose backward reads x and dy from memory once.
 
     Left alone, Inductor's CPU code reads them for dx and once more for the gain (LOG.md). On CUDA it fuses the two.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, gain)
+        y, squares = compiled(rmsnorm_and_squares)(x, gain, eps)
+        ctx.save_for_backward(x, gain, squares)
         ctx.eps = eps
-        return compiled(rmsnorm)(x, gain, eps)
+        return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, gain = ctx.saved_tensors
-        dx, rows = torch.empty_like(x), max(1, BLOCK // (16 * x.element_size() * x.shape[-1])) * 16
-        blocks = zip(*(t.flatten(0, -2).split(rows) for t in (dy.contiguous(), x, dx)), strict=True)
-        parts = [compiled(rmsnorm_gradient)(*block, gain, ctx.eps) for block in blocks]
-        return dx, torch.cat(parts).sum(0), None
+        x, gain, squares = ctx.saved_tensors
+        scale, side_by_side = torch.rsqrt(squares / x.shape[-1] + ctx.eps), (-1, math.gcd(squares.numel(), ROWS))
+        rows = [t.flatten(0, -2).unflatten(0, side_by_side) for t in (dy.contiguous(), x, scale)]
+        dx, by_gain = compiled(rmsnorm_gradient)(*rows, gain)
+        return dx.view_as(x), by_gain.sum(0), None
 
 
 class Norm(nn.Module):

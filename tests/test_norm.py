@@ -209,19 +209,19 @@ def test_output_dtype_is_the_inputs_under_autocast_too(kind, impl, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_of_a_large_rmsnorm_goes_through_all_blocks_of_rows(dtype, monkeypatch):
-    """With blocks of 32 rows: four of them, and a last one that is shorter and odd."""
-    monkeypatch.setattr(norm_module, "CACHE", 128 * C * dtype.itemsize)
-    monkeypatch.setattr(norm_module, "BLOCK", 32 * C * dtype.itemsize)
+@pytest.mark.parametrize("rows", [48, 47])
+def test_gradient_of_a_large_rmsnorm_goes_through_rows_side_by_side(rows, dtype, monkeypatch):
+    """144 rows are eighteen times eight; 141 have no common divisor with eight and go one by one."""
+    monkeypatch.setattr(norm_module, "LARGE", 141 * C * dtype.itemsize)
 
     def gradients(norm, dtype):
-        x = inputs(3, 47).to(dtype).requires_grad_()  # 141 rows
+        x = inputs(3, rows).to(dtype).requires_grad_()
         y = norm(x)
-        (y * inputs(3, 47, seed=2).to(dtype)).sum().backward()
-        return type(y.grad_fn).__name__, [t.grad.double() for t in (x, *norm.parameters())]
+        (y * inputs(3, rows, seed=2).to(dtype)).sum().backward()
+        return type(y.grad_fn).__name__, [t.detach().double() for t in (y, x.grad, norm.gain.grad)]
 
-    (by_blocks, values), (_, exact) = gradients(make("rmsnorm", "compile"), dtype), gradients(make("rmsnorm"), dtype)
-    assert by_blocks == "LargeRMSNormBackward"
+    (ours, values), (_, exact) = gradients(make("rmsnorm", "compile"), dtype), gradients(make("rmsnorm"), dtype)
+    assert ours == "LargeRMSNormBackward"
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     for value, reference in zip(values, exact, strict=True):
         assert torch.allclose(value, reference, atol=tolerance * reference.abs().max().item(), rtol=tolerance)
