@@ -5,7 +5,6 @@ section by section; last the plots. All losses are in nats per token, and a lowe
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import numpy as np
 from metrics import plain, read_metrics
 
 SIGNIFICANCE, POWER = 0.05, 0.8
-RESAMPLES = 10_000  # of a bootstrap
 COLOURS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")  # Okabe and Ito
 Cells = list[dict[str, Any]]
 
@@ -46,7 +44,7 @@ class Difference:
 
     verdict: str  # better, worse, no difference detected; diverged and one seed, where nothing can be tested
     mean: float = math.nan
-    low: float = math.nan  # 95% percentile bootstrap over seeds
+    low: float = math.nan  # 95% interval over seeds, see interval()
     high: float = math.nan
     p: float = math.nan  # two-sided paired t-test, Holm-adjusted over the arms
     detectable: float = math.nan  # see detectable()
@@ -73,24 +71,30 @@ def t_quantile(p: float, df: int) -> float:
     return high
 
 
+def mean_and_error(differences: list[float]) -> tuple[float, float]:
+    """The mean of two or more numbers, and its standard error."""
+    return float(np.mean(differences)), float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
+
+
 def paired_t_test(differences: list[float]) -> float:
     """Two-sided p of the hypothesis that the true mean of the differences, two or more, is 0. Student 1908."""
-    mean, error = float(np.mean(differences)), float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
+    mean, error = mean_and_error(differences)
     if error == 0:
         return 1.0 if mean == 0 else 0.0
     return 1 - t_inside(abs(mean) / error, len(differences) - 1)
 
 
+def interval(differences: list[float]) -> tuple[float, float]:
+    """The means that this test does not reject at 5%. A bootstrap's interval is too narrow for few seeds (LOG.md)."""
+    mean, error = mean_and_error(differences)
+    reach = t_quantile(1 - SIGNIFICANCE / 2, len(differences) - 1) * error
+    return mean - reach, mean + reach
+
+
 def detectable(differences: list[float]) -> float:
     """Smallest true mean that the unadjusted test at 5% finds with 80% power, given the spread seen. Bloom 1995."""
-    df, error = len(differences) - 1, float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
-    return (t_quantile(1 - SIGNIFICANCE / 2, df) + t_quantile(POWER, df)) * error
-
-
-def bootstrap(values: list[float], statistic: Callable = np.mean) -> tuple[float, float]:
-    """95% percentile interval of statistic(..., axis=1) over 10,000 resamples, always the same ones. Efron 1979."""
-    picks = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
-    return tuple(np.quantile(statistic(np.asarray(values)[picks], axis=1), (SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2)))
+    df = len(differences) - 1
+    return (t_quantile(1 - SIGNIFICANCE / 2, df) + t_quantile(POWER, df)) * mean_and_error(differences)[1]
 
 
 def holm(ps: dict[str, float]) -> dict[str, float]:
@@ -103,9 +107,11 @@ def holm(ps: dict[str, float]) -> dict[str, float]:
 
 
 def time_ratio(seconds: list[float], reference: list[float]) -> tuple[float, float, float]:
-    """Median over rounds of seconds / reference, and its 95% bootstrap interval: what drifts, drifts for both."""
-    ratios = [a / b for a, b in zip(seconds, reference, strict=True)]
-    return float(np.median(ratios)), *bootstrap(ratios, np.median)
+    """Median over rounds of seconds / reference, so that drift cancels, and its 95% bootstrap interval. Efron 1979."""
+    ratios = np.divide(seconds, reference)
+    medians = np.median(np.random.default_rng(0).choice(ratios, (10_000, len(ratios))), axis=1)
+    low, high = np.quantile(medians, (SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2))
+    return float(np.median(ratios)), float(low), float(high)
 
 
 def judge(reference: dict[int, float], arms: dict[str, dict[int, float]]) -> dict[str, Difference]:
@@ -120,10 +126,9 @@ def judge(reference: dict[int, float], arms: dict[str, dict[int, float]]) -> dic
         elif arm not in adjusted:
             found[arm] = Difference("one seed", sound[arm][0])
         else:
-            mean, (low, high) = float(np.mean(sound[arm])), bootstrap(sound[arm])
-            clear = adjusted[arm] < SIGNIFICANCE and (low > 0 or high < 0)
+            mean, clear = float(np.mean(sound[arm])), adjusted[arm] < SIGNIFICANCE
             verdict = ("better" if mean < 0 else "worse") if clear else "no difference detected"
-            found[arm] = Difference(verdict, mean, low, high, adjusted[arm], detectable(sound[arm]))
+            found[arm] = Difference(verdict, mean, *interval(sound[arm]), adjusted[arm], detectable(sound[arm]))
     return found
 
 
@@ -286,7 +291,7 @@ def rates_section(study: Study) -> str:
 
 CAVEATS = ["The best learning rate was chosen on the same seeds and the same validation text that are reported.",
            "One size of model, one data set, one length of training: at others the order may differ.",
-           "With few seeds a bootstrap interval is too narrow; so better and worse also need p < 0.05."]
+           "Intervals and p are Student's, paired by seed: an interval is for its arm alone, p is for all of them."]
 
 
 def edge_notes(study: Study) -> list[str]:
@@ -349,8 +354,7 @@ def loss_curves(study: Study, figure: Any, colours: dict[str, str]) -> None:
     right.set(xlabel="step", ylabel="nats per token", title="training loss less the reference's")
     base = None
     for arm in study.arms:
-        cells = best_cells(study.cells, arm)
-        if not cells:
+        if not (cells := best_cells(study.cells, arm)):
             continue
         points, values = curve(study.folder, cells, "val_loss")
         left.plot(points, values.mean(0), "o", color=colours[arm], markersize=4)
