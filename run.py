@@ -129,8 +129,8 @@ def find_saved(config: Config) -> dict[str, Any] | None:
                          f"init_from={best[0]} begins with these weights there")
     if config.resume == "no" and (there or best):
         newest = there[-1][1].name if there else best[0].name
-        raise ValueError(f"{folder} already holds a run ({newest}): continue it with resume=auto, or name "
-                         f"another out_dir")
+        raise ValueError(f"{folder} already holds a run ({newest}): train.py {folder} goes on with it, another out_dir "
+                         f"begins another")
     if not there and config.resume == "yes":
         raise ValueError(f"resume=yes, but there is no checkpoint in {folder}: resume=auto would start afresh")
     return checkpoint.load_newest(folder, sharded.load) if there else None

@@ -35,8 +35,8 @@ from run import Run, claim_folder, read_config, set_up
 from sample import prompt_ids, show
 from world import ALONE, World, join, leave
 
-USAGE = ("python train.py [config/PRESET.py] [key=value ...]\n\nWithout a preset, config/small.py is run. Every knob, "
-         "and what it is where the preset is silent:")
+USAGE = ("python train.py [PRESET] [key=value ...]\n\nPRESET is a file, config/small.py if none is named, or a run's "
+         "folder, to go on with it. Every knob, and what it is where the preset is silent:")
 NOT_FINITE = 3  # exit code after NaN or Inf
 SAMPLING = dict(temperature=0.8, top_p=0.9, repetition_penalty=1.15)  # small models repeat themselves otherwise
 
@@ -129,7 +129,8 @@ def train(run: Run, tracker=None) -> int:
             return NOT_FINITE if bad_numbers else 1
         log.line(f"peak memory {peak_memory(config.device) / 1e9:.2f} GB")
         if interrupts.came:
-            log.line(f"{signal.Signals(interrupts.came).name}: saved at step {run.step}; resume=auto goes on from here")
+            name = signal.Signals(interrupts.came).name
+            log.line(f"{name}: saved at step {run.step}; train.py {run.folder} goes on from here")
             return 128 + interrupts.came
     return 0
 

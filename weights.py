@@ -5,7 +5,6 @@ ours under other names: both have the same layout, RoPE's included, so nothing i
 """
 
 import dataclasses
-import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +16,12 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from config.schema import Config, knobs_of, typed
+from config.schema import Config, knobs_of, read_json, typed
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from evaluate import LONGEST
 from lora import merged
 from model import Decoder, ModelConfig
 
-LARGEST_JSON = 2**24  # bytes of config.json or an index, some ten times those of the largest models
 FAMILIES: dict[str, dict[str, Any]] = {  # model_type -> what it means where config.json is silent
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
@@ -127,21 +125,6 @@ def rope_knobs(theirs: dict[str, Any], where: str) -> dict[str, Any]:
         knobs |= {"rope_scaling": "llama3", "rope_factor": rope["factor"], "rope_low_freq": rope["low_freq_factor"],
                   "rope_high_freq": rope["high_freq_factor"], "rope_original_context": original}
     return knobs
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. ValueError or OSError, in one line, where there is none."""
-    if not path.is_file():  # opening a FIFO would wait for ever
-        raise FileNotFoundError(f"{path} is missing, or not a regular file")
-    if path.stat().st_size > LARGEST_JSON:
-        raise ValueError(f"{path} is larger than {LARGEST_JSON:,} bytes: no such file is")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error!s:.200})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 def weight_files(folder: Path) -> tuple[list[Path], set[str] | None]:

@@ -6,6 +6,7 @@ same types and the same checks; all of it is gathered first and checked once, so
 
 import ast
 import dataclasses
+import json
 import math
 import operator
 import os
@@ -24,6 +25,7 @@ from model import ModelConfig, knob
 
 DEFAULT_PRESET = Path(__file__).with_name("small.py")
 LARGEST_PRESET = 100_000  # bytes
+LARGEST_JSON = 2**24  # bytes of a config.json or an index, some ten times those of the largest models
 UNDECIDED = ("block_size", "dropout", "norm_impl")  # of a model; the rest of it belongs to its weights
 
 
@@ -199,14 +201,17 @@ def typed(values: dict[str, Any], knobs: dict, where: str) -> dict[str, Any]:
 def read_preset(path: str | Path) -> dict[str, Any]:
     """The `name = literal` lines of a preset, in order. Numbers, strings, booleans and arithmetic of numbers.
 
-    tiny, tiny.py and config/tiny.py are ours in any folder that does not have such a file.
+    tiny, tiny.py and config/tiny.py are ours in any folder that does not have such a file. A run's folder is one too.
     """
     path = Path(path)
     ours = DEFAULT_PRESET.with_name(path.name.removesuffix(".py") + ".py")
     path = ours if not path.is_file() and str(path.parent) in (".", "config") and ours.is_file() else path
+    if (path / "config.json").is_file():
+        return read_run(path)
     if not path.is_file():
         known = sorted(p.stem for p in DEFAULT_PRESET.parent.glob("*.py") if p.stem not in ("schema", "__init__"))
-        raise ValueError(f"{path} is not a file; presets are {', '.join(f'config/{name}.py' for name in known)}")
+        raise ValueError(f"{path} is neither a file nor a run's folder; presets are "
+                         f"{', '.join(f'config/{name}.py' for name in known)}")
     if path.stat().st_size > LARGEST_PRESET:
         raise ValueError(f"{path} is larger than {LARGEST_PRESET:,} bytes: no preset")
     try:
@@ -234,6 +239,30 @@ def read_preset(path: str | Path) -> dict[str, Any]:
         except RecursionError as error:
             raise ValueError(f"{where}: {key} is nested too deeply") from error
     return values
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """All knobs of a run, as a preset that goes on with it, or begins one like it in another out_dir."""
+    saved = read_json(folder / "config.json")
+    if not {"out_dir", "device", "data"} <= saved.keys():
+        raise ValueError(f"{folder} is not a run's folder, going by its config.json; for weights there is init_from=")
+    knobs = {name: value for name, value in saved.items() if name not in ("versions", "parameters", "data")}
+    return knobs | {"out_dir": str(folder), "resume": "auto", "device": str(saved["device"]).partition(":")[0]}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. ValueError or OSError, in one line, where there is none."""
+    if not path.is_file():  # opening a FIFO would wait for ever
+        raise FileNotFoundError(f"{path} is missing, or not a regular file")
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path} is larger than {LARGEST_JSON:,} bytes: no such file is")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error!s:.200})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
 
 
 ARITHMETIC: dict[type, Callable] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,

@@ -1,5 +1,6 @@
 """Presets and command lines: what is accepted, and the one line for what is not."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -59,7 +60,7 @@ def test_a_preset_of_ours_is_found_from_any_folder_unless_there_is_another(tmp_p
     (tmp_path / "tiny").mkdir()
     assert load_config([name]) == load_config([str(CONFIG / "tiny.py")])
     for other in ("elsewhere/tiny.py", "tiny.txt", "none", "", "..", "config"):
-        with pytest.raises(ValueError, match="is not a file; presets are"):
+        with pytest.raises(ValueError, match="is neither a file nor a run's folder; presets are"):
             read_preset(other)
     for name in ("config/tiny.py", "tiny.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -131,8 +132,8 @@ def test_values_become_the_type_of_their_knob(value, kind, wanted):
     (["learning_rate=nan"], "must be finite"), (["learning_rate=inf"], "must be finite"),
     (["learning_rate=1e400"], "must be finite"),
     # 6 and 8: places
-    (["config/none.py"], "config/none.py is not a file; presets are"),
-    (["config"], "config is not a file"),
+    (["config/none.py"], "config/none.py is neither a file nor a run's folder; presets are"),
+    (["config"], "config is neither a file nor"),
     (["config/small.py", "config/tiny.py"], "one preset at most"),
     (["n_layer=2", "n_layer=3"], "n_layer is given twice"),
     # 9 and 10: shapes
@@ -199,6 +200,32 @@ def test_binary_presets_are_refused(tmp_path, content):
     (tmp_path / "x.py").write_bytes(content)
     with pytest.raises(ValueError, match="x.py"):
         read_preset(tmp_path / "x.py")
+
+
+def test_a_runs_folder_is_a_preset_with_all_of_its_knobs(tmp_path):
+    config = load_config(["tiny", "seed=5", "norm=none", "dataset=words", "out_dir=elsewhere"])
+    saved = config.flat() | {"device": "cuda:3", "versions": {"torch": "9"}, "parameters": 7, "data": {"tokens": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert load_config([str(tmp_path)]) == dataclasses.replace(
+        config, device="cuda", out_dir=str(tmp_path), resume="auto")
+    assert load_config([str(tmp_path), "seed=6", "out_dir=x"]).flat() == config.flat() | {
+        "seed": 6, "out_dir": "x", "device": "cuda", "resume": "auto"}
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "is neither a file nor a run's folder; presets are config/"), ("{", "config.json is not JSON"),
+    ("[" * 90_000, "config.json is not JSON"), (" " * 2**24 + "{}", "is larger than 16,777,216 bytes"),
+    ("3", "config.json must hold a JSON object, got int"),
+    ('{"model_type": "llama", "architectures": []}', "for weights there is init_from="),
+    ('{"versions": 1, "parameters": 1, "data": 1, "out_dir": "x", "device": "cpu", "nlayer": 1}', "mean n_layer?"),
+    ('{"versions": 1, "parameters": 1, "data": 1, "out_dir": "x", "device": "cpu", "seed": []}', "seed must be a num"),
+])
+def test_other_folders_are_no_presets(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError) as error:
+        load_config([str(tmp_path)])
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_value_that_no_preset_can_hold_is_refused_unread():

@@ -105,6 +105,21 @@ def test_resume_after_a_kill_redoes_what_was_not_saved(start, tmp_path, monkeypa
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def test_a_runs_folder_is_all_that_going_on_takes(start, tmp_path, monkeypatch):
+    """Knobs of the model, of training and of the machine, which nobody repeats."""
+    knobs = (*HARD, "norm=layernorm", "dtype=bfloat16", "learning_rate=3e-3", "seed=7", "batch_size=6",
+             "micro_batch_size=2", "grad_clip=0.3")
+    start(*knobs, out="whole")
+    with monkeypatch.context() as patch:
+        signal_after(patch, 6)
+        assert start(*knobs)[0] == 143
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert train.main([str(tmp_path / "moved")]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "moved")
+    assert train.main([str(tmp_path / "moved"), f"out_dir={tmp_path / 'again'}"]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "again")
+
+
 def test_a_signal_during_evaluation_loses_nothing(start, tmp_path, monkeypatch):
     assert start(*HARD, "micro_batch_size=1", out="whole")[0] == 0
     read, calls = evaluate.read_windows, []
@@ -128,7 +143,7 @@ def test_a_signal_saves_and_exits_with_its_code(start, tmp_path, monkeypatch, nu
     handlers = signal.getsignal(number)
     signal_after(monkeypatch, 6, number)
     result, out, _ = start()
-    assert result == code and "saved at step 6; resume=auto goes on from here" in out
+    assert result == code and f"saved at step 6; train.py {tmp_path / 'run'} goes on from here" in out
     assert checkpoint.load_newest(tmp_path / "run")["step"] == 6
     assert signal.getsignal(number) == handlers
 
@@ -245,7 +260,7 @@ def test_a_fresh_run_never_overwrites_another(start, tmp_path):
     start("max_iters=4")
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     code, _, err = start("max_iters=6")
-    assert code == 2 and "already holds a run (ckpt_00000004.pt): continue it with resume=auto" in err
+    assert code == 2 and "already holds a run (ckpt_00000004.pt): train.py " in err
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
 
 

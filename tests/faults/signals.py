@@ -224,7 +224,7 @@ def stop_in_training(place: Callable[[Trap], None], occasions: int, tries: int, 
 def resumed(whole: Path, cut: Path, text: str, step: int, data_sets: Path, before: Callable[[], None] | None = None,
             **knobs: object) -> tuple[str, int | None]:
     """(failure, steps done again) of going on after a stop whose signal came when `step` steps were done."""
-    saved = re.search(r"saved at step (\d+); resume=auto goes on from here", text)
+    saved = re.search(r"saved at step (\d+); train.py \S+ goes on from here", text)
     if not saved:
         return f"it does not say that it saved: {text[-300:]}", None
     at, done = int(saved[1]), max((r["step"] for r in metrics.read_metrics(cut) if "loss" in r), default=0)
