@@ -244,7 +244,8 @@ def small_disk(size: int, disk: Path, aside: Path) -> None:
 
 @fault("full file system", whole=20, few=1)
 def full_file_system(tries: int, folder: Path) -> Report:
-    """From a fraction of a checkpoint to room for all; what could be saved is resumed where there is room."""
+    """From a fraction of a checkpoint to room for all; what could be saved is resumed where there is room. If that is
+    best.pt alone, which a fresh start would overwrite, the run is refused and best.pt stays."""
     if no_mounts():
         return Report(tries, tries, note=f"not tried, no mounts here: {no_mounts()}")
     report, data_sets, whole, codes = Report(), words(folder), folder / "whole", {}
@@ -261,9 +262,13 @@ def full_file_system(tries: int, folder: Path) -> Report:
         if not failure and code == 0:
             failure = difference(whole, aside / "run")
         elif not failure:
+            before = contents(aside / "run")
+            lone = "best.pt" in before and not any(name.startswith("ckpt_") for name in before)
             result = run(command(aside / "run", resume="auto"), data_sets)
-            failure = ended(result, 0, 0)
-            if not failure and state_hash(whole) != state_hash(aside / "run"):
+            failure = ended(result, 2, 1) if lone else ended(result, 0, 0)
+            if lone and contents(aside / "run") != before:
+                failure = "a run with best.pt alone was touched"
+            elif not failure and not lone and state_hash(whole) != state_hash(aside / "run"):
                 failure = "the final state differs"  # records that found no room are missing
         report.count(failure and f"{size} bytes: {failure}")
     report.note = "exit codes " + ", ".join(f"{code}: {n} times" for code, n in sorted(codes.items()))

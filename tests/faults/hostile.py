@@ -42,7 +42,7 @@ from .harness import Child, Report, command, fault, run, words
 MEMORY = 1_500_000_000  # bytes that a command may take, what it needs for torch included
 SECONDS = 10
 PROSE = "the cat sat on a mat and saw the rat run to its hole\n" * 200
-GIT = ["git", "rev-parse", "HEAD"]  # train.py notes its own version
+GIT = ["git", "describe", "--match=", "--always", "--abbrev=40", "--dirty"]  # train.py notes its own version
 WATCHED = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "pty.spawn", "subprocess.Popen",
            "pickle.find_class", "socket.connect", "socket.getaddrinfo", "webbrowser.open"}
 
@@ -239,7 +239,7 @@ PRESETS = {  # nothing of them is run
     "a number of 50,000 digits": "n_layer = 0x" + "f" * 50_000,
     "escapes": "dataset = 'a\\x1b]0;owned\\x07\\n/'",
     "a data set outside": "dataset = '../../outside'",
-    "an absolute data set": "dataset = '/etc'",
+    "an absolute data set": "dataset = '/etc/passwd'",
 }
 TIKTOKEN = {"kind": "tiktoken", "name": "x", "pattern": r"\w+|\W", "special": {},
             "ranks": {base64.b64encode(bytes([i])).decode(): i for i in range(256)}}
