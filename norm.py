@@ -224,16 +224,16 @@ class LargeRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        y, squares = compiled(rmsnorm_and_squares)(x, gain, eps)
+        ctx.eps, (y, squares) = eps, compiled(rmsnorm_and_squares)(x, gain, eps)
         ctx.save_for_backward(x, gain, squares)
-        ctx.eps = eps
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # for `squares` is a constant to autograd
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, gain, squares = ctx.saved_tensors
-        scale, side_by_side = torch.rsqrt(squares / x.shape[-1] + ctx.eps), (-1, math.gcd(squares.numel(), ROWS))
-        rows = [t.flatten(0, -2).unflatten(0, side_by_side) for t in (dy.contiguous(), x, scale)]
+        scale, side_by_side = torch.rsqrt(squares / x.shape[-1] + ctx.eps), math.gcd(squares.numel(), ROWS)
+        rows = [t.view(-1, side_by_side, t.shape[-1]) for t in (dy.contiguous(), x, scale)]
         dx, by_gain = compiled(rmsnorm_gradient)(*rows, gain)
         return dx.view_as(x), by_gain.sum(0), None
 
