@@ -133,7 +133,7 @@ def read_plan(argv: list[str]) -> Plan:
     base = read_config([*preset, *arguments(pairs | {name: values[0] for name, values in lists.items()})])
     if "/" in base.dataset or Path(base.dataset).is_file():
         raise ValueError(f"dataset={base.dataset} may change meanwhile: python data/prepare.py TEXT name=NAME first")
-    stem = Path(preset[0]).stem if preset else "small"
+    stem = Path(preset[0]).resolve().name.removesuffix(".py") if preset else "small"
     rates = lists.pop("learning_rate", [pairs.get("learning_rate", repr(base.learning_rate))])
     arms = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     fixed = {name: text for name, text in pairs.items() if name not in lists}

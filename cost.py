@@ -93,7 +93,7 @@ def batch_problem(config: Config, ranks: int) -> str:
     """Why the ranks cannot share the batch, and which near one they could."""
     unit = ranks * max(1, config.micro_batch_size)
     below, above = config.batch_size // unit * unit, -(-config.batch_size // unit) * unit
-    micro = f" times micro_batch_size={config.micro_batch_size}" if config.micro_batch_size else ""
+    micro = f" times micro_batch_size={config.micro_batch_size} (0 = automatic)" if config.micro_batch_size else ""
     return (f"batch_size={config.batch_size} must be a multiple of the {ranks} ranks that share it{micro}: nearest "
             f"{f'are {below} and {above}' if below else f'is {above}'}; or start fewer ranks")
 

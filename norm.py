@@ -230,10 +230,11 @@ class LargeRMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # autograd takes `squares` for a constant
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, gain, squares = ctx.saved_tensors
-        scale, side_by_side = torch.rsqrt(squares / x.shape[-1] + ctx.eps), (-1, math.gcd(squares.numel(), ROWS))
-        rows = [t.flatten(0, -2).unflatten(0, side_by_side) for t in (dy.contiguous(), x, scale)]
+        scale, side_by_side = torch.rsqrt(squares / x.shape[-1] + ctx.eps), math.gcd(squares.numel(), ROWS)
+        rows = [t.view(-1, side_by_side, t.shape[-1]) for t in (dy.contiguous(), x, scale)]
         dx, by_gain = compiled(rmsnorm_gradient)(*rows, gain)
         return dx.view_as(x), by_gain.sum(0), None
 

@@ -291,7 +291,7 @@ def rates_section(study: Study) -> str:
 
 CAVEATS = ["The best learning rate was chosen on the same seeds and the same validation text that are reported.",
            "One size of model, one data set, one length of training: at others the order may differ.",
-           "Intervals and p are Student's, paired by seed: an interval is for its arm alone, p is for all of them."]
+           "Intervals of losses and p are Student's, by pairs: an interval is for its arm alone, p is for all of them."]
 
 
 def edge_notes(study: Study) -> list[str]:

@@ -15,7 +15,7 @@ from torch import nn
 
 import checkpoint
 import sharded
-from config.schema import UNDECIDED, Config, load_config
+from config.schema import UNDECIDED, Config, as_place, load_config
 from cost import fit_to_machine, parameter_count
 from data.corpus import open_corpus
 from data.loader import DATA, Dataset, open_dataset, train_starts, val_starts
@@ -95,8 +95,7 @@ def decide(wanted: Config, device: str, world: World) -> tuple[Config, Dataset, 
     if saved:
         for line in checkpoint.compare_with_run(saved, config.flat(), data.fingerprint):
             print(f"resuming with {line}")
-    begin = {"saved": saved, "weights": start and start.tensors, "base": base_of(config, saved, start)}
-    return config, data, begin
+    return config, data, {"saved": saved, "weights": start and start.tensors, "base": base_of(config, saved, start)}
 
 
 def base_of(config: Config, saved: dict[str, Any] | None, start: Weights | None) -> dict[str, Any]:
@@ -118,8 +117,7 @@ def open_same(folder: Path, fingerprint: dict[str, Any]) -> Dataset:
 
 def find_saved(config: Config) -> dict[str, Any] | None:
     """The checkpoint to continue from, or None for a fresh run; a fresh run never overwrites another."""
-    folder = Path(config.out_dir)
-    there = checkpoint.all_in(folder)
+    folder, there = Path(config.out_dir), checkpoint.all_in(Path(config.out_dir))
     if is_hf(folder):
         raise ValueError(f"out_dir={folder} is a Hugging Face folder, whose files would be lost: name another")
     best = [*folder.glob("best.pt"), *folder.glob("best_*.shards")]
@@ -129,8 +127,8 @@ def find_saved(config: Config) -> dict[str, Any] | None:
                          f"init_from={best[0]} begins with these weights there")
     if config.resume == "no" and (there or best):
         newest = there[-1][1].name if there else best[0].name
-        raise ValueError(f"{folder} already holds a run ({newest}): train.py {folder} goes on with it, another out_dir "
-                         f"begins another")
+        raise ValueError(f"{folder} already holds a run ({newest}): train.py {as_place(folder)} goes on with it, "
+                         f"another out_dir begins another")
     if not there and config.resume == "yes":
         raise ValueError(f"resume=yes, but there is no checkpoint in {folder}: resume=auto would start afresh")
     return checkpoint.load_newest(folder, sharded.load) if there else None

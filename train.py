@@ -19,7 +19,7 @@ import torch
 import checkpoint
 import sharded
 import watch
-from config.schema import Config, catch_signals, help_text, print_help, restore_signals, user_errors, warn
+from config.schema import Config, as_place, catch_signals, help_text, print_help, restore_signals, user_errors, warn
 from cost import flops_per_token
 from data.loader import batch, val_starts
 from data.tokenizer import load_tokenizer
@@ -130,7 +130,7 @@ def train(run: Run, tracker=None) -> int:
         log.line(f"peak memory {peak_memory(config.device) / 1e9:.2f} GB")
         if interrupts.came:
             name = signal.Signals(interrupts.came).name
-            log.line(f"{name}: saved at step {run.step}; train.py {run.folder} goes on from here")
+            log.line(f"{name}: saved at step {run.step}; train.py {as_place(run.folder)} goes on from here")
             return 128 + interrupts.came
     return 0
 

@@ -10,6 +10,7 @@ import json
 import math
 import operator
 import os
+import shlex
 import signal
 import sys
 import textwrap
@@ -136,13 +137,14 @@ def knobs_of(*classes: type) -> dict[str, tuple[Any, dataclasses.Field]]:
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """['config/x.py', 'a=1', '--b=2'] -> (['config/x.py'], {'a': '1', 'b': '2'}); a value may contain '='."""
+    """['config/x.py', 'a=1', '--b=2'] -> (['config/x.py'], {'a': '1', 'b': '2'}); a value may contain '=', and so may a
+    place that has a / before it, as out/lr=1."""
     places, pairs = [], {}
     for argument in argv:
         key, equals, text = argument.removeprefix("--").partition("=")
-        if not equals:
-            if argument.startswith("-"):
-                raise ValueError(f"{argument} has no value: write {key.lstrip('-')}=VALUE")
+        if not equals and argument.startswith("-"):
+            raise ValueError(f"{argument} has no value: write {key.lstrip('-')}=VALUE")
+        if not equals or "/" in key:
             places.append(argument)
         elif key in pairs:
             raise ValueError(f"{key} is given twice on the command line, as {pairs[key]!r} and {text!r}: keep one")
@@ -201,13 +203,12 @@ def typed(values: dict[str, Any], knobs: dict, where: str) -> dict[str, Any]:
 def read_preset(path: str | Path) -> dict[str, Any]:
     """The `name = literal` lines of a preset, in order. Numbers, strings, booleans and arithmetic of numbers.
 
-    tiny, tiny.py and config/tiny.py are ours in any folder that does not have such a file. A run's folder is one too.
+    A run's folder is one too; tiny, tiny.py and config/tiny.py are ours where there is no such file and no such run.
     """
-    path = Path(path)
-    ours = DEFAULT_PRESET.with_name(path.name.removesuffix(".py") + ".py")
-    path = ours if not path.is_file() and str(path.parent) in (".", "config") and ours.is_file() else path
+    path, ours = Path(path), DEFAULT_PRESET.with_name(Path(path).name.removesuffix(".py") + ".py")
     if (path / "config.json").is_file():
         return read_run(path)
+    path = ours if not path.is_file() and str(path.parent) in (".", "config") and ours.is_file() else path
     if not path.is_file():
         known = sorted(p.stem for p in DEFAULT_PRESET.parent.glob("*.py") if p.stem not in ("schema", "__init__"))
         raise ValueError(f"{path} is neither a file nor a run's folder; presets are "
@@ -242,12 +243,19 @@ def read_preset(path: str | Path) -> dict[str, Any]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """All knobs of a run, as a preset that goes on with it, or begins one like it in another out_dir."""
+    """All knobs of a run, as a preset that goes on with it, or begins one like it in another out_dir. A vocab_size that
+    is its data's is left open, so that it will be that of other data."""
     saved = read_json(folder / "config.json")
-    if not {"out_dir", "device", "data"} <= saved.keys():
+    if not ({"out_dir", "device"} <= saved.keys() and isinstance(saved.get("data"), dict)):
         raise ValueError(f"{folder} is not a run's folder, going by its config.json; for weights there is init_from=")
-    knobs = {name: value for name, value in saved.items() if name not in ("versions", "parameters", "data")}
+    knobs = {name: value for name, value in saved.items() if name not in ("versions", "parameters", "data")
+             and (name, value) != ("vocab_size", saved["data"].get("vocab_size"))}
     return knobs | {"out_dir": str(folder), "resume": "auto", "device": str(saved["device"]).partition(":")[0]}
+
+
+def as_place(folder: Path) -> str:
+    """For a shell; with a / in it, so that nothing takes it for a knob, an option or a preset of ours."""
+    return shlex.quote(str(folder) if "/" in str(folder) else f"./{folder}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -300,8 +308,7 @@ def load_config(argv: list[str], inherit: Callable[[dict[str, Any]], dict[str, A
     places, pairs = split_arguments(argv)
     if len(places) > 1:
         raise ValueError(f"one preset at most, got {' '.join(places)}; knobs are written key=value")
-    path = places[0] if places else DEFAULT_PRESET
-    own, model = knobs_of(Config), knobs_of(ModelConfig)
+    path, own, model = places[0] if places else DEFAULT_PRESET, knobs_of(Config), knobs_of(ModelConfig)
     values = typed(read_preset(path), own | model, str(path)) | typed(pairs, own | model, "command line")
     inherited = inherit(values)
     other = [f"{name}={values[name]} ({decided} there)" for name, decided in inherited.items()

@@ -101,6 +101,14 @@ def test_what_is_not_said_is_the_preset_and_five_seeds():
     assert str(compare.read_plan([TINY]).folder) == "out/compare-tiny"
 
 
+@pytest.mark.parametrize("name, place", [("run-0.1", "run-0.1"), ("run-0.2", "run-0.2"), ("run", ".")])
+def test_comparisons_that_begin_from_runs_have_a_folder_each(tmp_path, monkeypatch, name, place):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_text(json.dumps(compare.read_config([TINY]).flat() | {"data": {}}))
+    monkeypatch.chdir(tmp_path / name if place == "." else tmp_path)
+    assert str(compare.read_plan([place]).folder) == f"out/compare-{name}"
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["norm=rmsnorm,batchnorm"], "norm must be "), (["norm=rmsnorm,"], "norm must be "),
     (["norm=rmsnorm,rmsnorm"], "norm=rmsnorm,rmsnorm has a value twice"),

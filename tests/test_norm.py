@@ -208,6 +208,24 @@ def test_output_dtype_is_the_inputs_under_autocast_too(kind, impl, dtype):
     assert torch.equal(inside, norm(x))  # and not one bit of it changes
 
 
+def test_a_large_rmsnorm_may_be_of_one_row_without_a_batch(monkeypatch):
+    monkeypatch.setattr(norm_module, "LARGE", 0)
+    x = inputs().requires_grad_()
+    make("rmsnorm", "compile")(x).sum().backward()
+    ours, x.grad = x.grad, None
+    make("rmsnorm")(x).sum().backward()
+    assert torch.allclose(ours, x.grad, atol=1e-5)
+
+
+def test_a_second_derivative_of_a_large_rmsnorm_is_refused(monkeypatch):
+    """It would leave out what goes through the kept sums of squares."""
+    monkeypatch.setattr(norm_module, "LARGE", 0)
+    x = inputs(3, 48).requires_grad_()
+    slope, = torch.autograd.grad(make("rmsnorm", "compile")(x).pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [48, 47])
 def test_gradient_of_a_large_rmsnorm_goes_through_rows_side_by_side(rows, dtype, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from config.schema import (
     Config,
+    as_place,
     convert,
     help_text,
     knobs_of,
@@ -216,9 +218,10 @@ def test_a_runs_folder_is_a_preset_with_all_of_its_knobs(tmp_path):
     (None, "is neither a file nor a run's folder; presets are config/"), ("{", "config.json is not JSON"),
     ("[" * 90_000, "config.json is not JSON"), (" " * 2**24 + "{}", "is larger than 16,777,216 bytes"),
     ("3", "config.json must hold a JSON object, got int"),
+    ('{"data": 1, "out_dir": "x", "device": "cpu"}', "is not a run's folder, going by its config.json"),
     ('{"model_type": "llama", "architectures": []}', "for weights there is init_from="),
-    ('{"versions": 1, "parameters": 1, "data": 1, "out_dir": "x", "device": "cpu", "nlayer": 1}', "mean n_layer?"),
-    ('{"versions": 1, "parameters": 1, "data": 1, "out_dir": "x", "device": "cpu", "seed": []}', "seed must be a num"),
+    ('{"versions": 1, "parameters": 1, "data": {}, "out_dir": "x", "device": "cpu", "nlayer": 1}', "mean n_layer?"),
+    ('{"versions": 1, "parameters": 1, "data": {}, "out_dir": "x", "device": "cpu", "seed": []}', "seed must be a num"),
 ])
 def test_other_folders_are_no_presets(tmp_path, content, words):
     if content is not None:
@@ -236,8 +239,33 @@ def test_a_value_that_no_preset_can_hold_is_refused_unread():
         typed({"n_layer": deep}, knobs_of(ModelConfig), "x.pt")
 
 
-def test_a_value_may_hold_an_equals_sign():
+def test_a_vocab_size_that_is_the_datas_is_left_open(tmp_path):
+    """So that a twin on other data has theirs; one that was chosen, as a padded one, stays."""
+    saved = load_config(["tiny", "vocab_size=50"]).flat()
+    for tokens, vocab in ((50, 0), (49, 50)):
+        (tmp_path / "config.json").write_text(json.dumps(saved | {"data": {"vocab_size": tokens}}))
+        assert load_config([str(tmp_path)]).model.vocab_size == vocab
+
+
+def test_a_value_and_a_place_may_hold_an_equals_sign():
     assert split_arguments(["a=b=c", "--d=e"]) == ([], {"a": "b=c", "d": "e"})
+    assert split_arguments(["out/lr=1", "a=b/c", "./x=2"]) == (["out/lr=1", "./x=2"], {"a": "b/c"})
+
+
+@pytest.mark.parametrize("name", ["tiny", "config/tiny", "my run", "lr=3", "out/lr=3", "-x", "it's $HOME/run"])
+def test_the_place_of_a_run_is_taken_for_it_alone(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir(parents=True)
+    (Path(name) / "config.json").write_text(json.dumps(load_config(["tiny", "seed=5"]).flat() | {"data": {}}))
+    config = load_config(shlex.split(as_place(Path(name))))
+    assert config.seed == 5 and Path(config.out_dir) == Path(name)
+
+
+def test_a_run_in_this_folder_comes_before_a_preset_of_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").mkdir()
+    Path("tiny/config.json").write_text(json.dumps(load_config(["tiny", "seed=5"]).flat() | {"data": {}}))
+    assert load_config(["tiny"]).seed == 5
 
 
 @pytest.mark.parametrize("said, shown", [
