@@ -309,7 +309,10 @@ def load_config(argv: list[str], inherit: Callable[[dict[str, Any]], dict[str, A
     if len(places) > 1:
         raise ValueError(f"one preset at most, got {' '.join(places)}; knobs are written key=value")
     path, own, model = places[0] if places else DEFAULT_PRESET, knobs_of(Config), knobs_of(ModelConfig)
-    values = typed(read_preset(path), own | model, str(path)) | typed(pairs, own | model, "command line")
+    preset = read_preset(path)
+    if Path(path).is_dir() and "out_dir" in pairs:
+        preset.pop("resume", None)  # a run like that one: it must not go on with what is there
+    values = typed(preset, own | model, str(path)) | typed(pairs, own | model, "command line")
     inherited = inherit(values)
     other = [f"{name}={values[name]} ({decided} there)" for name, decided in inherited.items()
              if name not in UNDECIDED and values.get(name, decided) != decided]

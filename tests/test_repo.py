@@ -116,9 +116,9 @@ def test_files_are_short():
     lines = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCES}
     assert {p: n for p, n in lines.items() if n > 400} == {}
     code = {str(p.relative_to(ROOT)): lines_of_code(p) for p in SOURCES}
-    assert sum(n for p, n in code.items() if p not in LAB | EXCHANGE | RANKS | PRESETS) <= 3416
+    assert sum(n for p, n in code.items() if p not in LAB | EXCHANGE | RANKS | PRESETS) <= 3420
     assert sum(n for p, n in code.items() if p in LAB) <= 1910
-    assert sum(n for p, n in code.items() if p in EXCHANGE) <= 1084
+    assert sum(n for p, n in code.items() if p in EXCHANGE) <= 1080
     assert sum(n for p, n in code.items() if p in RANKS) <= 550
 
 

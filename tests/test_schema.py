@@ -211,7 +211,7 @@ def test_a_runs_folder_is_a_preset_with_all_of_its_knobs(tmp_path):
     assert load_config([str(tmp_path)]) == dataclasses.replace(
         config, device="cuda", out_dir=str(tmp_path), resume="auto")
     assert load_config([str(tmp_path), "seed=6", "out_dir=x"]).flat() == config.flat() | {
-        "seed": 6, "out_dir": "x", "device": "cuda", "resume": "auto"}
+        "seed": 6, "out_dir": "x", "device": "cuda", "resume": "no"}
 
 
 @pytest.mark.parametrize("content, words", [

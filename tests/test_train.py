@@ -118,6 +118,8 @@ def test_a_runs_folder_is_all_that_going_on_takes(start, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "whole", tmp_path / "moved")
     assert train.main([str(tmp_path / "moved"), f"out_dir={tmp_path / 'again'}"]) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "again")
+    with pytest.raises(SystemExit, match="2"):  # there is a run by now, which nobody named
+        train.main([str(tmp_path / "moved"), f"out_dir={tmp_path / 'again'}", "max_iters=30"])
 
 
 def test_a_signal_during_evaluation_loses_nothing(start, tmp_path, monkeypatch):
