@@ -83,7 +83,7 @@ def test_a_rank_that_never_comes_is_one_line(tmp_path, data_folder):
 @pytest.mark.parametrize("knobs, words", [
     ({"batch_size": 7}, "batch_size=7 must be a multiple of the 2 ranks that share it: nearest are 6 and 8"),
     ({"batch_size": 1}, "batch_size=1 must be a multiple of the 2 ranks that share it: nearest is 2; or start fewer"),
-    ({"micro_batch_size": 8}, "the 2 ranks that share it times micro_batch_size=8: nearest is 16"),
+    ({"micro_batch_size": 8}, "the 2 ranks that share it times micro_batch_size=8 (0 = automatic): nearest is 16"),
     ({"device": "cuda:0"}, "device=cuda:0 is one for 2 ranks: device=cuda gives each its own"),
     ({"watch": True, "parallel": "fsdp"}, "watch=true needs whole matrices on a device, but parallel=fsdp shares them"),
     ({"learing_rate": 1}, "did you mean learning_rate?"), ({"dataset": "missing"}, "no such data set")])
