@@ -85,7 +85,7 @@ def paired_t_test(differences: list[float]) -> float:
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
-    """The means that this test does not reject at 5%. A bootstrap's interval is too narrow for few seeds (LOG.md)."""
+    """The means that paired_t_test does not reject at 5%. A bootstrap's are too few where seeds are (LOG.md)."""
     mean, error = mean_and_error(differences)
     reach = t_quantile(1 - SIGNIFICANCE / 2, len(differences) - 1) * error
     return mean - reach, mean + reach

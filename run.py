@@ -117,7 +117,8 @@ def open_same(folder: Path, fingerprint: dict[str, Any]) -> Dataset:
 
 def find_saved(config: Config) -> dict[str, Any] | None:
     """The checkpoint to continue from, or None for a fresh run; a fresh run never overwrites another."""
-    folder, there = Path(config.out_dir), checkpoint.all_in(Path(config.out_dir))
+    folder = Path(config.out_dir)
+    there = checkpoint.all_in(folder)
     if is_hf(folder):
         raise ValueError(f"out_dir={folder} is a Hugging Face folder, whose files would be lost: name another")
     best = [*folder.glob("best.pt"), *folder.glob("best_*.shards")]

@@ -160,7 +160,7 @@ def test_main_alone_has_the_folder_and_speaks(tmp_path, data_folder, way):
 def test_a_signal_to_one_rank_saves_and_ends_all(whole, tmp_path, data_folder, rank, way):
     out = tmp_path / "run"
     codes, texts = trained(2, out, data_folder, partial(only, rank, partial(ranks.stopped, 3)), parallel=way, **SHORT)
-    assert codes == [143, 143] and "SIGTERM: saved at step 3; train.py " in texts[0]
+    assert codes == [143, 143] and f"SIGTERM: saved at step 3; train.py {out} goes on from here" in texts[0]
     assert trained(2, out, data_folder, parallel=way, resume="auto", **SHORT)[0] == [0, 0]
     (out / "ckpt_00000003.pt").unlink()
     assert difference(whole(2, parallel=way), out) == ""

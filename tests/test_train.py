@@ -262,7 +262,8 @@ def test_a_fresh_run_never_overwrites_another(start, tmp_path):
     start("max_iters=4")
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     code, _, err = start("max_iters=6")
-    assert code == 2 and "already holds a run (ckpt_00000004.pt): train.py " in err
+    assert code == 2 and "already holds a run (ckpt_00000004.pt)" in err
+    assert f": train.py {tmp_path / 'run'} goes on with it, another out_dir begins another" in err
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
 
 
