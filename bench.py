@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
@@ -39,7 +40,7 @@ M15 = "n_layer=6 n_head=6 n_embd=288 n_hidden=768 block_size=256 vocab_size=3200
 M110 = "n_layer=12 n_head=12 n_embd=768 n_hidden=2048 block_size=1024 vocab_size=32000 tie_embeddings=true"
 M8030 = ("n_layer=32 n_head=32 n_kv_head=8 n_embd=4096 n_hidden=14336 block_size=8192 vocab_size=128256 "
          "tie_embeddings=false activation_checkpointing=true")  # Llama 3.1 8B
-HF = {"eager": "transformers", "compiled": "transformers compiled"}  # the rows that ours are held against
+HF = {"eager": "transformers", "compiled": "transformers compiled"}
 BESIDE = "beside=transformers"
 EVERYTHING = [line.split() for line in (
     *(f"train {shape} dtype={dtype} optimizer=adamw {BESIDE}" for dtype in ("float32", "auto") for shape in (
@@ -91,16 +92,18 @@ class TrainBench:
 def training(arguments: list[str]) -> None:
     """Times train.py's own step, eager and compiled, and transformers', in turn."""
     options, places, knobs = own_options(TrainBench, arguments)
-    config, others = read_config([*places, *written(knobs)]), {}
+    config = read_config([*places, *written(knobs)])
     if options.beside == "transformers":
         beside.check_comparable(config)
     runs = {name: fresh_run(config, compile=name == "compiled") for name in ("eager", "compiled")}
-    if options.beside == "transformers":
-        others = {HF[name]: beside.hf_step(run.config, run.data) for name, run in runs.items()}
-        if reason := why_not("compile", runs["eager"].config.device):
-            print(f"not measured: {HF['compiled']}: {reason}")
-            del others[HF["compiled"]]
-    report_training(runs, others, options.steps)
+    reason = why_not("compile", runs["eager"].config.device) if options.beside == "transformers" else None
+    if reason:
+        print(f"not measured: {HF['compiled']}: {reason}")
+    with ExitStack() as processes:
+        others = {HF[name]: processes.enter_context(beside.OwnProcess("step", run.config, dataset=run.data.folder))
+                  for name, run in runs.items()
+                  if options.beside == "transformers" and not (reason and name == "compiled")}
+        report_training(runs, others, options.steps)
 
 
 def report_training(runs: dict[str, Run], others: dict[str, Callable[[], float]], steps: int) -> None:
@@ -112,13 +115,13 @@ def report_training(runs: dict[str, Run], others: dict[str, Callable[[], float]]
     first = {name: first_step(run)[-1] for name, run in runs.items()} | {name: step() for name, step in others.items()}
     seconds = values_in_turn({name: partial(lambda run: timed_step(run)[-1], run) for name, run in runs.items()}
                              | others, steps)
-    rows = [("", "first step", "ms of a step", "tokens/s", f"of {'transformers' if others else 'eager'}",
-             "of matmul rate")]
+    like = [*others] or ["eager"]
+    rows = [("", "first step", "ms of a step", "tokens/s", *(f"of {name}" for name in like), "of matmul rate")]
     for name, times in seconds.items():
-        way = "compiled" if name == HF["compiled"] or name in runs and runs[name].config.compile else "eager"
-        like = seconds[HF[way] if others else "eager"]
-        rows.append((name if name in (way, *others) else "eager (no compiler)", f"{first[name]:.1f} s",
-                     spread(times, 1000), f"{tokens / middle(times):,.0f}", f"{middle(like) / middle(times):.2f}",
+        given_up = name == "compiled" and not runs[name].config.compile
+        rows.append(("eager (no compiler)" if given_up else name, f"{first[name]:.1f} s",
+                     spread(times, 1000), f"{tokens / middle(times):,.0f}",
+                     *(f"{middle(seconds[other]) / middle(times):.2f}" for other in like),
                      f"{tokens * flops_per_token(config.model) / middle(times) / rate:.0%}"))
     print_table(rows)
     print(f"peak memory of all together: {peak_memory(config.device) / 1e9:.2f} GB")
@@ -152,12 +155,13 @@ def sampling(arguments: list[str]) -> None:
     ways = [SampleOptions(device=device, dtype=dtype, quantize=kind, compile=compile)
             for dtype, kind, compile in product(dtypes, kinds, compiled)]
     config = dataclasses.replace(run.model, vocab_size=run.model.vocab_size or 32000)
-    base, hf = Decoder(config), None
-    size, models = matrix_bytes(base), {}
+    base, run = Decoder(config), dataclasses.replace(run, model=config, device=device)
+    size, models, hf = matrix_bytes(base), {}, None
     if options.beside == "transformers":
-        beside.check_comparable(dataclasses.replace(run, model=config))
-        hf = beside.hf_model(config).to(device).eval()
-    with tempfile.TemporaryDirectory() as folder:
+        beside.check_comparable(run)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
+        if options.beside == "transformers":
+            hf = processes.enter_context(beside.OwnProcess("rate", run))
         in_c = beside.llama2c_rate(options.llama2c, base, Path(folder)) if options.llama2c else None
         for way in ways:  # each model once: several of a billion parameters are a lot
             if stored(way) not in models:
@@ -171,7 +175,7 @@ def sampling(arguments: list[str]) -> None:
                 partial(sampling_rate, models[stored(way)], way, batch, options.tokens),
                 matrix_bytes(models[stored(way)])) for way in ways}
             if hf:
-                calls["transformers"] = partial(beside.hf_rate, hf, batch, options.tokens), size
+                calls["transformers"] = partial(hf, batch, options.tokens), size
             if in_c and batch == 1:
                 calls["llama2.c"] = partial(in_c, options.tokens), size
             report_sampling(batch, calls, options.steps, limit)

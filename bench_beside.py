@@ -1,8 +1,10 @@
 """Others beside us, on the same machine, data and shapes: transformers, llama2.c's run, and nanoGPT to the same loss.
 
-What the benches share comes first. Programs of others run as they are, in processes of their own.
+What the benches share comes first. Others run as they are, in processes of their own; that of transformers is this
+file: `python bench_beside.py CHILD ...`, for the benches alone.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -24,7 +26,7 @@ import numpy as np
 import torch
 
 from bench_norm import at_least_one, in_turn, machine
-from config.schema import Config, knobs_of, split_arguments, typed
+from config.schema import Config, knobs_of, split_arguments, typed, user_errors
 from cost import flops_per_token
 from data.loader import Dataset, batch, open_dataset
 from data.prepare import prepare
@@ -34,7 +36,7 @@ from hf import to_hf
 from llama2c import ENTRY, write_bin
 from metrics import read_metrics
 from model import Decoder, ModelConfig, knob
-from run import Run, read_config, set_up
+from run import Run, find_dataset, fit_to_data, read_config, set_up
 
 ROOT = Path(__file__).resolve().parent
 
@@ -99,6 +101,43 @@ def finished(command: list, folder: Path | None = None) -> subprocess.CompletedP
     return done
 
 
+class OwnProcess(contextlib.AbstractContextManager):
+    """A function that CHILDREN names, in a process of its own: what we set for ours, such as what glibc does with freed
+    memory, does not reach it, and it is what somebody would get who ran just that. Called in turn with ours.
+
+    ValueError with the process's last words if it failed.
+    """
+
+    def __init__(self, name: str, config: Config, **more: Any):
+        self.errors = tempfile.TemporaryFile()
+        command = [sys.executable, str(ROOT / "bench_beside.py"), name, *written(config.flat() | more)]
+        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+        self.answer()  # it is ready, and no longer in the way of what is timed
+
+    def __call__(self, *arguments: Any) -> float:
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+            self.child.stdin.write(json.dumps(arguments).encode() + b"\n")
+            self.child.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> Any:
+        if line := self.child.stdout.readline():
+            return json.loads(line)
+        self.errors.seek(0)
+        words = (self.errors.read().decode(errors="replace").strip() or "it said nothing").splitlines()[-1]
+        self.__exit__()
+        if self.child.returncode == 2:
+            raise ValueError(words.removeprefix("error: "))
+        raise ValueError(f"transformers ended with {self.child.returncode}: {words}")
+
+    def __exit__(self, *_: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.child.stdin.close()  # at the end of its input it ends
+        self.child.wait()
+        self.child.stdout.close()
+        self.errors.close()
+
+
 def finished_json(command: list, folder: Path | None = None) -> Any:
     """What a program printed as its last line, in JSON."""
     return json.loads(finished(command, folder).stdout.splitlines()[-1])
@@ -130,9 +169,11 @@ def hf_model(config: ModelConfig) -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_config(about)
 
 
-def hf_step(config: Config, data: Dataset) -> Callable[[], float]:
+def hf_step(config: Config) -> Callable[[], float]:
     """A function that does the next step as a minimal loop around transformers does, and returns its seconds: the
     batches, the autocast and the number of micro-batches are ours, the loss, the schedule and AdamW are not."""
+    data = open_dataset(find_dataset(config.dataset, None))
+    config = fit_to_data(replace(config, dtype=choose_dtype(config.dtype, config.device)), data, None)
     model = hf_model(config.model).to(config.device).train()
     forward = torch.compile(model) if config.compile else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2),
@@ -157,14 +198,23 @@ def hf_step(config: Config, data: Dataset) -> Callable[[], float]:
     return step
 
 
-def hf_rate(model: torch.nn.Module, samples: int, tokens: int) -> float:
-    """Tokens/s of transformers' generate, less the first token, which reads the prompt: as ours are timed."""
-    came: list[float] = []  # the prompt, and then every new token, is given to the streamer
-    streamer = SimpleNamespace(put=lambda _: came.append(time.perf_counter()), end=lambda: None)
+def hf_rate(config: Config) -> Callable[[int, int], float]:
+    """A function of samples and tokens that returns the tokens/s of transformers' generate in float32, less the first
+    token, which reads the prompt: as ours are timed."""
+    model = hf_model(config.model).to(config.device).eval()
     model.generation_config.eos_token_id = None  # no sample ends early
-    model.generate(torch.zeros(samples, 1, dtype=torch.long, device=model.device), max_new_tokens=tokens + 1,
-                   do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0, streamer=streamer)
-    return samples * tokens / (came[tokens + 1] - came[1])
+
+    def rate(samples: int, tokens: int) -> float:
+        came: list[float] = []  # the prompt, and then every new token, is given to the streamer
+        streamer = SimpleNamespace(put=lambda _: came.append(time.perf_counter()), end=lambda: None)
+        model.generate(torch.zeros(samples, 1, dtype=torch.long, device=model.device), max_new_tokens=tokens + 1,
+                       do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0, streamer=streamer)
+        return samples * tokens / (came[tokens + 1] - came[1])
+
+    return rate
+
+
+CHILDREN = {"step": hf_step, "rate": hf_rate}
 
 
 # -- llama2.c ----------------------------------------------------------------------------------------------------------
@@ -295,3 +345,11 @@ def run_ours(preset: Path, knobs: dict[str, Any], data: Dataset, **more: Any) ->
     return Training(seconds, [record["val_loss"] for record in records if "val_loss" in record][-1], steps,
                     middle([r["step_ms"] for r in records if "step_ms" in r]) / 1000,
                     steps * config.batch_size * model.block_size * flops_per_token(model))
+
+
+if __name__ == "__main__":
+    with user_errors(), contextlib.redirect_stdout(sys.stderr):
+        call = CHILDREN[sys.argv[1]](read_config(sys.argv[2:]))
+        print("null", file=sys.__stdout__, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(call(*json.loads(line))), file=sys.__stdout__, flush=True)

@@ -26,12 +26,12 @@ from bench_norm import machine
 from config.schema import Config, knobs_of, typed, user_errors
 from cost import flops_per_token, memory_estimate, parameter_count
 from data.corpus import open_corpus
-from data.loader import batch, open_dataset
+from data.loader import batch
 from data.prepare import prepare, train_tokenizer
 from data.tokenizer import load_tokenizer
 from device import choose_device, choose_dtype, matmul_rate, peak_memory, total_memory
 from model import ModelConfig, knob
-from run import Run, find_dataset, fit_to_data, read_config
+from run import Run, read_config
 from train import Interrupts, first_step, open_log, timed_step
 
 LARGE = {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_hidden": 1024, "block_size": 256, "batch_size": 16,
@@ -72,9 +72,7 @@ def step_of(program: str, config: Config) -> Callable[[], float]:
         run = fresh_run(config)
         first_step(run)
         return lambda: timed_step(run)[-1]
-    data = open_dataset(find_dataset(config.dataset, None))
-    config = fit_to_data(replace(config, dtype=choose_dtype(config.dtype, config.device)), data, None)
-    step = beside.hf_step(config, data)
+    step = beside.hf_step(config)
     step()
     return step
 

@@ -49,11 +49,13 @@ def generate(model: Decoder, ids: list[int], max_new_tokens: int, *, num_samples
 
 
 class KVCache:
-    """Preallocated keys and values of one batch of sequences: `length` tokens are filled, of at most `size`."""
+    """Preallocated keys and values of one batch of sequences, for each layer [B, K, S, D]: `length` tokens are filled,
+    of at most `size`. One tensor of all layers would be copied whole by compiled code that writes into a part."""
 
     def __init__(self, config: ModelConfig, batch: int, size: int, device, dtype=torch.float32):
-        shape = (config.n_layer, batch, config.kv_heads, size, config.head_size)  # [L, B, K, S, D]
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        shape = (batch, config.kv_heads, size, config.head_size)
+        self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+                                  for _ in range(2))
         self.length = 0
 
     def positions(self, T: int) -> slice:
@@ -65,11 +67,11 @@ class KVCache:
         and which of these each new token sees, [T, length + T] bool, where that is not all, or all up to itself."""
         start, T = self.length, k.shape[2]
         end = start + T
-        self.keys[layer, :, :, start:end], self.values[layer, :, :, start:end] = k, v
+        self.keys[layer][:, :, start:end], self.values[layer][:, :, start:end] = k, v
         mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(start) if start and T > 1 else None
         if layer == len(self.keys) - 1:  # all layers have them now
             self.length = end
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end], mask
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end], mask
 
 
 class FixedCache(KVCache):
@@ -80,18 +82,18 @@ class FixedCache(KVCache):
 
     def __init__(self, cache: KVCache):
         self.keys, self.values = cache.keys, cache.values
-        self.length = torch.full((1,), cache.length, device=cache.keys.device)
-        for memory in (self.keys, self.values):  # a CUDA graph need not copy what stays in its place
+        self.length = torch.full((1,), cache.length, device=cache.keys[0].device)
+        for memory in self.keys + self.values:  # a CUDA graph need not copy what stays in its place
             torch._dynamo.mark_static_address(memory)
 
     def positions(self, T: int) -> Tensor:
         return self.length
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(2, self.length, k.to(keys.dtype))
-        values.index_copy_(2, self.length, v.to(values.dtype))
-        return keys, values, (torch.arange(keys.shape[2], device=k.device) <= self.length)[None]
+        for memory, new in ((self.keys[layer], k), (self.values[layer], v)):
+            memory.index_copy_(2, self.length, new.to(memory.dtype))
+        filled = torch.arange(memory.shape[2], device=k.device) <= self.length
+        return self.keys[layer], self.values[layer], filled[None]
 
 
 def next_ids(model: Decoder, ids: Tensor, cache: KVCache, uniform: Tensor, seen: Tensor, repetition_penalty: float,
@@ -137,8 +139,8 @@ def cache_dtype(model: Decoder) -> torch.dtype:
 
 def repeat_cache(cache: KVCache, batch: int) -> None:
     """Repeats the cache of one sequence for `batch` of them; a wide one stays as it is."""
-    if cache.keys.shape[1] != batch:
-        cache.keys, cache.values = (t.repeat(1, batch, 1, 1, 1) for t in (cache.keys, cache.values))
+    if len(cache.keys[0]) != batch:
+        cache.keys, cache.values = ([t.repeat(batch, 1, 1, 1) for t in layers] for layers in (cache.keys, cache.values))
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

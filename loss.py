@@ -76,19 +76,19 @@ def loss_and_error(logits: Tensor, targets: Tensor, factor: float) -> tuple[Tens
     softmax less the one-hot target."""
     counts = (targets != IGNORED).unsqueeze(1)
     place = torch.where(counts, targets.unsqueeze(1), 0)
-    log_sum = logits.logsumexp(1, keepdim=True)
-    loss = ((log_sum - logits.gather(1, place)) * counts).sum()
+    logits = logits.sub_(logits.amax(1, keepdim=True))  # so that no exponential overflows
+    wanted, each = logits.gather(1, place), counts * factor
+    total = logits.exp_().sum(1, keepdim=True)
+    loss, error = ((total.log() - wanted) * counts).sum(), logits.mul_(each / total)
     if torch.compiler.is_compiling() and logits.is_cuda:
-        return loss, fusible_error(logits, log_sum, place) * (counts * factor)
-    error = logits.sub_(log_sum).exp_()
-    return loss, error.scatter_add_(1, place, torch.full_like(log_sum, -1.0)).mul_(counts * factor)
+        return loss, fusible_subtract(error, place, each)
+    return loss, error.scatter_add_(1, place, -each.to(error.dtype))
 
 
-def fusible_error(logits: Tensor, log_sum: Tensor, place: Tensor) -> Tensor:
-    """softmax less the one-hot `place` [R, 1], the same bits by element-wise operations alone.
+def fusible_subtract(x: Tensor, place: Tensor, less: Tensor) -> Tensor:
+    """x [R, V] less `less` [R, 1] at `place` [R, 1], the same bits as a scatter's, by element-wise operations alone.
 
     A scatter must find its target in memory, so Inductor would write the error in fp32 and read it again to round it:
     8 bytes for each logit more than the 4 that this costs. Not compiled, it would be these passes that cost more.
     """
-    error, columns = (logits - log_sum).exp(), torch.arange(logits.shape[1], device=logits.device)
-    return torch.where(columns == place, error - 1, error)
+    return torch.where(torch.arange(x.shape[1], device=x.device) == place, x - less, x)

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from device import processor
 from model import Decoder
 from norm import Norm
 
 FEW = 8  # rows of x up to which torch's int8 kernel is the fastest way: it reads the weights anew for every few rows
 ROWS = 4  # of x, that packed matrices are in the best order for: a few samples at once
-SMALL = 2**17  # weights: in float32, fewer are not packed
+SMALL, SMALL_ON_INTEL = 2**17, 2**22  # weights: in float32, fewer are not packed
 BLOCK = 2**20  # weights that a CPU converts at once: they are still in its cache when they are multiplied
 
 
@@ -90,9 +91,11 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 def pack_matrices(model: Decoder, dtype: torch.dtype) -> Decoder:
     """The same matrices in `dtype`, in place, for a CPU that can_pack it. Small ones of float32 stay as they are: they
-    are read from the cache, where MKL is faster."""
+    are read from the cache, where MKL is faster; for one row it is on Intel's processors up to larger ones (LOG.md)."""
+    small = SMALL_ON_INTEL if "Intel" in processor("cpu") else SMALL
+
     def linear(weight: Tensor) -> nn.Module:
-        if dtype == torch.float32 and weight.numel() < SMALL:
+        if dtype == torch.float32 and weight.numel() < small:
             return plain_linear(weight.detach())
         return PackedLinear(weight, dtype)
 

@@ -3,8 +3,10 @@
 Small programs that write what nanoGPT and llama2.c write stand for these.
 """
 
+import os
 import stat
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from conftest import ROOT, SMALL
 from test_bench import SHAPE, rows_of
 
 import bench_beside as beside
+from config.schema import Config
 from llama2c import read_bin
 from model import Decoder, ModelConfig
 from run import read_config
@@ -45,27 +48,49 @@ def test_a_step_of_theirs_trains_on_our_batches_in_our_micro_batches(monkeypatch
         return model
 
     monkeypatch.setattr(beside, "hf_model", watched)
-    step = beside.hf_step(run.config, run.data)
+    step = beside.hf_step(run.config)
     assert all(step() > 0 for _ in range(20))
-    assert asked == [(run.data, i, 8, 32, run.config.seed) for i in range(20)]
+    assert [given[1:] for given in asked] == [(i, 8, 32, run.config.seed) for i in range(20)]
+    assert {given[0].folder for given in asked} == {run.data.folder}
     assert len(losses) == 20 * 4 and sum(losses[-8:]) < 0.98 * sum(losses[:8])
 
 
 def test_transformers_is_timed_without_the_first_token_and_makes_as_many_as_ours(monkeypatch):
-    model = beside.hf_model(ModelConfig(n_layer=1, n_head=2, n_embd=16, n_hidden=16, vocab_size=9)).eval()
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=16, n_hidden=16, vocab_size=9)
+    model = beside.hf_model(config).train()
     made, generate = [], model.generate
+    monkeypatch.setattr(beside, "hf_model", lambda shape: model if shape == config else None)
     monkeypatch.setattr(model, "generate", lambda *a, **k: made.append(generate(*a, **k)))
     times = iter(range(0, 1000, 10))
     monkeypatch.setattr(beside.time, "perf_counter", lambda: next(times))
-    assert beside.hf_rate(model, 3, 5) == 3 * 5 / 50  # 10 seconds for each of five tokens
-    assert made[0].shape == (3, 1 + 1 + 5)
+    assert beside.hf_rate(Config(model=config, device="cpu"))(3, 5) == 3 * 5 / 50  # 10 seconds for each of five tokens
+    assert not model.training and made[0].shape == (3, 1 + 1 + 5)
 
 
-def test_without_transformers_one_line_says_how_to_get_it(measure, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
+def test_without_transformers_one_line_says_how_to_get_it(measure, monkeypatch, tmp_path):
+    (tmp_path / "transformers.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     for what in ([*TINY, "steps=1"], SHAPE):
         code, _, err = measure("train" if what is not SHAPE else "sample", *what, "beside=transformers")
         assert code == 2 and err == "error: transformers is not installed: pip install -e '.[hf]'\n"
+
+
+def test_theirs_run_in_a_process_of_their_own_that_answers_call_by_call(monkeypatch, data_folder):
+    config = read_config([*TINY, "micro_batch_size=8"])
+    with beside.OwnProcess("step", config, dataset=data_folder / "words") as step:
+        assert step.child.pid != os.getpid() and step.child.poll() is None
+        assert step() > 0 and step() > 0
+    assert step.child.returncode == 0  # it ended with its input
+
+
+def test_a_process_that_fails_is_one_line_with_its_last_words(data_folder):
+    config = read_config([*TINY, "micro_batch_size=8"])
+    with pytest.raises(ValueError, match="nothing_here: no such data set"):
+        beside.OwnProcess("step", config, dataset="nothing_here")
+    with beside.OwnProcess("rate", replace(config, model=replace(config.model, vocab_size=9))) as rate:
+        assert rate(1, 2) > 0
+        with pytest.raises(ValueError, match="^transformers ended with 1: RuntimeError: .*must be non-negative"):
+            rate(-1, 2)
 
 
 def program(path, text):

@@ -1,10 +1,12 @@
 """generate.py: the cache is exact, compiled too; the draws follow the distribution."""
 
+import re
 from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 
 from generate import compiled_step, draw, generate, logits_to_probabilities, penalise, window_start
 from model import Decoder, ModelConfig
@@ -170,7 +172,7 @@ def test_dropout_is_off_while_sampling():
 def test_under_autocast_keys_stay_in_float32_on_a_cpu_and_the_cache_is_still_exact():
     model, seen, dtypes = tiny(), [], []
     record(model, seen)
-    handle = model.blocks[0].register_forward_hook(lambda _, inputs, output: dtypes.append(inputs[3].keys.dtype))
+    handle = model.blocks[0].register_forward_hook(lambda _, inputs, output: dtypes.append(inputs[3].keys[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         ids = [3] + [tokens[0] for tokens in ids_of(model, [3], 7)]
         handle.remove()
@@ -224,10 +226,13 @@ def test_a_small_change_of_the_size_compiles_nothing_anew(fresh_compiler):
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
-def test_compiled_code_gives_the_same_ids(fresh_compiler):
+def test_compiled_code_gives_the_same_ids_and_copies_no_keys(fresh_compiler):
     fresh_compiler("inductor")
-    model = tiny(n_layer=1)
-    assert ids_of(model, [3], 12, temperature=0.0, compile=True) == ids_of(model, [3], 12, temperature=0.0)
+    model = tiny(n_layer=2)
+    ids, (code,) = run_and_get_code(ids_of, model, [3], 12, temperature=0.0, compile=True)
+    assert ids == ids_of(model, [3], 12, temperature=0.0)
+    assert len(re.findall(r"assert_size_stride\(arg\d+_1, \(1, 4, 8, 4\)", code)) == 4  # of each layer, keys and values
+    assert "empty_strided_cpu((1, 4, 8, 4)" not in code
 
 
 # --- arithmetic

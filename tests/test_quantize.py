@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn import Linear
 
 import quantize
 from generate import generate
@@ -174,9 +175,19 @@ def test_packed_products_are_those_of_the_matrix(shape, rows, dtype, error):
     assert (y - wanted).abs().max() < error * wanted.abs().max()
 
 
+@pytest.mark.parametrize("name, wanted", [("AMD EPYC", [Linear, PackedLinear, PackedLinear]),
+                                          ("Intel(R) Xeon(R) Processor", [Linear, Linear, PackedLinear])])
+def test_fewer_matrices_are_packed_on_intels_processors(monkeypatch, name, wanted):
+    monkeypatch.setattr(quantize, "processor", lambda device: name)
+    model = Decoder(ModelConfig(n_layer=1, n_head=1, n_embd=64, n_hidden=2048, vocab_size=2**16))
+    pack_matrices(model, torch.float32)
+    assert [type(m) for m in (model.blocks[0].attn.q, model.blocks[0].ffn.up, model.head)] == wanted
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_packed_model_gives_the_same_logits(monkeypatch, tied):
-    monkeypatch.setattr(quantize, "SMALL", 48 * 48)  # k and v are smaller
+    for name in ("SMALL", "SMALL_ON_INTEL"):
+        monkeypatch.setattr(quantize, name, 48 * 48)  # k and v are smaller
     model = small(tie_embeddings=tied)
     wanted = model(IDS)
     packed = pack_matrices(copy.deepcopy(model), torch.float32)

@@ -25,7 +25,7 @@ SOURCES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("config/*.py"), *ROO
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 MAY_IMPORT = {  # module: what of ours it may import; a command may not be imported but where it says so
     "norm_triton": set(), "norm": {"norm_triton"}, "device": set(), "optim": {"device", "norm"}, "loss": {"norm"},
-    "model": {"loss", "norm"}, "lora": {"model"}, "quantize": {"model", "norm"},
+    "model": {"loss", "norm"}, "lora": {"model"}, "quantize": {"device", "model", "norm"},
     "cost": {"config.schema", "device", "lora", "loss", "model", "norm"},
     "data": set(), "data.tokenizer_json": set(), "data.tokenizer": {"data.tokenizer_json"}, "data.corpus": set(),
     "data.loader": {"data", "data.tokenizer"}, "data.prepare": {"data", "data.tokenizer", "data.corpus"},
@@ -117,7 +117,7 @@ def test_files_are_short():
     assert {p: n for p, n in lines.items() if n > 400} == {}
     code = {str(p.relative_to(ROOT)): lines_of_code(p) for p in SOURCES}
     assert sum(n for p, n in code.items() if p not in LAB | EXCHANGE | RANKS | PRESETS) <= 3420
-    assert sum(n for p, n in code.items() if p in LAB) <= 1910
+    assert sum(n for p, n in code.items() if p in LAB) <= 1950
     assert sum(n for p, n in code.items() if p in EXCHANGE) <= 1080
     assert sum(n for p, n in code.items() if p in RANKS) <= 550
 
