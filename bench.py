@@ -46,7 +46,8 @@ EVERYTHING = [line.split() for line in (
     *(f"train {shape} dtype={dtype} optimizer=adamw {BESIDE}" for dtype in ("float32", "auto") for shape in (
         "n_layer=4 n_head=4 n_embd=128 n_hidden=384 block_size=64 batch_size=12",
         "n_layer=6 n_head=6 n_embd=384 n_hidden=1024 block_size=256 batch_size=16")),
-    f"sample {M15} batches=1,16 tokens=128 {BESIDE}", f"sample {M110} batches=1,16 steps=3 {BESIDE}",
+    f"sample {M15} batches=1,16 tokens=128 compile=true {BESIDE}",
+    f"sample {M110} batches=1,16 steps=3 compile=true {BESIDE}",
     f"sample {M15} batches=1 tokens=128 llama2c=run", f"sample {M110} batches=1 steps=3 llama2c=run", "norm",
     "nanogpt", "memory rounds=3", "growth", "prepare rounds=3", "start steps=20 rounds=5",
     f"plan {M8030} batch_size=256 gpus=64 flops=989e12 efficiency=0.393 memory=80")]  # efficiency: test_bench_plan.py

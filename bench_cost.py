@@ -36,7 +36,7 @@ from train import Interrupts, first_step, open_log, timed_step
 
 LARGE = {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_hidden": 1024, "block_size": 256, "batch_size": 16,
          "vocab_size": 32000, "dtype": "float32", "optimizer": "adamw"}  # what `memory` takes without a preset
-SIZES = {1: (2, 128), 4: (8, 192), 15: (8, 384), 60: (12, 640), 124: (17, 768), 350: (27, 1024)}
+SIZES = {1: (2, 128), 4: (8, 192), 15: (8, 384), 60: (12, 640), 124: (17, 768), 350: (27, 1024), 1000: (20, 2048)}
 GROWTH = {"parameters": [(size, 256, 4) for size in SIZES],  # millions of them, block_size and batch_size
           "context": [(15, 2**i, 2**13 // 2**i) for i in range(8, 14)], "batch": [(15, 256, 2**i) for i in range(6)]}
 STEPS = {"small": {}, "small, 12 x 64": {"n_head": 4, "block_size": 64, "batch_size": 12, "optimizer": "adamw"}}

@@ -65,10 +65,9 @@ class KVCache:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Writes k and v [B, K, T, D] behind what is filled. Returns views of all of that layer, [B, K, length + T, D],
         and which of these each new token sees, [T, length + T] bool, where that is not all, or all up to itself."""
-        start, T = self.length, k.shape[2]
-        end = start + T
+        start, end = self.length, self.length + k.shape[2]
         self.keys[layer][:, :, start:end], self.values[layer][:, :, start:end] = k, v
-        mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(start) if start and T > 1 else None
+        mask = k.new_ones(end - start, end, dtype=torch.bool).tril(start) if 0 < start < end - 1 else None
         if layer == len(self.keys) - 1:  # all layers have them now
             self.length = end
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end], mask
