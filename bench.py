@@ -147,6 +147,7 @@ class SampleBench:
 def sampling(arguments: list[str]) -> None:
     """Times sample.py's generate in each way, and others', in turn, for each number of samples at once."""
     options, places, knobs = own_options(SampleBench, arguments)
+    torch._dynamo.config.recompile_limit = 256  # one step is compiled for each way, batch and model
     batches = [at_least_one(convert("batches", text, int)) for text in options.batches.split(",")]
     run = read_config([*places, *written(knobs)])
     device = choose_device(run.device)

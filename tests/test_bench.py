@@ -3,12 +3,15 @@
 import os
 import re
 import signal
+from functools import partial
 
 import pytest
+import torch
 from conftest import ROOT, SMALL
 
 import bench
 import train
+from generate import compiled_step
 from model import Decoder, ModelConfig
 from quantize import quantize_int8
 
@@ -70,6 +73,15 @@ def test_bench_sample_prints_a_line_for_each_way_and_batch(measure):
     assert all(row[-1].endswith("%") for row in rows) and rows[0][3] == rows[5][3] == "1.00"
     assert [row[4] for row in rows[:2]] == ["0 MB", "0 MB"]
     assert "reading 256 MB: " in out and "commit" in out
+
+
+def test_more_compiled_ways_than_the_compiler_usually_allows_are_measured(measure, monkeypatch):
+    monkeypatch.setattr(bench.torch, "compile", partial(bench.torch.compile, backend="eager"))
+    compiled_step.cache_clear()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        code, out, err = measure("sample", *SHAPE, "tokens=1", "steps=1", "compile=true", "dtypes=float32", "batches=1")
+    compiled_step.cache_clear()
+    assert code == 0 and out.count(" compiled ") == 2, err
 
 
 def test_what_is_read_for_a_token_is_the_matrices_once_for_all_samples(capsys):

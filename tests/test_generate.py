@@ -226,6 +226,15 @@ def test_a_small_change_of_the_size_compiles_nothing_anew(fresh_compiler):
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
+def test_texts_of_all_sizes_are_compiled_for_at_most_twice(fresh_compiler):
+    fresh_compiler("eager")
+    model, before = tiny(block_size=4096), counters["stats"]["unique_graphs"]
+    for size in (2**i for i in range(2, 13)):
+        prompt = [1] * (size - 2)
+        assert ids_of(model, prompt, 2, compile=True, seed=size) == ids_of(model, prompt, 2, seed=size)
+    assert counters["stats"]["unique_graphs"] <= before + 2  # of one size, then of any
+
+
 def test_compiled_code_gives_the_same_ids_and_copies_no_keys(fresh_compiler):
     fresh_compiler("inductor")
     model = tiny(n_layer=2)
