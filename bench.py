@@ -125,7 +125,7 @@ def report_training(runs: dict[str, Run], others: dict[str, Callable[[], float]]
                      *(f"{middle(seconds[other]) / middle(times):.2f}" for other in like),
                      f"{tokens * flops_per_token(config.model) / middle(times) / rate:.0%}"))
     print_table(rows)
-    print(f"peak memory of all together: {peak_memory(config.device) / 1e9:.2f} GB")
+    print(f"peak memory of ours together: {peak_memory(config.device) / 1e9:.2f} GB")
 
 
 # -- sample: the tokens of generate ------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def shape_of(millions: int, block_size: int, batch_size: int) -> dict[str, objec
 
 def report_growth(name: str, lines: list[list[str]], options: ProcessBench, device: str, dtype: str) -> None:
     """A row for each command line of a run; what is too large for this machine is not tried."""
-    configs, room = [read_config(line) for line in lines], 0.8 * total_memory(device)
+    configs, room = [read_config(line) for line in lines], 0.85 * total_memory(device) - memory_now(device)[0]
     needs = [sum(memory_estimate(c.model, c.batch_size, dtype, device)) for c in configs]
     found = children({i: ["ours", options.steps, *line] for i, line in enumerate(lines) if needs[i] < room},
                      options.rounds)

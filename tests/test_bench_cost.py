@@ -48,6 +48,7 @@ def test_memory_is_that_of_the_process_itself_not_of_the_one_that_started_it():
 def test_bench_growth_prints_a_row_for_each_size_and_names_what_does_not_fit(measure, data_folder, monkeypatch):
     monkeypatch.setattr(bench_cost, "GROWTH", {"parameters": [(1, 32, 2), (350, 32, 2)], "context": [(1, 64, 1)]})
     monkeypatch.setattr(bench_cost, "total_memory", lambda device: 4e9)
+    monkeypatch.setattr(bench_cost, "memory_now", lambda device: (2e8, 2e8))  # so much of it this process has
     words = here(data_folder, "n_", "block_size", "batch_size")
     code, out, err = measure("growth", *words, "steps=1")
     assert code == 0, err
