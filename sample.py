@@ -71,8 +71,7 @@ class SampleOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
         "auto", "of the matrix products. auto = bfloat16 where the hardware has it, else float32")
     quantize: Literal["none", "int8"] = knob("none", "int8 = matrices as whole numbers with a scale for each output")
-    compile: bool = knob(False, "compile what a token takes: for long texts on CUDA, where starting kernels one by one "
-                                "takes longer than they do")
+    compile: bool = knob(False, "compile what a token takes: seconds at first, then long texts come faster")
     eval: Literal["none", "val", "train"] = knob("none", "instead of sampling, print the loss on this split of dataset")
     dataset: str = knob("", "eval: folder under data/, made by data/prepare.py; '' = what the run was trained on")
     eval_iters: int = knob(0, "eval: windows, evenly spread, always the same; 0 = the whole split")
