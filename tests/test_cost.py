@@ -45,10 +45,10 @@ def test_memory_for_logits_is_bounded_and_a_cpu_keeps_its_scores_in_bfloat16():
         assert memory_estimate(c, 2, dtype, "cpu") == memory_estimate(c, 2, dtype, "cuda")
 
 
-@pytest.mark.parametrize("device, max_iters, wanted", [("cuda:0", 1, True), ("mps", 10**6, False), ("cpu", 1500, False),
-                                                       ("cpu", 1700, True)])
+@pytest.mark.parametrize("device, max_iters, wanted", [("cuda:0", 1, True), ("mps", 10**6, False), ("cpu", 1050, False),
+                                                       ("cpu", 1150, True)])
 def test_a_cpu_compiles_where_a_run_is_long_enough(device, max_iters, wanted):
-    """4 layers of 128 channels save 21 ms of a step of 2,048 tokens, and take 33 s."""
+    """4 layers of 128 channels save 30 ms of a step of 2,048 tokens, and take 33 s."""
     model = ModelConfig(n_layer=4, n_head=2, n_embd=128, block_size=256)
     run = Config(model=model, batch_size=8, max_iters=max_iters, warmup_iters=0, device=device)
     assert pays_to_compile(run) == wanted
