@@ -40,7 +40,6 @@ M15 = "n_layer=6 n_head=6 n_embd=288 n_hidden=768 block_size=256 vocab_size=3200
 M110 = "n_layer=12 n_head=12 n_embd=768 n_hidden=2048 block_size=1024 vocab_size=32000 tie_embeddings=true"
 M8030 = ("n_layer=32 n_head=32 n_kv_head=8 n_embd=4096 n_hidden=14336 block_size=8192 vocab_size=128256 "
          "tie_embeddings=false activation_checkpointing=true")  # Llama 3.1 8B
-HF = {"eager": "transformers", "compiled": "transformers compiled"}
 BESIDE = "beside=transformers"
 EVERYTHING = [line.split() for line in (
     *(f"train {shape} dtype={dtype} optimizer=adamw {BESIDE}" for dtype in ("float32", "auto") for shape in (
@@ -93,17 +92,18 @@ class TrainBench:
 def training(arguments: list[str]) -> None:
     """Times train.py's own step, eager and compiled, and transformers', in turn."""
     options, places, knobs = own_options(TrainBench, arguments)
-    config = read_config([*places, *written(knobs)])
+    config, theirs = read_config([*places, *written(knobs)]), {}
     if options.beside == "transformers":
         beside.check_comparable(config)
     runs = {name: fresh_run(config, compile=name == "compiled") for name in ("eager", "compiled")}
-    reason = why_not("compile", runs["eager"].config.device) if options.beside == "transformers" else None
-    if reason:
-        print(f"not measured: {HF['compiled']}: {reason}")
+    if options.beside == "transformers":
+        theirs = {"transformers": runs["eager"], "transformers compiled": runs["compiled"]}
+        if reason := why_not("compile", runs["eager"].config.device):
+            print(f"not measured: transformers compiled: {reason}")
+            del theirs["transformers compiled"]
     with ExitStack() as processes:
-        others = {HF[name]: processes.enter_context(beside.OwnProcess("step", run.config, dataset=run.data.folder))
-                  for name, run in runs.items()
-                  if options.beside == "transformers" and not (reason and name == "compiled")}
+        others = {name: processes.enter_context(beside.OwnProcess("step", run.config, dataset=run.data.folder))
+                  for name, run in theirs.items()}
         report_training(runs, others, options.steps)
 
 

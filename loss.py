@@ -76,7 +76,7 @@ def loss_and_error(logits: Tensor, targets: Tensor, factor: float) -> tuple[Tens
     softmax less the one-hot target."""
     counts = (targets != IGNORED).unsqueeze(1)
     place = torch.where(counts, targets.unsqueeze(1), 0)
-    logits = logits.sub_(logits.amax(1, keepdim=True))  # so that no exponential overflows
+    logits.sub_(logits.amax(1, keepdim=True))  # so that no exponential overflows
     wanted, each = logits.gather(1, place), counts * factor
     total = logits.exp_().sum(1, keepdim=True)
     loss, error = ((total.log() - wanted) * counts).sum(), logits.mul_(each / total)

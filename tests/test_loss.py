@@ -43,6 +43,16 @@ def test_loss_and_gradients_are_those_of_plain_cross_entropy(monkeypatch, rows, 
         assert torch.allclose(mine, wanted, atol=1e-15, rtol=1e-12)
 
 
+def test_logits_whose_exponentials_overflow_give_the_same_loss_and_gradients():
+    x, weight, targets = inputs()
+    x = (1000 * x.detach()).requires_grad_()
+    ours, theirs = head_loss(x, targets, None, weight), plain(x, weight, targets)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    for mine, wanted in zip(torch.autograd.grad(ours, (x, weight)), torch.autograd.grad(theirs, (x, weight)),
+                            strict=True):
+        torch.testing.assert_close(mine, wanted)
+
+
 @pytest.mark.parametrize("ignored", [(), (0, 7, 49)])
 def test_without_gradients_any_head_will_do_and_the_loss_is_the_same(monkeypatch, ignored):
     pieces(monkeypatch, 7)
