@@ -14,9 +14,10 @@ faults: .venv/dev.stamp
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 bench: .venv/run.stamp
-	$(BIN)/python bench.py train config/small.py
+	$(BIN)/python -m lab.bench train config/small.py
 
 .venv/run.stamp: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

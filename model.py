@@ -1,12 +1,20 @@
-"""A LLaMA-style decoder in one file; with norm.py and loss.py beside it, it works alone.
+"""A LLaMA-style decoder in one file. It works alone, with norm.py beside it.
 
-Legend: B batch, T time, C channels (n_embd), H heads, K key/value heads, D head size, F hidden size of the
-feed-forward, V vocabulary. Reading order is from the configuration through the leaves to the root.
+Reading order: the configuration; then the parts, from the small to the large: rotary positions,
+attention, feed-forward, Block, Decoder; then how the weights are drawn and counted; and last the
+loss, which never holds the logits of all tokens.
+
+The letters in names and in comments about shapes:
+    B  batch: sequences at once        T  time: tokens of a sequence
+    C  channels (n_embd)               H  heads of the queries
+    K  heads of the keys and values    D  channels of a head
+    F  channels inside a feed-forward  V  vocabulary
+    S  tokens that a cache holds       N  rows of the loss: all tokens, B * T
 """
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,18 +24,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from loss import head_loss
-from norm import ELEMENTWISE, NORM_LEAVES, PARAMETERS, Norm, refusal
+from norm import ELEMENTWISE, NORM_LEAVES, PARAMETERS, SCALARS, Norm, at_least_fp32, norm_problem
+
+# -- Configuration ---------------------------------------------------------------------------------
+
+LARGEST = {"n_layer": 700, "n_head": 10_000, "n_embd": 1_000_000, "block_size": 100_000_000}
+UNGATED = ("gelu", "relu2")  # feed-forwards without a gate
+FINAL_NORM = ("pre", "sandwich", "out")  # with post and deepnorm the last Block ends in a norm
+SCALED_EMBEDDING = ("dyt", "derf")  # these norms do not bring the stream to a known size
 
 
 def knob(default, help: str):
-    """A field of a configuration with the text that --help prints for it."""
+    """A field of a configuration, with the text that --help prints for it."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything that decides the shape and the function of a Decoder."""
+    """Everything that decides the shape of a Decoder and what it computes."""
 
     n_layer: int = knob(6, "number of Blocks")
     n_head: int = knob(6, "attention heads in a Block")
@@ -35,74 +49,125 @@ class ModelConfig:
     n_embd: int = knob(384, "channels of the residual stream")
     head_dim: int = knob(0, "channels of a head; 0 = n_embd / n_head")
     ffn: Literal["swiglu", "geglu", "gelu", "relu2"] = knob(
-        "swiglu", "the feed-forward: gated by silu (LLaMA) or gelu, or plain with gelu or squared relu")
-    n_hidden: int = knob(0, "hidden size of a gated feed-forward; 0 = LLaMA's rule: 8/3 n_embd, rounded up to 256s. A "
-                            "plain one gets 3/2 of it: as many parameters")
+        "swiglu",
+        "the feed-forward: gated by silu (LLaMA) or gelu, or without a gate: gelu, or relu squared",
+    )
+    n_hidden: int = knob(
+        0,
+        "channels inside a feed-forward with a gate; 0 = LLaMA's rule: 8/3 n_embd, rounded up to a "
+        "multiple of 256. Without a gate it gets 3/2 of that, so it has as many parameters",
+    )
     block_size: int = knob(256, "context length in tokens")
-    vocab_size: int = knob(0, "entries of the embedding; 0 = as many as the data set's tokenizer has")
+    vocab_size: int = knob(
+        0, "entries of the embedding; 0 = as many as the data set's tokenizer has"
+    )
     tie_embeddings: bool = knob(False, "one matrix for the embedding and the output head")
-    dropout: float = knob(0.0, "dropout probability on embeddings, attention and both branches; LLaMA has none")
-    norm: Literal[tuple(PARAMETERS)] = knob("rmsnorm", "kind of every norm; compare.py --list explains them")
+    dropout: float = knob(
+        0.0, "dropout probability on embeddings, attention and both branches; LLaMA has none"
+    )
+    norm: Literal[tuple(PARAMETERS)] = knob(
+        "rmsnorm", "kind of every norm; python -m lab.compare --list explains them"
+    )
     norm_pos: Literal["pre", "post", "sandwich", "out", "deepnorm"] = knob(
-        "pre", "where norms stand around attention and feed-forward: before (LLaMA), after the sum (2017), before and "
-               "after the branch (Gemma 2), after the branch (OLMo 2), or post with DeepNet's constants")
-    qk_norm: bool = knob(False, "the same norm on each head's queries and keys, before RoPE (Qwen 3)")
+        "pre",
+        "where norms stand around attention and feed-forward: before them (LLaMA), after the sum "
+        "(2017), before and after them (Gemma 2), after them (OLMo 2), or post with DeepNet's "
+        "constants",
+    )
+    qk_norm: bool = knob(
+        False, "the same norm on each head's queries and keys, before RoPE (Qwen 3)"
+    )
     norm_eps: float = knob(1e-5, "added inside the root of every norm")
-    prms_p: float = knob(0.0625, "prmsnorm: share of the channels that the scale is judged by")
+    prms_p: float = knob(0.0625, "prmsnorm: share of the channels whose size sets the scale")
     norm_alpha: float = knob(0.5, "dyt and derf: slope at the start; wider models want less")
-    norm_impl: Literal["eager", "fused", "compile", "triton"] = knob(
-        "eager", "how norms are computed: plain PyTorch, PyTorch's kernel, the function compiled by itself, or our "
-                 "kernel for CUDA")
+    norm_impl: Literal["eager", "fused", "compile"] = knob(
+        "eager",
+        "how norms are computed: plain PyTorch, PyTorch's kernel, or each norm compiled by itself",
+    )
     rope_theta: float = knob(10000.0, "base of the rotary frequencies; 500000 in Llama 3")
-    rope_scaling: Literal["none", "llama3"] = knob("none", "Llama 3.1's stretching of the low rotary frequencies")
+    rope_scaling: Literal["none", "llama3"] = knob(
+        "none", "llama3 = stretch the low rotary frequencies as Llama 3.1 does"
+    )
     rope_factor: float = knob(8.0, "llama3: how far the low frequencies are stretched")
-    rope_low_freq: float = knob(1.0, "llama3: below this many turns per original context, stretch in full")
-    rope_high_freq: float = knob(4.0, "llama3: above this many turns per original context, leave alone")
+    rope_low_freq: float = knob(
+        1.0, "llama3: a frequency with fewer turns in the original context is stretched in full"
+    )
+    rope_high_freq: float = knob(
+        4.0, "llama3: a frequency with more turns in the original context is left alone"
+    )
     rope_original_context: int = knob(8192, "llama3: context length before stretching, in tokens")
 
     def __post_init__(self):
-        problems = [f"{name} must be between 1 and {most:,}, got {getattr(self, name):,}"
-                    for name, most in LARGEST.items() if not 1 <= getattr(self, name) <= most]
-        problems += [f"{name} must be 0 (automatic) or more, got {getattr(self, name)}"
-                     for name in ("n_kv_head", "head_dim", "n_hidden", "vocab_size") if getattr(self, name) < 0]
-        problems += [f"{name} must be above 0, got {getattr(self, name)}"
-                     for name in ("norm_eps", "norm_alpha", "rope_theta", "rope_factor", "rope_original_context")
-                     if getattr(self, name) <= 0]
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout must be in [0, 1), got {self.dropout}")
-        if not 0 < self.rope_low_freq < self.rope_high_freq:
-            problems.append(f"rope_low_freq must be above 0 and below rope_high_freq, "
-                            f"got {self.rope_low_freq} and {self.rope_high_freq}")
-        if not 0 < self.prms_p <= 1:
-            problems.append(f"prms_p must be in (0, 1], got {self.prms_p}")
-        problems = problems or self._head_problems() + self._norm_problems()
+        problems = self._range_problems()
+        if not problems:  # the rules below need numbers in range
+            problems = self._shape_problems() + self._norm_problems()
         if problems:
             raise ValueError("; ".join(problems))
 
-    def _head_problems(self) -> list[str]:
+    def _range_problems(self) -> list[str]:
+        problems = []
+        for name, most in LARGEST.items():
+            value = getattr(self, name)
+            if not 1 <= value <= most:
+                problems.append(f"{name} must be between 1 and {most:,}, got {value:,}")
+        for name in ("n_kv_head", "head_dim", "n_hidden", "vocab_size"):
+            value = getattr(self, name)
+            if value < 0:
+                problems.append(f"{name} must be 0 (automatic) or more, got {value}")
+        above_0 = ("norm_eps", "norm_alpha", "rope_theta", "rope_factor", "rope_original_context")
+        for name in above_0:
+            value = getattr(self, name)
+            if value <= 0:
+                problems.append(f"{name} must be above 0, got {value}")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout must be in [0, 1), got {self.dropout}")
+        if not 0 < self.rope_low_freq < self.rope_high_freq:
+            problems.append(
+                f"rope_low_freq must be above 0 and below rope_high_freq, "
+                f"got {self.rope_low_freq} and {self.rope_high_freq}"
+            )
+        if not 0 < self.prms_p <= 1:
+            problems.append(f"prms_p must be in (0, 1], got {self.prms_p}")
+        return problems
+
+    def _shape_problems(self) -> list[str]:
+        """The first reason why heads and feed-forward cannot have these sizes, if there is one."""
         if self.head_dim % 2 or self.head_dim > LARGEST["n_embd"]:
-            return [f"head_dim must be even for RoPE, which rotates pairs, and at most {LARGEST['n_embd']:,}, got "
-                    f"{self.head_dim:,}"]
+            return [
+                f"head_dim must be even, because RoPE rotates pairs, and at most "
+                f"{LARGEST['n_embd']:,}, got {self.head_dim:,}"
+            ]
         if not self.head_dim and self.n_embd % (2 * self.n_head):
             step = 2 * self.n_head
-            below, above = self.n_embd // step * step, -(-self.n_embd // step) * step
-            return [f"n_embd={self.n_embd} must be a multiple of 2 * n_head={self.n_head} (an even head size for "
-                    f"RoPE): nearest are {f'{below} and ' if below else ''}{above}; or set head_dim"]
+            below = self.n_embd // step * step
+            nearest = f"{below} and {below + step}" if below else f"{step}"
+            return [
+                f"n_embd={self.n_embd} must be a multiple of 2 * n_head={self.n_head} (an even "
+                f"head size for RoPE): nearest are {nearest}; or set head_dim"
+            ]
         if self.n_head % self.kv_heads:
-            divisors = [k for k in range(1, self.n_head + 1) if self.n_head % k == 0]
-            return [f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}: "
-                    f"choose n_kv_head from {', '.join(map(str, divisors))}"]
+            divisors = [str(k) for k in range(1, self.n_head + 1) if self.n_head % k == 0]
+            return [
+                f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}: "
+                f"choose n_kv_head from {', '.join(divisors)}"
+            ]
         if self.ffn in UNGATED and self.n_hidden % 2:
-            return [f"n_hidden={self.n_hidden} must be even for ffn={self.ffn}, which gets 3/2 of it"]
+            return [
+                f"n_hidden={self.n_hidden} must be even for ffn={self.ffn}, which gets 3/2 of it"
+            ]
         return []
 
     def _norm_problems(self) -> list[str]:
-        problems = [problem] if (problem := refusal(self.norm, self.norm_impl)) else []
+        problems = []
+        if problem := norm_problem(self.norm, self.norm_impl):
+            problems.append(problem)
         if self.norm == "none" and (self.norm_pos != "pre" or self.qk_norm):
             problems.append("norm=none has nothing to place: leave norm_pos=pre and qk_norm=false")
         if self.norm_pos == "deepnorm" and self.norm in ELEMENTWISE:
-            problems.append(f"norm_pos=deepnorm is derived for a norm that resets the scale of the stream, and "
-                            f"norm={self.norm} does not: use norm_pos=post or another norm")
+            problems.append(
+                f"norm_pos=deepnorm is derived for a norm that resets the scale of the stream, and "
+                f"norm={self.norm} does not: use norm_pos=post or another norm"
+            )
         return problems
 
     @property
@@ -115,6 +180,7 @@ class ModelConfig:
 
     @property
     def hidden_size(self) -> int:
+        """F, with a gate or without."""
         gated = self.n_hidden or -(-int(8 * self.n_embd / 3) // 256) * 256
         return gated * 3 // 2 if self.ffn in UNGATED else gated
 
@@ -123,15 +189,11 @@ class ModelConfig:
         return Norm(self.norm, width, self.norm_eps, self.norm_impl, self.prms_p, self.norm_alpha)
 
 
-UNGATED = ("gelu", "relu2")
-SCALED_EMBEDDING = ("dyt", "derf")  # these norms do not bring the stream to a known size
-FINAL_NORM = ("pre", "sandwich", "out")  # post and deepnorm end in a norm anyway
-SHORT = 1024  # tokens up to which a CPU computes all T x T scores at once, in bfloat16
-LARGEST = {"n_layer": 700, "n_head": 10_000, "n_embd": 1_000_000, "block_size": 100_000_000}
+# -- Rotary positions (RoPE) -----------------------------------------------------------------------
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each rotated pair, [D/2] fp32.
+    """The angle by which each pair of channels turns from one position to the next, [D/2] fp32.
 
     Su et al. 2021, arXiv 2104.09864; llama3: Grattafiori et al. 2024, arXiv 2407.21783.
     """
@@ -141,93 +203,135 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
         return frequencies
     turns = config.rope_original_context * frequencies / (2 * math.pi)
     keep = (turns - config.rope_low_freq) / (config.rope_high_freq - config.rope_low_freq)
-    keep = keep.clamp(0, 1)  # 0 = stretched in full, 1 = left alone, between = blended
+    keep = keep.clamp(0, 1)  # 0 = stretched in full, 1 = left alone, between = a mixture
     return keep * frequencies + (1 - keep) * frequencies / config.rope_factor
 
 
 def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin for each position, [block_size, D] fp32, in Hugging Face's half-split layout: both halves are for the
-    same angles. The first half of sin has its sign turned, for `rotate`."""
-    angles = torch.outer(torch.arange(config.block_size, dtype=torch.float32), rope_frequencies(config))
+    """cos and sin of each position's angles, each [block_size, D] fp32, for `rotate`.
+
+    Channels i and i + D/2 are a pair, as in Hugging Face, so both halves of D have the same angles.
+    In sin the sign of the first half is turned already.
+    """
+    positions = torch.arange(config.block_size, dtype=torch.float32)
+    angles = torch.outer(positions, rope_frequencies(config))  # [block_size, D/2]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pair (x[i], x[i + D/2]) by its position's angle. x [B, heads, T, D], cos and sin [T, D]."""
+    """Turns each pair (x[i], x[i + D/2]) by its position's angle.
+
+    x [B, H or K, T, D], cos and sin [T, D]; the result is like x.
+    """
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
+# -- Attention -------------------------------------------------------------------------------------
+
+UNFUSED_UP_TO = 1024  # tokens; see unfused_attention
+
+
 def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A matrix without bias. Its numbers come from `initialise` or a checkpoint: PyTorch would draw others in vain."""
-    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, device=torch.get_default_device())
+    """A matrix without a bias and without numbers: `initialise` or a checkpoint fills it."""
+    device = torch.get_default_device()
+    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, device=device)
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245) and rotary positions."""
+    """Causal attention with rotary positions. H / K query heads share one head of keys and values
+    (Ainslie et al. 2023, arXiv 2305.13245).
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        C, D = config.n_embd, config.head_size
         self.layer, self.dropout = layer, config.dropout
-        self.heads, self.kv_heads, self.head_size = config.n_head, config.kv_heads, config.head_size
-        self.q = linear(config.n_embd, self.heads * self.head_size)
-        self.k = linear(config.n_embd, self.kv_heads * self.head_size)
-        self.v = linear(config.n_embd, self.kv_heads * self.head_size)
-        self.out = linear(self.heads * self.head_size, config.n_embd)
-        self.q_norm, self.k_norm = (config.norm_for(self.head_size) if config.qk_norm else nn.Identity()
-                                    for _ in range(2))
+        self.heads, self.kv_heads, self.head_size = config.n_head, config.kv_heads, D
+        self.q = linear(C, self.heads * D)
+        self.k = linear(C, self.kv_heads * D)
+        self.v = linear(C, self.kv_heads * D)
+        self.out = linear(self.heads * D, C)
+        self.q_norm = config.norm_for(D) if config.qk_norm else nn.Identity()
+        self.k_norm = config.norm_for(D) if config.qk_norm else nn.Identity()
 
     def queries_and_keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, T, C] -> q [B, H, T, D] and k [B, K, T, D], normed if the model does that, and rotated."""
+        """x [B, T, C] -> q [B, H, T, D] and k [B, K, T, D], after their norm and rotated."""
         B, T, _ = x.shape
-        q = self.q_norm(self.q(x).view(B, T, self.heads, self.head_size)).transpose(1, 2)
-        k = self.k_norm(self.k(x).view(B, T, self.kv_heads, self.head_size)).transpose(1, 2)
+        q = self.q(x).view(B, T, self.heads, self.head_size)  # [B, T, H, D]
+        k = self.k(x).view(B, T, self.kv_heads, self.head_size)  # [B, T, K, D]
+        q = self.q_norm(q).transpose(1, 2)  # [B, H, T, D]
+        k = self.k_norm(k).transpose(1, 2)  # [B, K, T, D]
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any = None) -> Tensor:
+        """x [B, T, C] -> [B, T, C]. With a cache (see Decoder.features), x also attends to the
+        tokens in the cache.
+        """
         B, T, _ = x.shape
         q, k = self.queries_and_keys(x, cos, sin)
         v = self.v(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2)  # [B, K, T, D]
-        k, v, mask = cache.extend(self.layer, k, v) if cache else (k, v, None)
-        dropout, causal = self.dropout if self.training else 0.0, mask is None and k.shape[2] == T
+        mask = None
+        if cache:
+            k, v, mask = cache.extend(self.layer, k, v)  # [B, K, S, D], [B, K, S, D], [T, S]
+        causal = mask is None and k.shape[2] == T
+        dropout = self.dropout if self.training else 0.0
+        narrow_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
         if cache and T == 1:
-            y = attention_of_one(q, k, v, mask)
-        elif causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= SHORT:
-            y = plain_attention(q, k, v, dropout)
+            y = single_query_attention(q, k, v, mask)
+        elif causal and narrow_on_cpu and 1 < T <= UNFUSED_UP_TO:
+            y = unfused_attention(q, k, v, dropout)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal,
-                                               enable_gqa=self.kv_heads != self.heads)
+            grouped = self.kv_heads != self.heads
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
         return self.out(y.transpose(1, 2).flatten(2))  # [B, H, T, D] -> [B, T, H * D] -> [B, T, C]
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal attention as batched products and a softmax: q [B, H, T, D], k and v [B, K, T, D] -> [B, H, T, D].
+def unfused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal attention as two matrix products and a softmax, which keeps all T x T scores.
 
-    For a CPU in bfloat16, where PyTorch's kernel takes two to four times as long (LOG.md) while T x T still fits.
+    q [B, H, T, D], k and v [B, K, T, D] -> [B, H, T, D]. On a CPU in bfloat16 PyTorch's own kernel
+    takes two to four times as long (docs/LOG.md), so this is used while T x T scores still fit.
     """
     B, H, T, D = q.shape
-    k, v = (x.repeat_interleave(H // x.shape[1], dim=1).flatten(0, 1) for x in (k, v))  # [B * H, T, D]
+    shared = H // k.shape[1]
+    k = k.repeat_interleave(shared, dim=1).flatten(0, 1)  # [B * H, T, D]
+    v = v.repeat_interleave(shared, dim=1).flatten(0, 1)  # [B * H, T, D]
     future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
     scores = torch.baddbmm(future, q.flatten(0, 1), k.mT, alpha=1 / math.sqrt(D))  # [B * H, T, T]
     return (F.dropout(scores.softmax(-1), dropout) @ v).view(B, H, T, D)
 
 
-def attention_of_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """What one new token reads from all keys, in their dtype: q [B, H, 1, D], k and v [B, K, S, D] -> [B, H, 1, D].
+def single_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one new token to all keys of a cache, in the keys' dtype.
 
-    Heads that share keys are rows of one product, so that no key is copied for each of them.
+    q [B, H, 1, D], k and v [B, K, S, D] -> [B, H, 1, D]. The query heads that share a key head
+    become the rows of one product, so the keys are not copied for each of them.
     """
     B, H, _, D = q.shape
-    with torch.autocast(q.device.type, enabled=False) if q.dtype != k.dtype else nullcontext():
+    own_dtype = q.dtype == k.dtype
+    with nullcontext() if own_dtype else torch.autocast(q.device.type, enabled=False):
         rows = q.to(k.dtype).reshape(B, k.shape[1], -1, D)  # [B, K, H / K, D]
         return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).view(B, H, 1, D)
 
 
-class FeedForward(nn.Module):
-    """down(activation(gate(x)) * up(x)), or plain down(activation(up(x))). Shazeer 2020, arXiv 2002.05202.
+# -- Feed-forward ----------------------------------------------------------------------------------
 
-    swiglu is LLaMA's; relu2 is Primer's squared ReLU (So et al. 2021, arXiv 2109.08668).
-    """
+
+def squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,  # LLaMA's; Shazeer 2020, arXiv 2002.05202, as geglu
+    "geglu": F.gelu,
+    "gelu": F.gelu,
+    "relu2": squared_relu,  # Primer's; So et al. 2021, arXiv 2109.08668
+}
+
+
+class FeedForward(nn.Module):
+    """down(activation(gate(x)) * up(x)), or without a gate down(activation(up(x)))."""
 
     def __init__(self, kind: str, width: int, hidden: int):
         super().__init__()
@@ -242,57 +346,76 @@ class FeedForward(nn.Module):
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu2": lambda x: F.relu(x).square()}
+# -- Block -----------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each joined to the residual stream with a norm where norm_pos says.
+    """Two branches, attention and feed-forward, each added to the residual stream x.
 
-    pre leaves the stream alone and normalises what a branch reads (Xiong et al. 2020, arXiv 2002.04745); post
-    normalises the stream after each sum (Vaswani et al. 2017, arXiv 1706.03762); deepnorm is post with the stream
-    weighted by (2 n_layer)^1/4 (Wang et al. 2022, arXiv 2203.00555); out normalises what a branch writes (OLMo 2,
-    arXiv 2501.00656); sandwich what it reads and what it writes (Gemma 2, arXiv 2408.00118).
+    norm_pos says where the norms N stand around a branch f:
+      pre       x + f(N(x))         Xiong et al. 2020, arXiv 2002.04745; LLaMA
+      post      N(x + f(x))         Vaswani et al. 2017, arXiv 1706.03762
+      deepnorm  N(a x + f(x))       a = (2 n_layer)^1/4; Wang et al. 2022, arXiv 2203.00555
+      out       x + N(f(x))         OLMo 2, arXiv 2501.00656
+      sandwich  x + N'(f(N(x)))     Gemma 2, arXiv 2408.00118
     """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.norm_pos = config.norm_pos
         self.stream_weight = (2 * config.n_layer) ** 0.25 if config.norm_pos == "deepnorm" else 1
-        self.fuse_sum = (config.norm_impl, config.norm, config.norm_pos) == ("triton", "rmsnorm", "pre")
         self.attn_norm = config.norm_for(config.n_embd)
         self.attn = Attention(config, layer)
         self.ffn_norm = config.norm_for(config.n_embd)
         self.ffn = FeedForward(config.ffn, config.n_embd, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
-        self.attn_norm_out, self.ffn_norm_out = (
-            config.norm_for(config.n_embd) if config.norm_pos == "sandwich" else None for _ in range(2))
+        self.attn_norm_out = self.ffn_norm_out = None
+        if config.norm_pos == "sandwich":
+            self.attn_norm_out = config.norm_for(config.n_embd)
+            self.ffn_norm_out = config.norm_for(config.n_embd)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any = None) -> Tensor:
-        if self.fuse_sum:
-            x, h = self.ffn_norm.of_sum(x, self.dropout(self.attn(self.attn_norm(x), cos, sin, cache)))
-            return x + self.dropout(self.ffn(h))
-        x = self.join(x, lambda h: self.attn(h, cos, sin, cache), self.attn_norm, self.attn_norm_out)
-        return self.join(x, self.ffn, self.ffn_norm, self.ffn_norm_out)
+        """The residual stream before this Block -> after it, both [B, T, C]."""
+        stream, h = self.branch_off(x, self.attn_norm)
+        y = self.attn(h, cos, sin, cache)
+        x = self.join(stream, y, self.attn_norm, self.attn_norm_out)
+        stream, h = self.branch_off(x, self.ffn_norm)
+        y = self.ffn(h)
+        return self.join(stream, y, self.ffn_norm, self.ffn_norm_out)
 
-    def join(self, x: Tensor, branch: Callable[[Tensor], Tensor], norm: Norm, norm_out: Norm | None) -> Tensor:
-        """The residual stream [B, T, C] after one branch."""
-        if self.norm_pos == "pre":
-            return x + self.dropout(branch(norm(x)))
-        if self.norm_pos == "sandwich":
-            return x + norm_out(self.dropout(branch(norm(x))))
+    def branch_off(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """x -> what stays in the residual stream, and what the branch reads; all [B, T, C]."""
+        if self.norm_pos in ("pre", "sandwich"):
+            return x, norm(x)
         if self.norm_pos == "out":
-            return x + norm(self.dropout(branch(x)))
+            return x, x
+        return self.stream_weight * x, x
+
+    def join(self, stream: Tensor, y: Tensor, norm: Norm, norm_out: Norm | None) -> Tensor:
+        """The residual stream with the output y of a branch added; all [B, T, C]."""
+        y = self.dropout(y)
+        if self.norm_pos == "pre":
+            return stream + y
+        if self.norm_pos == "sandwich":
+            return stream + norm_out(y)
+        if self.norm_pos == "out":
+            return stream + norm(y)
         assert self.norm_pos in ("post", "deepnorm"), self.norm_pos
-        return norm(self.stream_weight * x + self.dropout(branch(x)))
+        return norm(stream + y)
+
+
+# -- Decoder ---------------------------------------------------------------------------------------
 
 
 class Scale(nn.Module):
-    """One learned factor for the whole embedding. DyT needs it: it does not bring the stream to a known size."""
+    """One learned factor for the whole embedding, because DyT and Derf do not bring the residual
+    stream to a known size.
+    """
 
     def __init__(self, start: float):
         super().__init__()
-        self.start, self.gain = start, nn.Parameter(torch.empty(1))
+        self.start = start
+        self.gain = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -303,25 +426,30 @@ class Scale(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to next-token logits. Touvron et al. 2023, arXiv 2302.13971.
+    """From token ids to the logits of the next token. Touvron et al. 2023, arXiv 2302.13971.
 
-    The weights are drawn by `initialise`, or left undrawn (seed None) for a checkpoint's; `activation_checkpointing`
-    trades a second forward for memory.
+    `initialise` draws the weights from `seed`. With seed=None they are left without numbers, for
+    those of a checkpoint. `activation_checkpointing` saves memory: a Block's forward is computed a
+    second time during backward.
     """
 
     def __init__(self, config: ModelConfig, seed: int | None = 0):
         super().__init__()
-        if config.vocab_size < 1:
-            raise ValueError("vocab_size is still 0 (automatic): set it to the tokenizer's before building a model")
+        C, V = config.n_embd, config.vocab_size
+        if V < 1:
+            raise ValueError(
+                "vocab_size is still 0 (automatic): set it to the tokenizer's before building a "
+                "model"
+            )
         self.config = config
         self.activation_checkpointing = False
-        self.embed = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.n_embd,
-                                        device=torch.get_default_device())
-        self.embed_scale = Scale(math.sqrt(config.n_embd)) if config.norm in SCALED_EMBEDDING else nn.Identity()
+        self.embed = nn.utils.skip_init(nn.Embedding, V, C, device=torch.get_default_device())
+        scaled = config.norm in SCALED_EMBEDDING
+        self.embed_scale = Scale(math.sqrt(C)) if scaled else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = config.norm_for(config.n_embd) if config.norm_pos in FINAL_NORM else nn.Identity()
-        self.head = None if config.tie_embeddings else linear(config.n_embd, config.vocab_size)
+        self.norm = config.norm_for(C) if config.norm_pos in FINAL_NORM else nn.Identity()
+        self.head = None if config.tie_embeddings else linear(C, V)
         cos, sin = rope_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -329,9 +457,10 @@ class Decoder(nn.Module):
             initialise(self, seed)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        """ids [B, T] -> logits [B, T, V]; with targets [B, T] instead the mean cross-entropy, nats per token in fp32.
+        """ids [B, T] -> logits [B, T, V]. With targets [B, T], instead the mean cross-entropy in
+        nats per token, fp32.
 
-        The loss is part of forward so that a compiled or wrapped model is one call.
+        The loss is part of forward, so a compiled or wrapped model is called once.
         """
         x = self.features(ids)
         if targets is None:
@@ -342,13 +471,16 @@ class Decoder(nn.Module):
     def features(self, ids: Tensor, cache: Any = None) -> Tensor:
         """ids [B, T] -> what the head reads, [B, T, C].
 
-        With a cache (generate.KVCache) ids are the tokens that follow those in it, and it is extended by them.
+        With a cache (sample.KVCache) ids are the tokens that follow those in the cache, and the
+        cache is extended by them.
         """
         T = ids.shape[1]
         positions = cache.positions(T) if cache else slice(T)
-        cos, sin = self.cos[positions], self.sin[positions]
+        cos, sin = self.cos[positions], self.sin[positions]  # [T, D]
         if len(cos) < T:
-            raise ValueError(f"{positions.stop} tokens are more than block_size={self.config.block_size}")
+            raise ValueError(
+                f"{positions.stop} tokens are more than block_size={self.config.block_size}"
+            )
         x = self.dropout(self.embed_scale(self.embed(ids)))  # [B, T, C]
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
@@ -362,29 +494,179 @@ class Decoder(nn.Module):
         return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
 
 
-@torch.no_grad()
-def initialise(model: Decoder, seed: int, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
-    """Draws every matrix by its role and puts it, put(parameter, drawn); a parameter without a known role is an error.
+# -- The weights at the start, and their number ----------------------------------------------------
 
-    Each has a generator of its own, seeded by its name: the same seed gives the same weight whatever else is in the
-    model. Norms keep their constants. Matrices that write into the residual stream shrink with depth (GPT-2); deepnorm
-    has deviations of its own. Embedding and head are small enough that the first loss is ln(V), tied or not.
+
+@torch.no_grad()
+def initialise(model: Decoder, seed: int) -> None:
+    """Draws every matrix of the model; norms keep the constants that they start from."""
+    for parameter, drawn in initial_weights(model, seed):
+        parameter.copy_(drawn)
+
+
+def initial_weights(model: Decoder, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each matrix of the model, one after the other, with the numbers it starts from (fp32, CPU).
+
+    Each matrix has a random generator of its own, seeded by its name. So the same seed gives a
+    matrix the same numbers, whatever else is in the model. ValueError for a parameter whose role
+    is not known.
     """
-    config = model.config
-    C, L = config.n_embd, config.n_layer
-    std = dict.fromkeys(("q", "k", "v", "gate", "up"), 0.02) | dict.fromkeys(("out", "down"), 0.02 / math.sqrt(2 * L))
-    std |= dict.fromkeys(("embed", "head"), min(0.02, 0.25 / math.sqrt(C)))
-    if config.norm_pos == "deepnorm":  # Xavier's, times (8 n_layer)^-1/4 in all that makes a branch large
-        H, K, F = config.n_head * config.head_size, config.kv_heads * config.head_size, config.hidden_size
-        small = (8 * L) ** -0.25
-        std |= {"q": math.sqrt(2 / (C + H)), "k": math.sqrt(2 / (C + K)), "v": small * math.sqrt(2 / (C + K)),
-                "out": small * math.sqrt(2 / (C + H))}
-        std |= dict.fromkeys(("gate", "up", "down"), small * math.sqrt(2 / (C + F)))
+    deviations = initial_deviations(model.config)
     for name, parameter in model.named_parameters():
         role, leaf = name.split(".")[-2:]
         if leaf in NORM_LEAVES:
             continue
-        if role not in std:
-            raise ValueError(f"no initialisation is known for the parameter {name}: give its role one in initialise()")
+        if role not in deviations:
+            raise ValueError(
+                f"no initialisation is known for the parameter {name}: give its role one in "
+                f"initial_deviations()"
+            )
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        put(parameter, torch.empty(parameter.shape).normal_(0.0, std[role], generator=generator))
+        numbers = torch.empty(parameter.shape)
+        yield parameter, numbers.normal_(0.0, deviations[role], generator=generator)
+
+
+def initial_deviations(config: ModelConfig) -> dict[str, float]:
+    """The standard deviation from which a matrix is drawn, by its role.
+
+    Matrices that write into the residual stream (out, down) shrink with depth, as in GPT-2.
+    Embedding and head are so small that the first loss is ln(V), tied or not. deepnorm has its
+    paper's own: Xavier's deviations, and in v, out and the feed-forward (8 n_layer)^-1/4 of them.
+    """
+    C, L = config.n_embd, config.n_layer
+    std = dict.fromkeys(("embed", "head"), min(0.02, 0.25 / math.sqrt(C)))
+    if config.norm_pos != "deepnorm":
+        std |= dict.fromkeys(("q", "k", "v", "gate", "up"), 0.02)
+        std |= dict.fromkeys(("out", "down"), 0.02 / math.sqrt(2 * L))
+        return std
+    all_heads = config.n_head * config.head_size
+    all_kv_heads = config.kv_heads * config.head_size
+    small = (8 * L) ** -0.25
+    std["q"] = math.sqrt(2 / (C + all_heads))
+    std["k"] = math.sqrt(2 / (C + all_kv_heads))
+    std["v"] = small * math.sqrt(2 / (C + all_kv_heads))
+    std["out"] = small * math.sqrt(2 / (C + all_heads))
+    std |= dict.fromkeys(("gate", "up", "down"), small * math.sqrt(2 / (C + config.hidden_size)))
+    return std
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """How many parameters Decoder(config) has, without building it."""
+    C, D, V = config.n_embd, config.head_size, config.vocab_size
+
+    def norm_size(width: int) -> int:
+        return sum(1 if name in SCALARS else width for name in PARAMETERS[config.norm])
+
+    attention = C * D * 2 * (config.n_head + config.kv_heads)  # q, k, v, out
+    if config.qk_norm:
+        attention += 2 * norm_size(D)
+    feed_forward = C * config.hidden_size * (2 if config.ffn in UNGATED else 3)
+    norms = norm_size(C) * (4 if config.norm_pos == "sandwich" else 2)
+    count = config.n_layer * (attention + feed_forward + norms)
+    count += V * C * (1 if config.tie_embeddings else 2)  # embed, head
+    if config.norm_pos in FINAL_NORM:
+        count += norm_size(C)
+    if config.norm in SCALED_EMBEDDING:
+        count += 1
+    return count
+
+
+# -- The loss --------------------------------------------------------------------------------------
+# The logits, V numbers in fp32 for each token, are often the largest tensor of a training step, and
+# a plain cross-entropy keeps two or three tensors of that size for backward. Here the rows (tokens)
+# are worked on piece by piece, and only the logits of one piece exist at a time.
+
+IGNORED = -100  # the target of a row that does not count
+LOGITS_PER_PIECE = 2**25  # 128 MB in fp32
+MOST_PIECES = 8  # because each piece is compiled; with very many rows the pieces are larger instead
+
+
+def head_loss(
+    x: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], weight: Tensor
+) -> Tensor:
+    """Mean cross-entropy of the logits head(x) = x @ weight.T against the targets: nats, fp32.
+
+    x [N, C], weight [V, C], targets [N] int64; rows whose target is IGNORED do not count. Without
+    gradients only head(x) is used, not the weight, so the head may be any function (int8, say).
+    """
+    rows = rows_at_once(len(x), len(weight))
+    if torch.is_grad_enabled() and x.requires_grad:
+        return HeadLoss.apply(x, weight, targets, rows)
+    sums = []
+    for some_x, some_targets in zip(x.split(rows), targets.split(rows), strict=True):
+        logits = at_least_fp32(head(some_x))
+        sums.append(F.cross_entropy(logits, some_targets, ignore_index=IGNORED, reduction="sum"))
+    return torch.stack(sums).sum() / (targets != IGNORED).sum()
+
+
+def rows_at_once(rows: int, vocab: int) -> int:
+    """How many of the rows are one piece, at most."""
+    return -(-max(LOGITS_PER_PIECE, rows * vocab // MOST_PIECES) // vocab)
+
+
+class HeadLoss(torch.autograd.Function):
+    """The mean cross-entropy of x @ weight.T, worked on in pieces of R rows.
+
+    forward also computes the gradient, while the logits of a piece are at hand, so they are neither
+    kept nor computed a second time; as in Liger Kernel (Hsu et al. 2024, arXiv 2410.10989).
+
+    Products are in autocast's dtype, sums in fp32. In float16 the gradient of a mean over all rows
+    would round to zero, and the gradient of a sum would overflow in the products. So the products
+    see the gradient of the sum times `factor`, a power of two near 1,000 / R.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        factor = 2.0 ** (10 - rows.bit_length())
+        weight_learns = ctx.needs_input_grad[1]
+        with torch.autocast(kind, enabled=False):
+            narrow_x, narrow_weight = x.to(dtype), weight.to(dtype)
+            total = at_least_fp32(x.new_zeros(()))
+            dx = []
+            dweight = at_least_fp32(torch.zeros_like(weight)) if weight_learns else None  # [V, C]
+            for some_x, some_targets in zip(narrow_x.split(rows), targets.split(rows), strict=True):
+                logits = at_least_fp32(some_x @ narrow_weight.T)  # [R, V]
+                loss, error = loss_and_error(logits, some_targets, factor)
+                total, error = total + loss, error.to(dtype)
+                dx.append(error @ narrow_weight)  # [R, C]
+                if weight_learns:
+                    dweight += error.T @ some_x
+        count = (targets != IGNORED).sum()
+        ctx.save_for_backward(torch.cat(dx), dweight, count * factor)
+        ctx.dtype = x.dtype
+        return total / count
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        dx, dweight, divisor = ctx.saved_tensors
+        scale = dloss / divisor
+        return dx.to(ctx.dtype) * scale, None if dweight is None else dweight * scale, None, None
+
+
+def loss_and_error(logits: Tensor, targets: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """The sum of the cross-entropies of logits [R, V] and targets [R], and `factor` times its
+    gradient by the logits [R, V]: softmax minus the one-hot target.
+
+    The logits are overwritten.
+    """
+    counts = (targets != IGNORED).unsqueeze(1)  # [R, 1]
+    target = torch.where(counts, targets.unsqueeze(1), 0)  # [R, 1]
+    logits.sub_(logits.amax(1, keepdim=True))  # so that no exponential overflows
+    wanted, each = logits.gather(1, target), counts * factor  # [R, 1]
+    total = logits.exp_().sum(1, keepdim=True)  # [R, 1]
+    loss, error = ((total.log() - wanted) * counts).sum(), logits.mul_(each / total)
+    if torch.compiler.is_compiling() and logits.is_cuda:
+        return loss, subtract_at(error, target, each)
+    return loss, error.scatter_add_(1, target, -each.to(error.dtype))
+
+
+def subtract_at(x: Tensor, place: Tensor, less: Tensor) -> Tensor:
+    """x [R, V] minus `less` [R, 1] in the column `place` [R, 1] of each row: the same bits as a
+    scatter gives, but by element-wise operations alone.
+
+    A scatter needs its target in memory, so Inductor would write the error in fp32 and read it
+    again to round it: 8 bytes more for each logit. Without a compiler the scatter is cheaper.
+    """
+    return torch.where(torch.arange(x.shape[1], device=x.device) == place, x - less, x)

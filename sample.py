@@ -1,49 +1,258 @@
-"""Continue a prompt with a trained model:  python sample.py out/small prompt="def main(" [key=value ...]
-Or see how well it predicts a text:       python sample.py out/small eval=val
+"""Continue a prompt with a trained model:  python sample.py out/small prompt="def main(" [...]
+Or see how well it predicts a text:        python sample.py out/small eval=val
 
-From the text to its tokens' ids and back; what is between is generate.py's.
+Reading order: the options; main and what it calls, which is the way of a prompt from the command
+line to token ids, and of the answer back to the screen; generate, the loop over new tokens; the
+cache of keys and values; and the arithmetic of drawing a token, in functions of tensors alone.
 """
 
 import codecs
 import dataclasses
+import functools
 import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from config.schema import help_text, knobs_of, print_help, split_arguments, typed, user_errors
-from data.tokenizer import Tokenizer
-from device import autocast, choose_device, choose_dtype, keep_freed_memory, without_cudnn_attention
-from evaluate import evaluate, open_known
-from generate import generate, window_start
-from model import Decoder, knob
-from quantize import can_pack, pack_matrices, quantize_int8, round_matrices
-from weights import load_model
+from config.command import help_text, print_help, split_arguments, user_errors
+from config.schema import knobs_of, parse_knobs
+from data.tokenizer import Tokenizer, load_tokenizer
+from model import Decoder, ModelConfig, knob
+from run.evaluate import evaluate, open_known_dataset
+from run.machine import (
+    autocast,
+    choose_device,
+    choose_dtype,
+    disable_cudnn_attention,
+    keep_freed_memory,
+    processor,
+)
+from run.parallel import uncompiled, uses_fsdp
+from run.setup import Run
+from weights.open import load_model
+from weights.quantize import can_pack_matrices, pack_matrices, quantize_int8, round_matrices
 
-USAGE = "python sample.py FOLDER [key=value ...]\n\nFOLDER is a run's or Hugging Face's. Every knob with its default:"
-LARGEST_PROMPT = 1_000_000  # bytes of a file or of standard input; far above any context
+USAGE = """python sample.py FOLDER [key=value ...]
+
+FOLDER is that of a run, or a model in Hugging Face's form. Every knob with its default:"""
+LARGEST_PROMPT = 1_000_000  # bytes of a file or of standard input; far more than any context
+# What print_safely keeps from a terminal, which would obey it: the control characters C0 (but not
+# tab and newline), DEL and C1, and those that change the direction of text.
+UNSAFE = {*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {9, 10}
+# How the text at the end of a training is drawn; small models would repeat themselves otherwise.
+SAMPLE_OF_A_RUN = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.15}
+
+# -- The options -----------------------------------------------------------------------------------
+
+FOR_GENERATE = (  # the options that are arguments of generate
+    "max_new_tokens num_samples temperature top_k top_p min_p repetition_penalty seed compile"
+).split()
 FOR_EVAL = ("dataset", "eval_iters", "block_size", "micro_batch_size")
-ARGUMENTS = ("max_new_tokens", "num_samples", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
-             "compile")
-# What a terminal would obey instead of show: C0 but newline and tab, DEL and C1, and the overrides of text direction.
-UNSAFE = dict.fromkeys({*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {9, 10})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """What is sampled or evaluated, and how."""
+
+    prompt: str = knob(
+        "",
+        "text to continue; FILE:path = what is in a file, - = what is on standard input, both "
+        "without their last newline",
+    )
+    checkpoint: str = knob("latest", "latest, best or a step")
+    max_new_tokens: int = knob(200, "tokens to generate")
+    num_samples: int = knob(1, "texts to generate, all at once")
+    temperature: float = knob(
+        0.8, "divides the logits: below 1 safer, above 1 wilder, 0 = always the likeliest token"
+    )
+    top_k: int = knob(0, "draw from the k likeliest tokens; 0 = from all")
+    top_p: float = knob(
+        1.0, "draw from the fewest tokens that reach this probability together; 1 = from all"
+    )
+    min_p: float = knob(
+        0.0, "draw from tokens of at least this share of the likeliest's probability; 0 = from all"
+    )
+    repetition_penalty: float = knob(
+        1.0, "above 1 makes tokens less likely that the text has already"
+    )
+    seed: int = knob(1337, "of the draws: the same seed gives the same text")
+    device: str = knob("auto", "auto (CUDA, then MPS, then CPU), cpu, mps, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
+        "auto", "of the matrix products. auto = bfloat16 where the hardware has it, else float32"
+    )
+    quantize: Literal["none", "int8"] = knob(
+        "none", "int8 = matrices as whole numbers, with a scale for each output"
+    )
+    compile: bool = knob(
+        False, "compile the step that makes a token: slow at first, then long texts come faster"
+    )
+    eval: Literal["none", "val", "train"] = knob(
+        "none", "instead of sampling, print the loss on this split of dataset"
+    )
+    dataset: str = knob(
+        "", "eval: folder under data/, made by data/prepare.py; '' = what the run was trained on"
+    )
+    eval_iters: int = knob(
+        0, "eval: number of windows, spread evenly, always the same ones; 0 = the whole split"
+    )
+    block_size: int = knob(0, "eval: tokens of a window; 0 = the model's context, but at most 2048")
+    micro_batch_size: int = knob(
+        0,
+        "eval: windows at once; 0 = as many as fit. Only the last digits of the loss depend on it",
+    )
+    interactive: bool = knob(False, "ask for prompts until the end of the input (Ctrl-D)")
+    raw: bool = knob(False, "let control characters through to the terminal")
+
+    def __post_init__(self):
+        penalty = self.repetition_penalty
+        rules = {  # name -> (whether the rule is kept, the rule in words)
+            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
+            "num_samples": (1 <= self.num_samples <= 10_000, "between 1 and 10,000"),
+            "temperature": (0 <= self.temperature < math.inf, "0 (the likeliest token) or more"),
+            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
+            "repetition_penalty": (0.01 <= penalty <= 100, "between 0.01 and 100"),
+            "seed": (0 <= self.seed < 2**64, "0 or more, and below 2**64"),
+        }
+        for name in ("eval_iters", "block_size", "micro_batch_size"):
+            rules[name] = (getattr(self, name) >= 0, "0 (automatic) or more")
+        problems = [
+            f"{name} must be {rule}, got {getattr(self, name)}"
+            for name, (kept, rule) in rules.items()
+            if not kept
+        ]
+        if self.interactive and self.prompt:
+            problems.append("interactive=true asks for the prompts: leave prompt out")
+        if self.eval != "none" and (self.interactive or self.compile or self.prompt):
+            problems.append(
+                f"eval={self.eval} samples nothing: leave prompt, interactive and compile out"
+            )
+        useless = [name for name in FOR_EVAL if getattr(self, name)]
+        if self.eval == "none" and useless:
+            problems.append(f"{' and '.join(useless)} only count with eval=val or eval=train")
+        if self.quantize == "int8" and self.dtype == "float16":
+            problems.append(
+                "quantize=int8 would overflow in float16: use dtype=bfloat16 or float32"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def arithmetic(self) -> str:
+        """What the speed and the last digits of the logits depend on, as it is printed."""
+        parts = [self.device, self.dtype]
+        if self.quantize != "none":
+            parts.append(self.quantize)
+        return f"({', '.join(parts)})"
+
+
+# -- The command -----------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0 done, 2 the user's error, 3 NaN or Inf, 130 after Ctrl-C."""
+    try:
+        sample_or_evaluate(argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has stopped, which is no error. Python would flush standard output
+        # once more at its exit and complain, so from here on the output goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    return 0
+
+
+def sample_or_evaluate(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        print_help(help_text(USAGE, SampleOptions))
+        return
+    with user_errors():
+        folder, options = parse_arguments(argv)
+        prompt = prompt_text(options.prompt)  # '' with eval and with interactive
+        model, tokenizer, known = load_model(folder, options.checkpoint, options.device)
+        ids = prompt_ids(tokenizer, prompt)
+        prepare_for_inference(model, options)
+        if options.eval != "none":
+            print_evaluation(model, known, folder, options)
+            return
+    sys.stdout.reconfigure(errors="replace")  # a character that the output cannot hold becomes a ?
+    if options.interactive:
+        answer_prompts(model, tokenizer, options)
+    else:
+        print_samples(model, tokenizer, ids, options, prompt)
+
+
+def parse_arguments(argv: list[str]) -> tuple[Path, SampleOptions]:
+    """The folder and the options, with the device and the dtype that auto stands for."""
+    words, pairs = split_arguments(argv)
+    if len(words) != 1:
+        raise ValueError(
+            f"name one folder of a run, got {' '.join(words) or 'none'}: "
+            f"python sample.py out/small prompt='...'"
+        )
+    options = SampleOptions(**parse_knobs(pairs, knobs_of(SampleOptions), "command line"))
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    return Path(words[0]), dataclasses.replace(options, device=device, dtype=dtype)
+
+
+def prompt_text(prompt: str) -> str:
+    """The text that prompt=... stands for."""
+    if prompt == "-":
+        if sys.stdin is None:
+            raise ValueError("prompt=-, but there is no standard input")
+        return read_prompt(sys.stdin.buffer, "standard input")
+    if prompt.startswith("FILE:"):
+        path = Path(prompt.removeprefix("FILE:"))
+        if path.exists() and not path.is_file():  # a FIFO could make us wait for ever
+            raise ValueError(f"{path} is not a regular file: use prompt=- to read from a pipe")
+        with open(path, "rb") as file:
+            return read_prompt(file, file.name)
+    return prompt
+
+
+def read_prompt(file: BinaryIO, name: str) -> str:
+    """The text of a file without its last newline, which echo and editors put there.
+
+    ValueError if it is too long or not UTF-8.
+    """
+    content = file.read(LARGEST_PROMPT + 1)
+    if len(content) > LARGEST_PROMPT:
+        raise ValueError(
+            f"{name} is longer than {LARGEST_PROMPT:,} bytes: give its end only, a model does not "
+            f"see more of it"
+        )
+    try:
+        return content.decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text (at byte {error.start})") from error
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids that a text starts with: bos, as a document does in training, unless its tokenizer leaves it out and a
-    text follows; then the text's own. ValueError if it cannot be encoded.
+    """The ids of a prompt, at least one. ValueError if the text cannot be encoded.
 
-    An empty text without bos begins like a line: with a newline, or with the first token if that is not in the
-    vocabulary.
+    They begin with bos, as a document does in training, unless the tokenizer puts no bos before
+    prompts. An empty text gets a bos even then, because the model must read something. If there is
+    no bos at all, an empty text becomes a newline, or the first token if newline has no token.
     """
-    text.encode()  # a command line that is not UTF-8 arrives as lone surrogates, which tokenizers treat differently
-    bos = tokenizer.bos_id is not None and (tokenizer.bos_before_prompts or not text)
-    ids = ([tokenizer.bos_id] if bos else []) + tokenizer.encode(text)
+    text.encode()  # raises ValueError for lone surrogates: the command line was not UTF-8
+    with_bos = tokenizer.bos_id is not None and (tokenizer.bos_before_prompts or not text)
+    ids = ([tokenizer.bos_id] if with_bos else []) + tokenizer.encode(text)
     if ids:
         return ids
     try:
@@ -52,204 +261,387 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
         return [0]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleOptions:
-    """What is sampled or evaluated, and how."""
+def prepare_for_inference(model: Decoder, options: SampleOptions) -> None:
+    """Stores the model's matrices in the form in which they are read the fastest, in place.
 
-    prompt: str = knob("", "text to continue; FILE:path = a file's, - = standard input's; their last newline does not "
-                       "count")
-    checkpoint: str = knob("latest", "latest, best or a step")
-    max_new_tokens: int = knob(200, "tokens to generate")
-    num_samples: int = knob(1, "texts to generate, all at once")
-    temperature: float = knob(0.8, "divides the logits: below 1 safer, above 1 wilder, 0 = always the likeliest token")
-    top_k: int = knob(0, "draw from the k likeliest tokens; 0 = from all")
-    top_p: float = knob(1.0, "draw from the fewest tokens that reach this probability together; 1 = from all")
-    min_p: float = knob(0.0, "draw from tokens of at least this share of the likeliest's probability; 0 = from all")
-    repetition_penalty: float = knob(1.0, "above 1 makes tokens that were there already less likely")
-    seed: int = knob(1337, "of the draws: the same seed gives the same text")
-    device: str = knob("auto", "auto (CUDA, then MPS, then CPU), cpu, mps, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
-        "auto", "of the matrix products. auto = bfloat16 where the hardware has it, else float32")
-    quantize: Literal["none", "int8"] = knob("none", "int8 = matrices as whole numbers with a scale for each output")
-    compile: bool = knob(False, "compile what a token takes: seconds at first, then long texts come faster")
-    eval: Literal["none", "val", "train"] = knob("none", "instead of sampling, print the loss on this split of dataset")
-    dataset: str = knob("", "eval: folder under data/, made by data/prepare.py; '' = what the run was trained on")
-    eval_iters: int = knob(0, "eval: windows, evenly spread, always the same; 0 = the whole split")
-    block_size: int = knob(0, "eval: tokens of a window; 0 = the model's context, but at most 2048")
-    micro_batch_size: int = knob(0, "eval: windows at once; 0 = as fits. Not the loss but its last digits depend on it")
-    interactive: bool = knob(False, "ask for prompts until the end of the input (Ctrl-D)")
-    raw: bool = knob(False, "let control characters through to the terminal")
-
-    def __post_init__(self):
-        rules = {"max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
-                 "num_samples": (1 <= self.num_samples <= 10_000, "between 1 and 10,000"),
-                 "temperature": (0 <= self.temperature < math.inf, "0 (the likeliest token) or more"),
-                 "top_k": (self.top_k >= 0, "0 (off) or more"),
-                 "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-                 "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
-                 "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "above 0, from 0.01 to 100"),
-                 "seed": (0 <= self.seed < 2**64, "0 or more, and below 2**64")}
-        rules |= {name: (getattr(self, name) >= 0, "0 (automatic) or more") for name in FOR_EVAL[1:]}
-        problems = [f"{name} must be {rule}, got {getattr(self, name)}"
-                    for name, (kept, rule) in rules.items() if not kept]
-        if self.interactive and self.prompt:
-            problems.append("interactive=true asks for the prompts: leave prompt out")
-        if self.eval != "none" and (self.interactive or self.compile or self.prompt):
-            problems.append(f"eval={self.eval} samples nothing: leave prompt, interactive and compile out")
-        if self.eval == "none" and (idle := [name for name in FOR_EVAL if getattr(self, name)]):
-            problems.append(f"{' and '.join(idle)} only count with eval=val or eval=train")
-        if self.quantize == "int8" and self.dtype == "float16":
-            problems.append("quantize=int8 would overflow in float16: use dtype=bfloat16 or float32")
-        if problems:
-            raise ValueError("; ".join(problems))
-
-    @property
-    def arithmetic(self) -> str:
-        """What the speed and the last digits depend on."""
-        return f"({self.device}, {self.dtype}{'' if self.quantize == 'none' else f', {self.quantize}'})"
-
-
-def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 done, 2 the user's error, 3 NaN or Inf, 130 after Ctrl-C."""
-    try:
-        run(argv)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever read us has had enough; without this, Python would complain at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    return 0
-
-
-def run(argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        print_help(help_text(USAGE, SampleOptions))
-        return
-    with user_errors():
-        folder, options = parse(argv)
-        text = prompt_text(options.prompt) if options.eval == "none" and not options.interactive else ""
-        model, tokenizer, known = load_model(folder, options.checkpoint, options.device)
-        ids = prompt_ids(tokenizer, text)
-        for_inference(model, options)
-        if options.eval != "none":
-            data = open_known(options.dataset, known, folder)
-            found = evaluate(model, data, options.eval, options.device, options.dtype, windows=options.eval_iters,
-                             block_size=options.block_size, batch=options.micro_batch_size)
-            print(found, options.arithmetic)
-            return
-    sys.stdout.reconfigure(errors="replace")  # where the output cannot hold a character, a ? is better than an end
-    if options.interactive:
-        converse(model, tokenizer, options)
-    else:
-        respond(model, tokenizer, ids, options, echo=text)
-
-
-def parse(argv: list[str]) -> tuple[Path, SampleOptions]:
-    """The folder and the options, with device and dtype resolved."""
-    places, pairs = split_arguments(argv)
-    if len(places) != 1:
-        raise ValueError(f"name one folder of a run, got {' '.join(places) or 'none'}: "
-                         f"python sample.py out/small prompt='...'")
-    options = SampleOptions(**typed(pairs, knobs_of(SampleOptions), "command line"))
-    device = choose_device(options.device)
-    return Path(places[0]), dataclasses.replace(options, device=device, dtype=choose_dtype(options.dtype, device))
-
-
-def prompt_text(prompt: str) -> str:
-    """The text that prompt=... stands for."""
-    if prompt == "-":
-        if sys.stdin is None:
-            raise ValueError("prompt=-, but there is no standard input")
-        return read_text(sys.stdin.buffer, "standard input")
-    if prompt.startswith("FILE:"):
-        path = Path(prompt.removeprefix("FILE:"))
-        if path.exists() and not path.is_file():  # a FIFO would wait for ever
-            raise ValueError(f"{path} is not a regular file: a pipe can come in by prompt=-")
-        with open(path, "rb") as file:
-            return read_text(file, file.name)
-    return prompt
-
-
-def read_text(file: BinaryIO, name: str) -> str:
-    """A prompt's text without its last newline, which echo and editors put there. ValueError if long or not UTF-8."""
-    content = file.read(LARGEST_PROMPT + 1)
-    if len(content) > LARGEST_PROMPT:
-        raise ValueError(f"{name} is longer than {LARGEST_PROMPT:,} bytes: give its end, a model sees no more of it")
-    try:
-        return content.decode().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text (at byte {error.start})") from error
-
-
-def for_inference(model: Decoder, options: SampleOptions) -> None:
-    """Stores the matrices as they are used, so that each token reads less. Only int8 changes more than last digits."""
+    int8 changes what the model computes. The other forms change its last digits at most.
+    """
     dtype = getattr(torch, options.dtype)
-    without_cudnn_attention(options.device)
+    disable_cudnn_attention(options.device)
+    # A compiler cannot look into packed matrices.
+    can_pack = options.device == "cpu" and can_pack_matrices(dtype) and not options.compile
     if options.quantize == "int8":
         quantize_int8(model)
-    elif options.device == "cpu" and can_pack(dtype) and not options.compile:  # a compiler cannot look into these
-        pack_matrices(model, dtype)
+    elif can_pack:
+        # MKL reads a small float32 matrix faster if it is not packed. On Intel's processors that is
+        # so for larger matrices, too (docs/LOG.md).
+        smallest = 2**22 if "Intel" in processor("cpu") else 2**17
+        pack_matrices(model, dtype, smallest)
     elif dtype != torch.float32:
         round_matrices(model, dtype)
     if options.device == "cpu":
         keep_freed_memory()
 
 
-def converse(model: Decoder, tokenizer: Tokenizer, options: SampleOptions) -> None:
-    """Asks for prompts and continues them until the input ends."""
+def print_evaluation(
+    model: Decoder, known: dict[str, Any], folder: Path, options: SampleOptions
+) -> None:
+    data = open_known_dataset(options.dataset, known, folder)
+    found = evaluate(
+        model,
+        data,
+        options.eval,
+        options.device,
+        options.dtype,
+        windows=options.eval_iters,
+        block_size=options.block_size,
+        batch=options.micro_batch_size,
+    )
+    print(found, options.arithmetic)
+
+
+def answer_prompts(model: Decoder, tokenizer: Tokenizer, options: SampleOptions) -> None:
+    """Asks for a prompt and continues it, again and again until the input ends."""
     while True:
         try:
             ids = prompt_ids(tokenizer, input("prompt> " if sys.stdin.isatty() else ""))
         except EOFError:
             return
-        except ValueError as error:  # characters that the vocabulary lacks, or bytes that are not UTF-8
+        except ValueError as error:  # not UTF-8, or a character that is not in the vocabulary
             print(f"error: {error}", file=sys.stderr)
-            continue
-        respond(model, tokenizer, ids, options)
+        else:
+            print_samples(model, tokenizer, ids, options)
 
 
-def respond(model: Decoder, tokenizer: Tokenizer, ids: list[int], options: SampleOptions, echo: str = "") -> None:
-    """Prints `echo` and the continuation of ids as it comes; further samples follow whole, and the speed on stderr.
+def print_samples(
+    model: Decoder, tokenizer: Tokenizer, ids: list[int], options: SampleOptions, prompt: str = ""
+) -> None:
+    """Prints the prompt, the first continuation of `ids` as it comes, then the other ones; and on
+    stderr the speed.
 
-    A sample is over where the model ends its text, and all of it when every sample is.
+    A continuation ends where the model ends its text. The work stops when all have ended.
     """
     block_size = model.config.block_size
-    left_out = window_start(len(ids), block_size)
-    if left_out:
-        print(f"warning: the prompt has {len(ids):,} tokens, the model sees at most {block_size:,} at once: the first "
-              f"{left_out:,} are left out", file=sys.stderr)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back the bytes of an unfinished character
+    if left_out := window_start(len(ids), block_size):
+        print(
+            f"warning: the prompt has {len(ids):,} tokens, the model sees at most {block_size:,} "
+            f"at once: the first {left_out:,} are left out",
+            file=sys.stderr,
+        )
     texts: list[list[int]] = [[] for _ in range(options.num_samples)]
-    going, count = set(range(options.num_samples)), 0
-    arguments = {name: getattr(options, name) for name in ARGUMENTS}
-    show(echo, options.raw)
+    going = set(range(options.num_samples))  # the samples that have not ended
+    count = 0  # of new tokens
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # waits for the rest of a character
+    arguments = {name: getattr(options, name) for name in FOR_GENERATE}
+    print_safely(prompt, options.raw)
     start = time.perf_counter()
     with autocast(options.device, options.dtype):
-        for new in generate(model, ids, vocab_size=tokenizer.vocab_size, **arguments):
+        for new_ids in generate(model, ids, vocab_size=tokenizer.vocab_size, **arguments):
             count += len(going)
-            going = {i for i in going if new[i] not in tokenizer.end_ids}
+            going = {i for i in going if new_ids[i] not in tokenizer.end_ids}
             for i in going:
-                texts[i].append(new[i])
+                texts[i].append(new_ids[i])
             if 0 in going:
-                show(decoder.decode(tokenizer.decode_bytes(new[:1])), options.raw)
+                print_safely(utf8.decode(tokenizer.decode_bytes(new_ids[:1])), options.raw)
             if not going:
                 break
     seconds = time.perf_counter() - start
-    show(decoder.decode(b"", final=True) + "\n", options.raw)
+    print_safely(utf8.decode(b"", final=True) + "\n", options.raw)
     for text in texts[1:]:
-        show(f"---\n{echo}{tokenizer.decode_bytes(text).decode(errors='replace')}\n", options.raw)
-    print(f"{count:,} tokens in {seconds:.2f} s: {count / seconds:,.0f} tokens/s {options.arithmetic}",
-          file=sys.stderr)
+        continuation = tokenizer.decode_bytes(text).decode(errors="replace")
+        print_safely(f"---\n{prompt}{continuation}\n", options.raw)
+    rate = f"{count:,} tokens in {seconds:.2f} s: {count / seconds:,.0f} tokens/s"
+    print(f"{rate} {options.arithmetic}", file=sys.stderr)
 
 
-def show(text: str, raw: bool) -> None:
-    """Writes at once; a terminal gets no control characters unless they are wanted `raw`."""
-    sys.stdout.write(text.translate(UNSAFE) if sys.stdout.isatty() and not raw else text)
+def print_sample(run: Run) -> None:
+    """Prints a text by the model that a run has just trained, for the end of train.py."""
+    config = run.config
+    if not config.sample_tokens:
+        return
+    if uses_fsdp(config, run.ranks):
+        merge = f"python -m run.sharded {run.folder}, then " if config.sharded else ""
+        sample = f"{merge}python sample.py {run.folder} prompt=... makes a text"
+        print(f"{sample}: no rank has all weights now")
+        return
+    tokenizer, prompt = load_tokenizer(run.folder), config.sample_prompt
+    try:
+        ids = prompt_ids(tokenizer, prompt)
+    except ValueError as error:  # the preset's prompt has characters that the data set has not
+        print(f"the sample starts from nothing, not with sample_prompt: {error}")
+        prompt, ids = "", prompt_ids(tokenizer, "")
+    disable_cudnn_attention(config.device)
+    model, vocab_size = uncompiled(run.model), tokenizer.vocab_size
+    arguments = {"seed": config.seed, "vocab_size": vocab_size} | SAMPLE_OF_A_RUN
+    with autocast(config.device, config.dtype):
+        new = [i for (i,) in generate(model, ids, config.sample_tokens, **arguments)]
+    text = tokenizer.decode(takewhile(lambda i: i not in tokenizer.end_ids, new))
+    print_safely(f"--- sample ---\n{prompt}{text}\n", raw=False)
+
+
+def print_safely(text: str, raw: bool) -> None:
+    """Prints at once. A terminal gets no control characters, unless they are wanted `raw`."""
+    if sys.stdout.isatty() and not raw:
+        text = text.translate(dict.fromkeys(UNSAFE))
+    sys.stdout.write(text)
     sys.stdout.flush()
+
+
+# -- The loop over new tokens ----------------------------------------------------------------------
+
+
+@torch.inference_mode()  # for a generator: only while it runs, not in the caller between two tokens
+def generate(
+    model: Decoder,
+    ids: list[int],
+    max_new_tokens: int,
+    *,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    vocab_size: int | None = None,
+    compile: bool = False,
+) -> Iterator[list[int]]:
+    """Continues `ids` (at least one) in num_samples ways at once. Each new token is yielded as a
+    list with one id for each sample.
+
+    Ids from vocab_size up, which are a vocabulary's padding, are never drawn; None = no padding.
+    The same arguments give the same ids, and torch's own random state is neither used nor changed.
+    `compile` changes last digits, so it may change ids. The model is left in eval mode.
+    FloatingPointError if the logits are not finite.
+    """
+    model.eval()
+    device, block_size = model.embed.weight.device, model.config.block_size
+    generator = torch.Generator(device).manual_seed(seed)
+    window = torch.tensor([ids], device=device)  # what the model sees: [1, T], later [B, T]
+    unread = window  # the part of the window that is not in the cache yet
+    seen = torch.zeros(num_samples, model.config.vocab_size, dtype=torch.bool, device=device)
+    seen[:, ids] = True
+    size = min(block_size, len(ids) + max_new_tokens)
+    if compile:  # every size of the cache is compiled by itself, so there are few: powers of two
+        size = 1 << (size - 1).bit_length()
+    cache = KVCache(model.config, 1, size, device, cache_dtype(model))
+    for _ in range(max_new_tokens):
+        start = window_start(window.shape[1], block_size)
+        if start:  # the window is full: drop its older half, and read the rest again
+            window = unread = window[:, start:]
+            cache.length = 0
+        if compile and cache.length:  # one new token
+            step, step_cache = compiled_next_ids(device.type), StaticCache(cache)
+        else:
+            step, step_cache = next_ids, cache
+        uniform = torch.rand(num_samples, 1, generator=generator, device=device)
+        penalty = repetition_penalty
+        filters = (temperature, top_k, top_p, min_p)
+        new = step(model, unread, step_cache, uniform, seen, penalty, vocab_size, *filters)
+        *new_ids, finite = new.tolist()  # the only place where the CPU waits for the device
+        if not finite:
+            raise FloatingPointError(
+                "the model's logits hold NaN or Inf: its weights are damaged, or too large for "
+                "this dtype (then dtype=float32 helps)"
+            )
+        cache.length = window.shape[1]
+        cache.repeat(num_samples)
+        unread = new[:-1, None].clone()  # [B, 1]; a CUDA graph overwrites `new`
+        seen.scatter_(1, unread, True)
+        window = torch.cat((window.expand(num_samples, -1), unread), dim=1)
+        yield new_ids
+
+
+def next_ids(
+    model: Decoder,
+    ids: Tensor,
+    cache: "KVCache",
+    uniform: Tensor,
+    seen: Tensor,
+    repetition_penalty: float,
+    vocab_size: int | None,
+    temperature: float,
+    *filters: float,
+) -> Tensor:
+    """Reads ids [1 or B, T], which follow those in the cache, and draws what comes next: [B + 1]
+    ids, of which the last is 1 if all logits are finite, else 0.
+
+    `uniform` [B, 1] from [0, 1) decides the draw, `seen` [B, V] says which tokens a text has
+    already. The CPU need not wait for anything in here, so it can be compiled as one graph.
+    """
+    logits = model.logits(model.features(ids, cache)[:, -1]).float()  # [1 or B, V]
+    finite = torch.isfinite(logits.sum())
+    logits = penalise(logits.expand(len(seen), -1), seen, repetition_penalty)[:, :vocab_size]
+    if temperature == 0:
+        new = logits.argmax(-1)
+    else:
+        new = draw_ids(logits_to_probabilities(logits, temperature, *filters), uniform)
+    return torch.cat((new, finite[None].long()))
+
+
+@functools.cache
+def compiled_next_ids(device: str) -> Callable[..., Tensor]:
+    """next_ids compiled; on CUDA as a graph, all of whose kernels are launched at once."""
+    mode = "reduce-overhead" if device == "cuda" else None
+    return torch.compile(next_ids, fullgraph=True, mode=mode)
+
+
+def window_start(length: int, block_size: int) -> int:
+    """The index of the first of `length` tokens that the model still sees.
+
+    Up to block_size tokens it sees all. Then the older half of its window is dropped, and the rest
+    is read again from position 0. So the model always sees a context as in training, and the next
+    block_size / 2 tokens cost one step each.
+    """
+    half = max(1, block_size // 2)
+    return -(-max(0, length - block_size) // half) * half
+
+
+# -- The cache of keys and values ------------------------------------------------------------------
+
+
+class KVCache:
+    """The keys and values of B sequences, for each layer [B, K, size, D], of which the first
+    `length` tokens are filled.
+
+    Each layer has tensors of its own: compiled code that writes into a part of a tensor would copy
+    the whole of it.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, size: int, device, dtype=torch.float32):
+        shape = (batch, config.kv_heads, size, config.head_size)
+        layers = range(config.n_layer)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.length = 0
+
+    def positions(self, T: int) -> slice:
+        """The positions of the next T tokens."""
+        return slice(self.length, self.length + T)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Adds the k and v [B, K, T, D] of T new tokens to a layer.
+
+        Returns all keys and values of the layer, [B, K, length + T, D], and a mask [T, length + T]
+        that says which of them each new token sees. The mask is None if a new token sees all, or
+        if it sees all up to itself because the cache was empty.
+        """
+        start, end = self.length, self.length + k.shape[2]
+        self.keys[layer][:, :, start:end] = k
+        self.values[layer][:, :, start:end] = v
+        mask = None
+        if 0 < start < end - 1:
+            mask = k.new_ones(end - start, end, dtype=torch.bool).tril(start)
+        if layer == len(self.keys) - 1:  # the last layer: now all of them have the new tokens
+            self.length = end
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end], mask
+
+    def repeat(self, batch: int) -> None:
+        """Makes the cache of one sequence, the prompt, that of `batch` sequences."""
+        if len(self.keys[0]) != batch:
+            self.keys = [keys.repeat(batch, 1, 1, 1) for keys in self.keys]
+            self.values = [values.repeat(batch, 1, 1, 1) for values in self.values]
+
+
+class StaticCache(KVCache):
+    """The same cache with its length as a tensor, for compiled code: a token takes the same
+    operations on the same memory at every length.
+
+    All of the memory is read, and a mask hides what is not filled.
+    """
+
+    def __init__(self, cache: KVCache):
+        self.keys, self.values = cache.keys, cache.values
+        self.length = torch.full((1,), cache.length, device=cache.keys[0].device)
+        for memory in self.keys + self.values:  # then a CUDA graph does not copy it
+            torch._dynamo.mark_static_address(memory)
+
+    def positions(self, T: int) -> Tensor:
+        return self.length
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """k and v are those of one token, [B, K, 1, D]; returns [B, K, size, D] and [1, size]."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(2, self.length, k.to(keys.dtype))
+        values.index_copy_(2, self.length, v.to(values.dtype))
+        filled = torch.arange(keys.shape[2], device=k.device) <= self.length
+        return keys, values, filled[None]
+
+
+def cache_dtype(model: Decoder) -> torch.dtype:
+    """The dtype of keys and values: that of autocast if it is active, else that of the weights.
+
+    On a CPU it is the weights', float32: there PyTorch's attention of one token takes at most a
+    third of the time that it takes in bfloat16.
+    """
+    weight = model.embed.weight
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind) and kind != "cpu":
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+# -- From logits to an id --------------------------------------------------------------------------
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """logits [B, V] with those of the tokens that were `seen` [B, V] bool lowered, if penalty > 1.
+
+    Keskar et al. 2019, arXiv 1909.05858, section 4.1. The paper divides every logit; here, as in
+    all implementations, negative ones are multiplied.
+    """
+    if penalty == 1:
+        return logits
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def logits_to_probabilities(
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """fp32 logits [B, V] -> the probabilities to draw from, [B, V].
+
+    Each of these steps works on what the step before it left, made to sum to 1 again:
+    1. temperature divides the logits. 0 is the limit: the likeliest token has probability 1.
+    2. top_k keeps the k likeliest tokens; 0, or more than V, keeps all.
+    3. top_p keeps the fewest tokens, the likeliest first, that reach p together.
+       Holtzman et al. 2019, arXiv 1904.09751.
+    4. min_p keeps the tokens that have at least min_p times the likeliest's probability.
+       Nguyen et al. 2024, arXiv 2407.01082.
+    """
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    shifted = logits - logits.amax(-1, keepdim=True)  # at most 0, so that no temperature overflows
+    probabilities = (shifted / max(temperature, 1e-6)).softmax(-1)
+    if 0 < top_k < logits.shape[-1]:
+        kept, where = probabilities.topk(top_k)
+        probabilities = normalised(torch.zeros_like(probabilities).scatter(-1, where, kept))
+    if top_p < 1:
+        ordered, where = probabilities.sort(descending=True)
+        # What all likelier tokens have together: exactly 0 for the first, so that it always stays.
+        before = ordered.cumsum(-1) - ordered
+        kept = ordered.masked_fill(before >= top_p, 0)
+        probabilities = normalised(probabilities.scatter(-1, where, kept))
+    if min_p > 0:
+        least = min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = normalised(probabilities.masked_fill(probabilities < least, 0))
+    return probabilities
+
+
+def normalised(weights: Tensor) -> Tensor:
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def draw_ids(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """An id for each row of probabilities [B, V]: the first at which their running sum is above the
+    row's number in uniform [B, 1], from [0, 1).
+
+    torch.multinomial would draw a number for every entry, one after the other. That took a third of
+    the time of a small model's step.
+    """
+    wide = torch.float32 if probabilities.device.type == "mps" else torch.float64  # not on MPS
+    sums = probabilities.cumsum(-1, dtype=wide)
+    below = sums[:, -1:] * (1 - 2**-23)  # however it is rounded, the last sum stays above
+    return torch.searchsorted(sums, uniform * below, right=True).flatten()
 
 
 if __name__ == "__main__":

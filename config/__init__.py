@@ -1,1 +1,1 @@
-"""The schema of all knobs, and the presets: flat `name = literal` files that are parsed, never run."""
+"""All knobs of a run, how they are read, and the presets, which are parsed and never executed."""

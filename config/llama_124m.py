@@ -1,6 +1,7 @@
-"""GPT-2's size with LLaMA's block, on 10 billion tokens of the web: one 80 GB GPU for a day or two.
+"""GPT-2's size with LLaMA's Block, on 10 billion tokens of web pages, for one 80 GB GPU.
 
-First: python data/prepare.py fineweb-edu (streams about 30 GB, ends with 20 GB on disk).
+First: python data/prepare.py fineweb-edu (it reads about 30 GB from the network and leaves 20 GB on
+the disk). Computed, not measured: about a day at 100 TFLOP/s.
 """
 
 out_dir = "out/llama_124m"
@@ -8,13 +9,13 @@ dataset = "fineweb-edu"
 
 n_layer = 12
 n_head = 12
-n_embd = 768           # LLaMA's rule gives a feed-forward of 2048
+n_embd = 768  # LLaMA's rule makes n_hidden 2048
 block_size = 1024
-vocab_size = 50_304    # GPT-2's 50,257 padded to a multiple of 64, which GPUs multiply faster
+vocab_size = 50_304  # GPT-2's 50,257, padded to a multiple of 64, which a GPU multiplies faster
 tie_embeddings = True
 
-batch_size = 512       # 524,288 tokens per step, as in GPT-3's table
-max_iters = 19_000     # about 10 billion tokens
+batch_size = 512  # 524,288 tokens per step, as GPT-3's table has it for this size
+max_iters = 19_000  # about 10 billion tokens
 learning_rate = 6e-4
 min_lr = 6e-5
 warmup_iters = 700

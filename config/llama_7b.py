@@ -1,7 +1,7 @@
-"""The shape of Llama 2 7B: many GPUs. `python bench.py plan config/llama_7b.py gpus=64 ...` computes whether so many
-hold it, and how fast; docs/speed.md has it for 8 and 64. Not run yet.
+"""The shape of Llama 2 7B, but with GPT-2's vocabulary, for many GPUs. Nobody has run it yet.
 
-First: python data/prepare.py fineweb-edu. Weights, gradient and optimizer take 110 GB, so FSDP shares them.
+First: python data/prepare.py fineweb-edu. Weights, gradient and optimizer take 110 GB, so FSDP
+divides them among the GPUs. Computed: 720 days at 100 TFLOP/s, divided by the number of GPUs.
 """
 
 out_dir = "out/llama_7b"
@@ -12,10 +12,10 @@ n_head = 32
 n_embd = 4096
 n_hidden = 11008
 block_size = 4096
-vocab_size = 50_304    # GPT-2's 50,257 padded to a multiple of 64
+vocab_size = 50_304  # GPT-2's 50,257, padded to a multiple of 64
 
-batch_size = 1024      # 4,194,304 tokens per step, as Llama's
-max_iters = 32_000     # 134 billion tokens: twenty per parameter
+batch_size = 1024  # 4,194,304 tokens per step, as for Llama
+max_iters = 32_000  # 134 billion tokens: twenty per parameter
 learning_rate = 3e-4
 min_lr = 3e-5
 warmup_iters = 2000

@@ -1,7 +1,8 @@
-"""The default story: a small model of Python code, about three minutes on two CPU cores, no download.
+"""The default: a small model of Python code, trained in two to three minutes on two CPU cores.
 
-It reads each byte of the standard library about once. Expect text that looks like Python and means nothing; LOG.md
-has the way to these numbers.
+Nothing is downloaded, because the text is the standard library of the Python that runs it. The
+model reads most of it once. Expect text that looks like Python and means nothing. docs/LOG.md tells
+how these numbers were found.
 """
 
 out_dir = "out/small"
@@ -9,20 +10,23 @@ dataset = "python"
 
 n_layer = 4
 n_head = 2
-n_embd = 128             # so small that half of the weights are the embedding: what matters here is to see more text
-n_hidden = 384           # LLaMA's rule would round 341 up to 512
+n_embd = 128  # a wider model learns more per token, but reads too few tokens in this time
+n_hidden = 384  # LLaMA's rule would round 341 up to 512
 block_size = 256
 tie_embeddings = True
 
-batch_size = 8           # 2,048 tokens per step: many small steps learn faster at this scale than few large ones
+# 2,048 tokens per step. At this size many small steps learn faster than few large ones.
+batch_size = 8
 max_iters = 1100
-optimizer = "muon"       # about twice AdamW's progress per step
+optimizer = "muon"  # in 300 steps it came much further than AdamW
 learning_rate = 6e-3
-embed_lr = 4.0           # rare tokens are seen seldom, so their rows move far when they are
-lr_schedule = "linear"   # to zero: with so few steps nothing is gained by staying high
+embed_lr = (
+    4.0  # most tokens are rare, so a row of the embedding is updated seldom and must move far
+)
+lr_schedule = "linear"  # to zero: with so few steps it does not pay to stay high
 warmup_iters = 20
 
-eval_interval = 550      # each takes seconds, because the whole validation split is read
+eval_interval = 550  # an evaluation takes seconds, because it reads the whole validation split
 save_interval = 550
 log_interval = 25
 sample_prompt = "class Stack:\n    def push(self, item):\n"

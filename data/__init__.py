@@ -1,11 +1,20 @@
-"""Text in, tokens out: tokenizers, the loader, and the command that prepares a data set."""
+"""Text in, tokens out. Read loader.py first: it gives train.py its batches.
+
+loader.py    opens a data set and gives the batch of a step
+prepare.py   the command that makes a data set: text to tokens
+corpus.py    where its text comes from
+tokenizer.py, then tokenizer_json.py   text to ids and back, and the files of Hugging Face
+files.py     files and folders that appear whole or not at all
+"""
 
 import json
 import zlib
 
-PART = 2**20  # tokens; meta.json holds a CRC-32 of each part of so many in a .bin file
+SPLITS = ("train", "val")
+PART_TOKENS = 2**20  # meta.json has one CRC-32 for each part of so many tokens of a .bin file
 
 
 def checksum(meta: dict) -> int:
-    """CRC-32 over all fields of a meta.json but `checksum` itself."""
-    return zlib.crc32(json.dumps({k: v for k, v in meta.items() if k != "checksum"}, sort_keys=True).encode())
+    """The CRC-32 over all fields of a meta.json except `checksum`, where it is stored."""
+    fields = {name: value for name, value in meta.items() if name != "checksum"}
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())

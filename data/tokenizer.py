@@ -1,7 +1,11 @@
-"""Text to token ids and back: bytes, characters, SentencePiece, tiktoken or Hugging Face's, behind one interface.
+"""Text to token ids and back, by bytes, characters, SentencePiece, tiktoken or Hugging Face.
 
-A tokenizer lives in one file, `tokenizer.model` (SentencePiece) or `tokenizer.json` (the others), which travels with
-the data set and with every run, so that sampling never needs the network or the original text.
+A tokenizer lives in one file: `tokenizer.model` (SentencePiece) or `tokenizer.json` (the others).
+This file travels with the data set and with every run, so sampling never needs the network or the
+original text.
+
+In reading order: Tokenizer, which is what the rest of the program knows; its five kinds; how one is
+loaded from a folder; how one is trained.
 """
 
 import base64
@@ -21,11 +25,11 @@ import tiktoken
 from data.tokenizer_json import (
     SPACE,
     Mismatch,
-    damage,
+    blamed_on,
     json_ids,
     json_pieces,
     read_capped,
-    read_json,
+    read_json_object,
     run_by_library,
     rust_errors,
     silent_panics,
@@ -34,26 +38,38 @@ from data.tokenizer_json import (
 )
 
 FILES = ("tokenizer.model", "tokenizer.json")
-# A protobuf field given again is merged over the first: normalizer_spec (3) { add_dummy_prefix (3): false }
+# Appended to a SentencePiece model, these bytes turn its dummy prefix off. They are the protobuf
+# field normalizer_spec (3) { add_dummy_prefix (3): false }, and a field that comes again is merged.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-# Run on a user's model file in a child process, which a damaged one can crash
+# A program for a child process, because a damaged model can crash the process that loads it.
 PROBE = """import sys, sentencepiece
 model = sentencepiece.SentencePieceProcessor(model_proto=sys.stdin.buffer.read())
 model.decode(model.encode('a b')), [model.id_to_piece(i) for i in range(len(model))]"""
-PATTERN_PROBE = "".join(map(chr, range(0x180))) + " words, of all  kinds\n\n\t \u4f60\U0001f600 12 " + 64 * "a" + "!"
-PART = 2000  # characters that SentencePiece is given at once, about: it is slower, the longer a text
+PATTERN_PROBE = "".join(map(chr, range(0x180)))
+PATTERN_PROBE += " words, of all  kinds\n\n\t \u4f60\U0001f600 12 " + 64 * "a" + "!"
+# In characters. SentencePiece is slower for a longer text, so it is given about so much at a time;
+# tiktoken overflows its stack in a run of white space that is some times longer than this.
+SENTENCEPIECE_CHARS = 2000
+SPACE_RUN = 50_000
 LINE_END = re.compile(r"\n(?!\n)")
-SPACE_RUN = 50_000  # characters; tiktoken overflows its stack on a run of white space some times as long
 
 
 class Tokenizer:
-    """A table from id to bytes, which makes decoding exact and token by token; subclasses add `encode`.
+    """A table from id to bytes, which makes decoding exact and token by token.
 
-    bos_id is put before every document and starts an empty prompt; None for a plain stream of characters.
-    end_ids are those at which a text ends: bos, which is all that stands between documents, and the tokenizer's own.
-    exact says whether decode_bytes(encode(text)) is the text's UTF-8 for every text that can be encoded.
-    dummy_prefix: a space is put before every text. `decode` takes that one away, `decode_bytes` keeps it.
-    bos_before_prompts: prompts start with bos, as documents do; some of Hugging Face's leave it out there.
+    Subclasses add `encode`.
+
+    pieces              the bytes of each id; b"" for special tokens and unused ids
+    bos_id              the id before every document, with which an empty prompt starts; None if
+                        the tokenizer has none
+    end_ids             the ids that end a text: bos, since a new document begins there, and the
+                        tokenizer's own eos
+    exact               whether decode_bytes(encode(text)) is the UTF-8 of every text that can be
+                        encoded
+    dummy_prefix        whether `encode` puts a space before every text; `decode` takes it away
+                        again, `decode_bytes` does not
+    bos_before_prompts  whether a prompt starts with bos, as documents do; some tokenizers of
+                        Hugging Face leave bos out there
     """
 
     kind: str
@@ -68,39 +84,47 @@ class Tokenizer:
         self.end_ids = frozenset(end_ids if bos_id is None else [bos_id, *end_ids])
 
     def encode(self, text: str, start: bool = True) -> list[int]:
-        """Ids of a text, never a special one. start=False: the text goes on where an earlier chunk stopped."""
+        """The ids of a text, none of them special. start=False: it continues an earlier text."""
         raise NotImplementedError
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the ids, special tokens giving none; decode_bytes(a) + decode_bytes(b) is that of a + b."""
+        """The bytes of the ids. Ids can be decoded in parts: the bytes of a + b are those of a and
+        then those of b.
+        """
         return b"".join([self.pieces[i] for i in ids])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; bytes that are not UTF-8 (an id sequence may stop inside a character) become U+FFFD."""
+        """The text of the ids. Bytes that are not UTF-8 become U+FFFD; the ids may stop inside a
+        character.
+        """
         text = self.decode_bytes(ids).decode("utf-8", errors="replace")
         return text[1:] if self.dummy_prefix and text.startswith(" ") else text
 
     def fields(self) -> dict:
-        """What tokenizer.json holds besides the kind; FROM_JSON makes the tokenizer of it again."""
+        """What tokenizer.json holds besides the kind. FROM_JSON makes the tokenizer from it."""
         return {}
 
     def content(self) -> bytes:
-        """The bytes of the tokenizer's one file."""
+        """The bytes of the tokenizer's file."""
         return (json.dumps({"kind": self.kind, **self.fields()}) + "\n").encode()
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of content(), in hexadecimal: equal means the same ids for the same text."""
+        """SHA-256 of content() in hexadecimal. Equal ones mean equal ids for every text."""
         return hashlib.sha256(self.content()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer's one file into the folder."""
+        """Writes the tokenizer's file into the folder."""
         (Path(folder) / self.file).write_bytes(self.content())
 
     def probe(self, keep: Callable[[str], str] = str) -> None:
-        """Finds out what a tokenizer from elsewhere does to a text; `keep` leaves of one what can be encoded at all."""
+        """Sets dummy_prefix and exact by trying them out, for a tokenizer from elsewhere.
+
+        keep(text) is the part of a text that the tokenizer can encode. The text that is tried has
+        what the common normalisations change.
+        """
         self.dummy_prefix = self.decode_bytes(self.encode(keep("a"))).startswith(b" ")
-        text = keep("  two  spaces \n\n\t\u00c5\u212b \ufb01 \U0001f600" + SPACE)  # what common normalisations change
+        text = keep("  two  spaces \n\n\t\u00c5\u212b \ufb01 \U0001f600" + SPACE)
         self.exact = self.decode_bytes(self.encode(text)) == text.encode()
 
 
@@ -117,7 +141,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character, in sorted order, and no bos: nanoGPT's character-level ids."""
+    """One id for each character, in sorted order, and no bos, as in nanoGPT."""
 
     kind = "char"
 
@@ -130,15 +154,22 @@ class CharTokenizer(Tokenizer):
             return [self.ids[char] for char in text]
         except KeyError:
             unknown = "".join(sorted(set(text) - set(self.ids)))
-            raise ValueError(f"characters {unknown!r} are not among the {self.vocab_size} of this char tokenizer; "
-                             "leave them out, or prepare the data with tokenizer=byte") from None
+            raise ValueError(
+                f"characters {unknown!r} are not among the {self.vocab_size} of this char "
+                "tokenizer; leave them out, or prepare the data with tokenizer=byte"
+            ) from None
 
     def fields(self) -> dict:
         return {"chars": "".join(self.ids)}
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model: ours (exact) or another's, such as Llama's, with the ids SentencePiece itself gives."""
+    """A SentencePiece model, ours (exact) or another one such as Llama's.
+
+    It gives the ids that SentencePiece gives, with one exception: SentencePiece writes a space as
+    U+2581, so it cannot tell the two apart. Here a literal U+2581 stays one if the model has pieces
+    for its bytes.
+    """
 
     kind = "sentencepiece"
     file = "tokenizer.model"
@@ -146,21 +177,27 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes):
         self.model = model
         try:
+            # `first` encodes the beginning of a text, `rest` what follows, without a dummy prefix.
             self.first = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.rest = sentencepiece.SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
             pieces = [self._piece_bytes(i) for i in range(len(self.first))]
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"not a SentencePiece model ({error}); name the .model file of one") from None
-        bos, eos = self.first.bos_id(), self.first.eos_id()  # -1 = it has none
+            raise ValueError(
+                f"not a SentencePiece model ({error}); name the .model file of one"
+            ) from None
+        bos, eos = self.first.bos_id(), self.first.eos_id()  # -1 if the model has none
         super().__init__(pieces, bos if bos >= 0 else None, [eos] if eos >= 0 else [])
-        # Encoding would turn a literal U+2581 into a space, so it is spelled in bytes where the model has them, and
-        # leaves other spaces alone.
         self.drops_spaces = self.first.normalize("a  b") == self.first.normalize("a b")
+        # The ids of the bytes of U+2581. A model that drops spaces would drop some around it, too.
         mark = [self.first.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        self.mark = mark if all(self.first.is_byte(i) for i in mark) and not self.drops_spaces else None
-        # Whether a text cut at the end of a line has the same ids: no piece goes on after one.
-        self.splits = bool(self.mark and "\n" in self.first.normalize("\n")
-                           and not any(re.search(b"\n[^\n]", piece) for piece in pieces))
+        has_bytes = all(self.first.is_byte(i) for i in mark)
+        self.mark = mark if has_bytes and not self.drops_spaces else None
+        # Whether a text may be cut after a line without other ids: no piece goes on after one.
+        self.splits = bool(
+            self.mark
+            and "\n" in self.first.normalize("\n")
+            and not any(re.search(b"\n[^\n]", piece) for piece in pieces)
+        )
         self.probe()
 
     def _piece_bytes(self, i: int) -> bytes:
@@ -173,8 +210,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str, start: bool = True) -> list[int]:
         ids, begin = [], 0
-        while self.splits and (end := LINE_END.search(text, begin + PART)):
-            ids += self._encode(text[begin:end.end()], start and not begin)
+        while self.splits and (end := LINE_END.search(text, begin + SENTENCEPIECE_CHARS)):
+            ids += self._encode(text[begin : end.end()], start and not begin)
             begin = end.end()
         return ids + self._encode(text[begin:], start and not begin)
 
@@ -183,7 +220,10 @@ class SentencePieceTokenizer(Tokenizer):
         if self.mark is None or SPACE not in text:
             return processor.encode(text)
         head, *tails = text.split(SPACE)
-        ids = processor.encode(head) if head or not (start and self.dummy_prefix) else self.rest.encode(" ")
+        if start and self.dummy_prefix and not head:
+            ids = self.rest.encode(" ")  # `first` puts no dummy prefix before an empty text
+        else:
+            ids = processor.encode(head)
         for tail in tails:
             ids += self.mark + self.rest.encode(tail)
         return ids
@@ -199,7 +239,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def __init__(self, encoding: tiktoken.Encoding):
         self.encoding = encoding
-        pieces = [b""] * encoding.n_vocab  # special tokens, and ids that the encoding leaves unused, are no text
+        pieces = [b""] * encoding.n_vocab
         for piece, i in encoding._mergeable_ranks.items():
             pieces[i] = piece
         super().__init__(pieces, bos_id=encoding._special_tokens.get("<|endoftext|>"))
@@ -212,9 +252,13 @@ class TiktokenTokenizer(Tokenizer):
             return [i for part in parts for i in self.encoding.encode_ordinary(part)]
 
     def fields(self) -> dict:
-        ranks = {base64.b64encode(piece).decode(): i for piece, i in self.encoding._mergeable_ranks.items()}
-        return {"name": self.encoding.name, "pattern": self.encoding._pat_str, "ranks": ranks,
-                "special": self.encoding._special_tokens}
+        ranks = self.encoding._mergeable_ranks.items()
+        return {
+            "name": self.encoding.name,
+            "pattern": self.encoding._pat_str,
+            "ranks": {base64.b64encode(piece).decode(): i for piece, i in ranks},
+            "special": self.encoding._special_tokens,
+        }
 
     @classmethod
     def from_fields(cls, fields: dict) -> "TiktokenTokenizer":
@@ -223,10 +267,15 @@ class TiktokenTokenizer(Tokenizer):
         ids = [*ranks.values(), *special.values()]
         if not all(type(i) is int and 0 <= i < 2**24 for i in ids) or len(set(ids)) < len(ids):
             raise ValueError("the ids must be distinct and from 0 up")
-        if not all(bytes([byte]) in ranks for byte in range(256)):
-            raise ValueError("the ranks must have every single byte")  # else tiktoken panics when it meets one
-        made = cls(tiktoken.Encoding(str(fields["name"]), pat_str=fields["pattern"], mergeable_ranks=ranks,
-                                     special_tokens=special))
+        if not all(bytes([byte]) in ranks for byte in range(256)):  # tiktoken would panic later
+            raise ValueError("the ranks must have every single byte")
+        encoding = tiktoken.Encoding(
+            str(fields["name"]),
+            pat_str=fields["pattern"],
+            mergeable_ranks=ranks,
+            special_tokens=special,
+        )
+        made = cls(encoding)
         with silent_panics():
             if made.decode_bytes(made.encode(PATTERN_PROBE)) != PATTERN_PROBE.encode():
                 raise ValueError("its pattern leaves out a part of a text")
@@ -234,20 +283,23 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json of Hugging Face, run by their library `tokenizers` (extra `hf`), without its special tokens.
+    """A tokenizer.json of Hugging Face, run by their library `tokenizers` (extra `hf`).
 
-    A special token spelled out in a text is ordinary text; one that tokenizer.json adds but does not call special is
-    part of texts there, and so here. Its post-processor, truncation and padding are off. config is the content of
-    tokenizer_config.json, kept for the way back.
+    A special token that is spelled out in a text is ordinary text here. A token that tokenizer.json
+    adds without calling it special is part of texts, as it is there. The post-processor, truncation
+    and padding are off. `config` is the content of tokenizer_config.json, kept for an export.
     """
 
     kind = "huggingface"
 
     def __init__(self, tokenizer: dict, config: dict, bos_id: int | None, end_ids: Sequence[int]):
         self.tokenizer, self.config = tokenizer, dict(config)
-        plain = tokenizer | {"truncation": None, "padding": None, "added_tokens": [
+        added = [
             token | {"special": token["special"] or token["id"] in (bos_id, *end_ids)}
-            for token in tokenizer["added_tokens"]]}
+            for token in tokenizer["added_tokens"]
+        ]
+        plain = tokenizer | {"truncation": None, "padding": None, "added_tokens": added}
+        # `first` encodes the beginning of a text, `rest` what follows, without a dummy prefix.
         self.first, bare = run_by_library(plain), without_prefix(plain)
         self.rest = self.first if bare is plain else run_by_library(bare)
         self.bos_before_prompts = bos_id in self.first.encode("").ids
@@ -260,97 +312,96 @@ class HuggingFaceTokenizer(Tokenizer):
             self._check()
 
     def _check(self) -> None:
-        """That no text becomes a special token, and that the library makes of ids what `pieces` makes of them."""
+        """Checks that no text becomes a special token and that the library decodes as we do."""
         for i in self.end_ids:
-            if i in self.encode(self._encodable(self.first.id_to_token(i) or "")):
-                raise Mismatch(f"bos or eos, id {i}, is {self.first.id_to_token(i)!r} here, which a text can have")
+            name = self.first.id_to_token(i)
+            if i in self.encode(self._encodable(name or "")):
+                raise Mismatch(f"bos or eos, id {i}, is {name!r} here, which a text can have")
         ids = self.encode(self._encodable(PATTERN_PROBE))
         with rust_errors("its decoder fails"):
             theirs = self.first.decode(ids, skip_special_tokens=True)
-        if theirs.removeprefix(" ") != self.decode(ids).removeprefix(" "):  # some leave a dummy prefix there
+        # Some decoders leave the dummy prefix in the text.
+        if theirs.removeprefix(" ") != self.decode(ids).removeprefix(" "):
             raise ValueError("its decoder makes another text of its ids than they spell")
         self.probe(self._encodable)
 
     def _encodable(self, text: str) -> str:
-        """The text without the characters that the tokenizer refuses: some have neither bytes nor an unknown token."""
+        """The text without the characters that the tokenizer refuses.
+
+        It refuses a character for which it has neither bytes nor an unknown token.
+        """
+
         def fits(part: str) -> bool:
             with suppress(ValueError):
                 return self.encode(part) is not None
+
         return text if fits(text) else "".join(filter(fits, text))
 
     def encode(self, text: str, start: bool = True) -> list[int]:
+        library = self.first if start else self.rest
         with rust_errors("its tokenizer.json cannot encode this text"):
-            return (self.first if start else self.rest).encode_batch_fast([text], add_special_tokens=False)[0].ids
+            return library.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def fields(self) -> dict:
-        return {"tokenizer": self.tokenizer, "config": self.config, "bos_id": self.bos_id,
-                "end_ids": sorted(self.end_ids)}
+        return {
+            "tokenizer": self.tokenizer,
+            "config": self.config,
+            "bos_id": self.bos_id,
+            "end_ids": sorted(self.end_ids),
+        }
 
-    def content(self) -> bytes:  # not spelled in ASCII, which could be thrice as large as what was read
-        return (json.dumps({"kind": self.kind, **self.fields()}, ensure_ascii=False) + "\n").encode()
+    def content(self) -> bytes:
+        # Not in ASCII: its escapes could make the file three times as large as the original.
+        fields = {"kind": self.kind, **self.fields()}
+        return (json.dumps(fields, ensure_ascii=False) + "\n").encode()
 
     @classmethod
     def from_folder(cls, folder: Path, tokenizer: dict) -> "HuggingFaceTokenizer":
-        """The tokenizer of a Hugging Face folder, whose tokenizer.json is given as it was parsed."""
-        files = [read_json(folder / name) if (folder / name).exists() else {}
-                 for name in ("generation_config.json", "config.json", "tokenizer_config.json")]
-        if (template := folder / "chat_template.jinja").exists():  # transformers reads it in the config too
-            files[-1]["chat_template"] = read_capped(template).decode()
+        """The tokenizer of a Hugging Face folder; `tokenizer` is the content of tokenizer.json."""
+        files = [
+            read_json_object(folder / name) if (folder / name).exists() else {}
+            for name in ("generation_config.json", "config.json", "tokenizer_config.json")
+        ]
+        config, template = files[-1], folder / "chat_template.jinja"
+        if template.exists():  # transformers finds the template in the config, too
+            config["chat_template"] = read_capped(template).decode()
         bos, eos = (special_ids(role, files, json_ids(tokenizer)) for role in ("bos", "eos"))
-        return cls(tokenizer, files[-1], bos[0] if bos else None, eos)
+        return cls(tokenizer, config, bos[0] if bos else None, eos)
 
 
-FROM_JSON = {
+# Loading
+
+
+FROM_JSON = {  # kind -> the tokenizer of the fields in our tokenizer.json
     "byte": lambda fields: ByteTokenizer(),
     "char": lambda fields: CharTokenizer(fields["chars"]),
     "tiktoken": TiktokenTokenizer.from_fields,
-    "huggingface": lambda fields: HuggingFaceTokenizer(**{name: fields[name] for name in fields if name != "kind"}),
+    "huggingface": lambda fields: HuggingFaceTokenizer(
+        **{name: fields[name] for name in fields if name != "kind"}
+    ),
 }
-
-
-def tokenizer_file(folder: str | Path) -> Path:
-    """The folder's tokenizer file. Of a Hugging Face folder with both it is tokenizer.model, which needs no library,
-    unless tokenizer.json knows other ids (tokens were added) or tokenizer.model is not SentencePiece's.
-    FileNotFoundError if there is none, and ValueError if both are there and tokenizer.json is one of ours.
-    """
-    found = [path for path in (Path(folder) / name for name in FILES) if path.is_file()]
-    if not found:
-        raise FileNotFoundError(f"{folder}: no {' or '.join(FILES)} there: a run, a data set and a model each have one")
-    if found[0].name == FILES[0] and re.match(rb"[A-Za-z0-9+/]+=* \d+\s", read_capped(found[0])):
-        if len(found) == 1:
-            raise ValueError(f"{found[0]}: is tiktoken's and not SentencePiece's, as Meta gives it with Llama 3; put "
-                             "the tokenizer.json of the same model beside it")
-        return found[1]
-    if len(found) == 1:
-        return found[0]
-    model, other = found
-    fields = read_json(other)
-    if "kind" in fields:
-        raise ValueError(f"{folder}: has both {' and '.join(FILES)}; delete the one that is not its own")
-    with damage(other):
-        known = len({*json_ids(fields).values()})
-    with damage(model):
-        return model if SentencePieceTokenizer(read_capped(model)).vocab_size == known else other
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer in the folder of a data set, a run or a Hugging Face model.
 
-    Raises ValueError in one line if its file is damaged, OSError if it needs a library that is not installed.
+    Raises ValueError if its file is damaged and OSError if it needs a library that is not
+    installed, in one line.
     """
     path = tokenizer_file(folder)
     if path.name == SentencePieceTokenizer.file:
-        with damage(path):
+        with blamed_on(path):
             return SentencePieceTokenizer(read_capped(path))
-    fields = read_json(path)
-    with damage(path, foreign="kind" not in fields):
-        if "kind" not in fields and "model" in fields:
+    fields = read_json_object(path)
+    ours = "kind" in fields
+    with blamed_on(path, foreign=not ours):
+        if not ours and "model" in fields:
             return HuggingFaceTokenizer.from_folder(path.parent, fields)
         return FROM_JSON[fields["kind"]](fields)
 
 
 def tokenizer_sha256(folder: str | Path) -> str:
-    """load_tokenizer(folder).sha256, for files of ours without loading them."""
+    """load_tokenizer(folder).sha256; a file of ours is not even loaded for it."""
     path = tokenizer_file(folder)
     content = read_capped(path)
     if path.name == SentencePieceTokenizer.file or content.startswith(b'{"kind": '):
@@ -358,43 +409,108 @@ def tokenizer_sha256(folder: str | Path) -> str:
     return load_tokenizer(folder).sha256
 
 
-def train_sentencepiece(blocks: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-    """BPE with byte fallback over the blocks of text, exact for every text. A small text may give fewer ids than asked.
+def tokenizer_file(folder: str | Path) -> Path:
+    """The path of the folder's tokenizer file.
 
-    A piece is a word or part of one, with the space before it, or a run of spaces or of signs with the newlines after
-    them; it never goes past a line's end, so a prompt that ends with its line is cut as in training. Pieces of several
-    words would make a sixth fewer tokens, but the models trained on them were worse in bits per byte (LOG.md).
+    A Hugging Face folder may have both files. Then it is tokenizer.model, which needs no library,
+    with two exceptions: tokenizer.json has other ids, because tokens were added to it, or
+    tokenizer.model is not SentencePiece's. Raises FileNotFoundError if there is no file, and
+    ValueError if there are both and tokenizer.json is one of ours.
     """
-    border = "\ue000"  # tells the trainer where no merge may pass; it and three of the trainer's own marks are dropped
-    reserved = re.compile(f"[\0\u2585{SPACE}{border}]")
-    lines = re.compile("[^\n]+\n*|\n+")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(border.join(lines.findall(reserved.sub("", block))) for block in blocks),
-            model_writer=model, model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1,  # Llama's layout
-            byte_fallback=True, character_coverage=0.9995,
-            required_chars=SPACE + "\n",  # a space without a piece of its own would become the bytes of U+2581
-            normalization_rule_name="identity",
-            add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-            pretokenization_delimiter=border, max_sentencepiece_length=32, max_sentence_length=2**30,
-            num_threads=2,  # part of the file, so a fixed number: the same text gives the same file on every machine
-            minloglevel=2)
-    except RuntimeError as error:
-        needed = re.search(r"\d+ vs (\d+)", str(error))
-        reason = f"it needs at least {needed[1]}" if needed else f"no tokenizer can be trained on it ({error})"
-        raise ValueError(f"vocab_size={vocab_size} does not suit this text: {reason}") from None
-    return SentencePieceTokenizer(model.getvalue())
+    found = [path for path in (Path(folder) / name for name in FILES) if path.is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"{folder}: no {' or '.join(FILES)} there: a run, a data set and a model each have one"
+        )
+    if is_tiktoken_model(found[0]):
+        if len(found) == 1:
+            raise ValueError(
+                f"{found[0]}: is tiktoken's and not SentencePiece's, as Meta gives it with "
+                "Llama 3; put the tokenizer.json of the same model beside it"
+            )
+        return found[1]
+    if len(found) == 1:
+        return found[0]
+    model, other = found
+    fields = read_json_object(other)
+    if "kind" in fields:
+        raise ValueError(
+            f"{folder}: has both {' and '.join(FILES)}; delete the one that is not its own"
+        )
+    with blamed_on(other):
+        known = len({*json_ids(fields).values()})
+    with blamed_on(model):
+        return model if SentencePieceTokenizer(read_capped(model)).vocab_size == known else other
+
+
+def is_tiktoken_model(path: Path) -> bool:
+    """Whether a tokenizer.model is tiktoken's: lines of a piece in base64 and its rank."""
+    return path.name == FILES[0] and bool(re.match(rb"[A-Za-z0-9+/]+=* \d+\s", read_capped(path)))
 
 
 def read_sentencepiece(path: str | Path) -> SentencePieceTokenizer:
-    """A user's .model file, parsed in a child process first, since a damaged one can crash SentencePiece."""
+    """A user's .model file, which a child process parses first: it can crash SentencePiece."""
     model = read_capped(Path(path))
+    command = [sys.executable, "-c", PROBE]
     try:
-        done = subprocess.run([sys.executable, "-c", PROBE], input=model, capture_output=True, timeout=120)
+        done = subprocess.run(command, input=model, capture_output=True, timeout=120)
         if done.returncode != 0:
             raise ValueError("not a SentencePiece model; name the .model file of one")
         return SentencePieceTokenizer(model)
     except (ValueError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+# Training
+
+
+def train_sentencepiece(blocks: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
+    """BPE with byte fallback, trained on blocks of text; exact for every text.
+
+    A small text may give fewer ids than vocab_size. A piece is a word or a part of one with the
+    space before it, or a run of spaces, or a run of signs with the newlines after it. No piece goes
+    past the end of a line, so a prompt that ends with its line gets the ids that training has seen.
+    Pieces of several words would save a sixth of the tokens, but the models trained on them were
+    worse in bits per byte (docs/LOG.md).
+    """
+    border = "\ue000"  # no merge passes this character, so it stands between lines
+    reserved = re.compile(f"[\0\u2585{SPACE}{border}]")  # border, and marks of the trainer itself
+    lines = re.compile("[^\n]+\n*|\n+")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(
+                border.join(lines.findall(reserved.sub("", block))) for block in blocks
+            ),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            # The special ids of Llama
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            # A space without a piece of its own would become the bytes of U+2581.
+            required_chars=SPACE + "\n",
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            pretokenization_delimiter=border,
+            max_sentencepiece_length=32,
+            max_sentence_length=2**30,
+            # It is written into the file. A fixed number gives the same file on every machine.
+            num_threads=2,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        needed = re.search(r"\d+ vs (\d+)", str(error))
+        if needed:
+            reason = f"it needs at least {needed[1]}"
+        else:
+            reason = f"no tokenizer can be trained on it ({error})"
+        raise ValueError(f"vocab_size={vocab_size} does not suit this text: {reason}") from None
+    return SentencePieceTokenizer(model.getvalue())

@@ -11,22 +11,41 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import bench
 import train
 from data.prepare import prepare
+from lab import bench
 
 torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["n_layer=2", "n_head=2", "n_embd=32", "n_hidden=64", "block_size=32", "batch_size=8", "max_iters=12",
-         "warmup_iters=2", "eval_interval=5", "eval_iters=4", "save_interval=4", "log_interval=1", "sample_tokens=0",
-         "device=cpu", "dtype=float32", "compile=false", "dataset=words"]
+SMALL = [
+    "n_layer=2",
+    "n_head=2",
+    "n_embd=32",
+    "n_hidden=64",
+    "block_size=32",
+    "batch_size=8",
+    "max_iters=12",
+    "warmup_iters=2",
+    "eval_interval=5",
+    "eval_iters=4",
+    "save_interval=4",
+    "log_interval=1",
+    "sample_tokens=0",
+    "device=cpu",
+    "dtype=float32",
+    "compile=false",
+    "dataset=words",
+]
 
 
 def prepare_words(folder, name="words", seed=0):
     """Makes the data set folder/name: made-up prose, one token per character."""
     pick = random.Random(seed)
-    text = " ".join(pick.choice("the cat sat on a mat and saw the rat run to its hole".split()) for _ in range(5000))
+    text = " ".join(
+        pick.choice("the cat sat on a mat and saw the rat run to its hole".split())
+        for _ in range(5000)
+    )
     (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     prepare([str(folder / f"{name}.txt")], folder / name, tokenizer="char")
 
@@ -41,8 +60,9 @@ def data_folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def largest_file(size):
-    """No file of this process grows beyond `size` bytes meanwhile: a write ends there, and the next one fails, as on a
-    full disk. Not for a whole test, whose own output may be a file."""
+    """No file of this process grows beyond `size` bytes meanwhile: a write ends there, and the next
+    one fails, as on a full disk. Not for a whole test, whose own output may be a file.
+    """
     before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -58,17 +78,25 @@ def launch_here(command, threads):
             code = train.main(command)
         except SystemExit as stop:
             code = stop.code
-    return SimpleNamespace(stdout=io.BytesIO(out.getvalue().encode()), wait=lambda: code,
-                           send_signal=lambda number: None, terminate=lambda: None)
+    return SimpleNamespace(
+        stdout=io.BytesIO(out.getvalue().encode()),
+        wait=lambda: code,
+        send_signal=lambda number: None,
+        terminate=lambda: None,
+    )
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch, data_folder, capsys):
-    """start('key=value', ...) trains a very small model in tmp_path/run: (exit code, stdout, stderr)."""
-    monkeypatch.setattr("run.DATA", data_folder)
+    """start('key=value', ...) trains a very small model in tmp_path/run: (exit code, stdout,
+    stderr).
+    """
+    monkeypatch.setattr("run.setup.DATA", data_folder)
 
     def run(*arguments, out="run"):
-        knobs = {a.split("=")[0]: a for a in [*SMALL, f"out_dir={tmp_path / out}", *arguments]}  # later ones win
+        knobs = {
+            a.split("=")[0]: a for a in [*SMALL, f"out_dir={tmp_path / out}", *arguments]
+        }  # later ones win
         try:
             code = train.main([str(ROOT / "config" / "tiny.py"), *knobs.values()])
         except SystemExit as stop:
@@ -81,15 +109,16 @@ def start(tmp_path, monkeypatch, data_folder, capsys):
 
 @pytest.fixture
 def no_code(monkeypatch):
-    """torch.compile finds its graphs, but makes no code of them, which would take a minute in all: for tests that are
-    not about what compiled code computes."""
+    """torch.compile finds its graphs, but makes no code of them, which would take a minute in all:
+    for tests that are not about what compiled code computes.
+    """
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
 
 @pytest.fixture
 def measure(monkeypatch, tmp_path, data_folder, capsys, no_code):
     """measure('train', ...) runs bench.py in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.setattr("run.DATA", data_folder)
+    monkeypatch.setattr("run.setup.DATA", data_folder)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):

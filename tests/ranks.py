@@ -1,41 +1,38 @@
-"""What the tests do to ranks: functions that a rank calls before it trains, or instead."""
+"""What the tests do to ranks: functions that each rank calls before it trains, or instead."""
 
 import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from faults.harness import Ranks, command
+from faults.harness import after_call, at_batch, before_call
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-import evaluate
-import optim
-import parallel
-import run as run_module
+import run.ranks
 import train
-import world as world_module
-from config.schema import user_errors
+from config.command import user_errors
 from model import Decoder
 from norm import Norm
-from world import World, join
+from run import evaluate, optim, parallel
+from run.folder import save_checkpoint
+from run.ranks import Ranks, join
 
 
-def trained(size: int, out: Path, data: Path, before: Callable[[], None] | None = None,
-            **knobs: object) -> tuple[list[int], list[str]]:
-    """Trains a very small model in `out` on so many ranks: (the exit code of each, what each printed)."""
-    ranks = Ranks(size, command(out, **knobs), data, before)
-    return ranks.wait(), ranks.texts()
+def instead(function: Callable[[Ranks], object]) -> None:
+    """The rank does this and does not train. Its exit code is 1 if function(ranks) raises."""
 
+    def main(argv: list[str]) -> int:
+        function(join())
+        return 0
 
-def instead(function: Callable[[World], int | None]) -> None:
-    """The rank does this and does not train; what it returns is its exit code, which is 1 if it raises."""
-    train.main = lambda argv: function(join()) or 0
+    train.main = main
 
 
 def only(rank: int, function: Callable[[], None]) -> None:
@@ -43,161 +40,152 @@ def only(rank: int, function: Callable[[], None]) -> None:
         function()
 
 
-def in_step(step: int, act: Callable[[], None]) -> None:
-    """act() in the middle of this optimizer step, which is not the first."""
-    batch = train.batch
-
-    def acted(data, at, *rest):
-        if at == step - 1:
-            act()
-        return batch(data, at, *rest)
-
-    train.batch = acted
+# Instead of training
 
 
-def stopped(step: int) -> None:
-    in_step(step, partial(os.kill, os.getpid(), signal.SIGTERM))
+def agree(ranks: Ranks) -> None:
+    assert ranks.from_main(f"said by {ranks.rank}") == "said by 0"
+    assert ranks.sum(0.1 + ranks.rank) == sum(0.1 + rank for rank in range(ranks.size))
+    assert ranks.largest(ranks.rank % 2) == 1
+    mean = torch.full((2,), float(ranks.rank))
+    assert ranks.mean_(mean).tolist() == [(ranks.size - 1) / 2] * 2
+    last = ranks.size - 1
+    for together in (ranks.all_or_exit, ranks.all_or_none):
+        with together():
+            done = ranks.rank
+        assert done == ranks.rank
+    for rank, words in ((0, "full"), (last, f"rank {last}: full")):
+        # The error comes on each of them, and all go on.
+        with pytest.raises(OSError, match=f"^{words}$"), ranks.all_or_none():
+            if ranks.rank == rank:
+                raise OSError("full")
 
 
-def stopped_in_evaluation() -> None:
-    read = evaluate.read_windows
-
-    def interrupted(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return read(*arguments)
-
-    evaluate.read_windows = interrupted
+def fail(rank: int, error: Exception, how: str, ranks: Ranks) -> None:
+    """One rank fails in what all do together, where errors of the user are told."""
+    with user_errors(), getattr(ranks, how)():
+        if ranks.rank == rank:
+            raise error
 
 
-def poisoned(step: int) -> None:
+def die(ranks: Ranks) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+SHAPES = [(5, 7), (7, 5), (3, 3), (1, 6), *[(16, 16)] * 5]  # some have too few rows for all ranks
+
+
+def compare_muons(kind: str, ranks: Ranks) -> None:
+    """Three steps of FSDPMuon, or DDPMuon, must be those of Muon on whole matrices."""
+    optim.choose_dtype = lambda wanted, device: "float32"
+    mesh, draw = init_device_mesh("cpu", (ranks.size,)), torch.Generator().manual_seed(0)
+
+    def part(tensor):
+        return distribute_tensor(tensor, mesh, [Shard(0)]) if kind == "FSDPMuon" else tensor.clone()
+
+    def optimizer(muon, parameters):
+        return muon([{"params": parameters, "lr": 0.1, "weight_decay": 0.1}], momentum=0.9)
+
+    wholes = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
+    parts = [torch.nn.Parameter(part(p.detach())) for p in wholes]
+    plain, divided = optimizer(optim.Muon, wholes), optimizer(getattr(parallel, kind), parts)
+    for _ in range(3):
+        for p, q in zip(wholes, parts, strict=True):
+            p.grad = torch.randn(p.shape, generator=draw)
+            q.grad = part(p.grad)
+        plain.step()
+        divided.step()
+    for p, q in zip(wholes, parts, strict=True):
+        found = q.full_tensor() if kind == "FSDPMuon" else q.data
+        torch.testing.assert_close(found, p.data, rtol=1e-4, atol=1e-5)
+
+
+# Before training
+
+
+def stop_in(step: int) -> None:
+    """SIGTERM in the middle of optimizer step `step`, counted from 1; not in the first one."""
+    at_batch(step - 1, partial(os.kill, os.getpid(), signal.SIGTERM))
+
+
+def stop_in_evaluation() -> None:
+    before_call(evaluate, "read_windows", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def poison_from(step: int) -> None:
     """From this step on the loss of this rank is NaN."""
     forward, bad = Decoder.forward, []
-    in_step(step, partial(bad.append, True))
+    at_batch(step - 1, partial(bad.append, True))
     Decoder.forward = lambda self, *rest: forward(self, *rest) * (float("nan") if bad else 1)
 
 
-def seeds_told() -> None:
-    seed = torch.manual_seed
-    torch.manual_seed = lambda number: print("seed", number, file=sys.stderr) or seed(number)
+def tell_seeds() -> None:
+    before_call(torch, "manual_seed", lambda number: print("seed", number, file=sys.stderr))
 
 
-def other_data(folder: Path) -> None:
-    """This rank's host has other tokens where rank 0 has its own."""
-    opened = run_module.open_dataset
-    run_module.open_dataset = lambda _: opened(folder)
+def save_the_start(folder: Path) -> None:
+    """What the run begins with is saved there, in one file."""
+
+    def save_there(begun, tracker):
+        config = replace(begun.config, out_dir=str(folder), sharded=False)
+        save_checkpoint(replace(begun, config=config), must=True)
+
+    before_call(train, "train", save_there)
 
 
-def saved_again(path: Path) -> None:
-    """What the run begins with is saved there too."""
-    loop = train.train
+def never_look_into(out: Path) -> None:
+    """This rank fails if it so much as looks into `out`, as if it were on another host."""
 
-    def noted(run, tracker):
-        train.save(run, path, must=True)
-        return loop(run, tracker)
-
-    train.train = noted
-
-
-def stranger(out: Path) -> None:
-    """This rank may not so much as look into `out`, as if it were on another host."""
     def refuse(event: str, arguments: tuple) -> None:
-        places = [Path(os.fsdecode(a)) for a in arguments if isinstance(a, (str, bytes, Path)) and a]
-        if any(place.is_relative_to(out) for place in places):
+        names = [os.fsdecode(a) for a in arguments if isinstance(a, (str, bytes, Path)) and a]
+        if any(Path(name).is_relative_to(out) for name in names):
             raise AssertionError(f"{event} {arguments}")
 
     sys.addaudithook(refuse)
 
 
-def apart(dtype: str) -> None:
-    """A shared model is built without ever being whole; its matrices are in parts, also what the optimizer has for
-    them; all else is whole and in fp32, also while a Block is at work."""
-    decoder, loop, born, at_work = parallel.Decoder, train.train, set(), set()
-
-    def noted(*arguments, **named):
-        model = decoder(*arguments, **named)
-        born.update(p.device.type for p in model.parameters())
-        return model
+def find_parts_only(dtype: str) -> None:
+    """A shared model must be built without ever being whole. Its matrices must be in parts, also
+    what the optimizer has for them. All else must be whole and in fp32, also while a Block is at
+    work."""
+    loop, born, at_work = train.train, set(), set()
 
     def look(module, _):
-        at_work.update((type(module) is Norm, type(p) is DTensor, p.dtype) for p in module.parameters(recurse=False))
+        for parameter in module.parameters(recurse=False):
+            at_work.add((type(module) is Norm, type(parameter) is DTensor, parameter.dtype))
 
-    def looked_at(run, tracker):
-        matrices = [p for p in run.model.parameters() if p.ndim == 2]
+    def looked_at(begun, tracker):
+        matrices = [p for p in begun.model.parameters() if p.ndim == 2]
         own = sum(p.to_local().numel() for p in matrices)
         whole = sum(p.numel() for p in matrices)
         assert born == {"meta"}
-        assert own < 0.6 * whole and run.world.sum(own) == whole
-        for block in run.model.blocks:
-            for module in block.modules():
-                module.register_forward_pre_hook(look)
-        code = loop(run, tracker)
+        assert own < 0.6 * whole and begun.ranks.sum(own) == whole
+        for module in begun.model.blocks.modules():
+            module.register_forward_pre_hook(look)
+        code = loop(begun, tracker)
         assert at_work == {(True, False, torch.float32), (False, False, getattr(torch, dtype))}
-        assert all(type(t) is DTensor for o in run.optimizers for p in matrices if p in o.state
-                   for t in o.state[p].values() if t.ndim)
+        states = [o.state[p] for o in begun.optimizers for p in matrices if p in o.state]
+        moments = [value for state in states for value in state.values() if value.ndim]
+        assert moments and all(type(moment) is DTensor for moment in moments)
         return code
 
-    parallel.Decoder, train.train = noted, looked_at
+    def note(model, *_):
+        born.update(p.device.type for p in model.parameters())
+
+    after_call(parallel, "Decoder", note)
+    train.train = looked_at
 
 
-SHAPES = [(5, 7), (7, 5), (3, 3), (1, 6), *[(16, 16)] * 5]
-
-
-def muons(kind: str, world: World) -> None:
-    """Three steps of SharedMuon, or CopiedMuon, are those of Muon on whole matrices."""
-    optim.choose_dtype = lambda wanted, device: "float32"
-    mesh, draw = init_device_mesh("cpu", (world.size,)), torch.Generator().manual_seed(0)
-
-    def part(tensor):
-        return distribute_tensor(tensor, mesh, [Shard(0)]) if kind == "SharedMuon" else tensor.clone()
-
-    plain = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
-    divided = [torch.nn.Parameter(part(p.detach())) for p in plain]
-    both = [one([{"params": some, "lr": 0.1, "weight_decay": 0.1}], 0.9)
-            for one, some in ((optim.Muon, plain), (getattr(parallel, kind), divided))]
-    for _ in range(3):
-        for p, q in zip(plain, divided, strict=True):
-            p.grad = torch.randn(p.shape, generator=draw)
-            q.grad = part(p.grad)
-        for optimizer in both:
-            optimizer.step()
-    for p, q in zip(plain, divided, strict=True):
-        whole = q.full_tensor() if kind == "SharedMuon" else q.data
-        torch.testing.assert_close(whole, p.data, rtol=1e-4, atol=1e-5)
-
-
-def failing(rank: int, error: Exception, world: World, how: str = "everywhere") -> None:
-    """One rank fails in what all do, where the user's errors are told."""
-    def act():
-        if world.rank == rank:
-            raise error
-
-    with user_errors():
-        getattr(world, how)(act)
-
-
-def agreeing(world: World) -> None:
-    assert world.share(f"said by {world.rank}") == "said by 0"
-    assert world.main(lambda: world.rank + 5) == (5 if world.rank == 0 else None)
-    assert world.everywhere(lambda: world.rank * 2) == world.rank * 2
-    assert world.sum(0.1 + world.rank) == sum(0.1 + rank for rank in range(world.size))
-    assert world.largest(world.rank % 2) == 1
-    mean = torch.full((2,), float(world.rank))
-    assert world.mean_(mean).tolist() == [(world.size - 1) / 2] * 2
-    world.together(lambda: None)
-    for rank, words in ((0, "full"), (world.size - 1, f"rank {world.size - 1}: full")):
-        with pytest.raises(OSError, match=f"^{words}$"):  # on each of them, and all go on
-            world.together(partial(full_disk_of, rank, world))
-
-
-def full_disk_of(rank: int, world: World) -> None:
-    if world.rank == rank:
-        raise OSError("full")
-
-
-def dying(world: World) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def impatient(seconds: float) -> None:
+def be_impatient(seconds: float) -> None:
     """This rank waits only so long for another."""
-    world_module.PATIENCE = timedelta(seconds=seconds)
+    run.ranks.PATIENCE = timedelta(seconds=seconds)
+
+
+def fill_disk() -> None:
+    """The disk of this rank is full where parts are written."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    FileSystemWriter.write_data = full

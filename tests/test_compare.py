@@ -1,62 +1,44 @@
-"""Comparisons from the command line to the report; cells run in this process, but where a process is the point."""
+"""Comparisons from the command line to the report. Cells are trained in this process, except where
+the processes are the point.
+"""
 
-import functools
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
-import threading
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 from conftest import ROOT, SMALL, launch_here
 
-import checkpoint
-import compare
 import norm
-import report
 import train
-from data.prepare import prepare
-from device import choose_dtype
-from lock import Lock
+from lab import compare
+from lab.measure import as_arguments
+from run.metrics import read_metrics
+from weights import checkpoint
+from weights.lock import Lock
 
 TINY = str(ROOT / "config" / "tiny.py")
-KNOBS = {a.split("=")[0]: a.split("=")[1] for a in SMALL} | {"max_iters": "4", "eval_interval": "0"}
+KNOBS = dict(knob.split("=") for knob in SMALL) | {"max_iters": "4", "eval_interval": "0"}
+NORMS = "norm=rmsnorm,layernorm"
+BOTH = (NORMS, "equal_time=false")
 
 
-def knobs(*arguments, **more):
-    """A command line of KNOBS, then `more`, then `arguments`: the later ones win."""
-    return [TINY, *compare.arguments(KNOBS | more | dict(a.split("=", 1) for a in arguments))]
+def command_line(*arguments, base=KNOBS, preset=TINY):
+    """The preset, then the knobs of base, then the arguments, of which later ones win."""
+    places = [a for a in arguments if "=" not in a]
+    pairs = dict(a.split("=", 1) for a in arguments if "=" in a)
+    return [preset, *places, *as_arguments(base | pairs)]
 
 
-@pytest.fixture
-def compared(tmp_path, monkeypatch, data_folder, capsys):
-    """compared('norm=rmsnorm,layernorm', ...) compares in tmp_path/lab: (exit code, stdout, stderr).
-
-    compared.cells has the knobs of every cell started, as a dict.
-    """
-    monkeypatch.setattr("run.DATA", data_folder)
-    monkeypatch.setattr(train, "plot_losses", lambda folder: None)
-    monkeypatch.setattr(report, "draw", lambda study: [])
-
-    def launch(command, threads):
-        run.cells.append(dict(argument.split("=", 1) for argument in command[1:]))
-        return launch_here(command, threads)
-
-    def run(*arguments):
-        run.cells.clear()
-        try:
-            code = compare.main(knobs("steps=2", f"out_dir={tmp_path / 'lab'}", *arguments))
-        except SystemExit as stop:
-            code = stop.code
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    monkeypatch.setattr(compare, "launch", launch)
-    run.cells, run.folder = [], tmp_path / "lab"
-    return run
+def plan(*arguments):
+    return compare.read_plan(command_line(*arguments))
 
 
 def results(folder):
@@ -64,294 +46,113 @@ def results(folder):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def plan(*arguments):
-    return compare.read_plan(knobs(*arguments))
+def rewrite_results(folder, change):
+    """change(record) in place, for each line of results.jsonl."""
+    records = results(folder)
+    for record in records:
+        change(record)
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "results.jsonl").write_text(text)
 
 
-BOTH = ("norm=rmsnorm,layernorm", "equal_time=false")
+@pytest.fixture
+def compared(tmp_path, monkeypatch, data_folder, capsys):
+    """compared('norm=rmsnorm,layernorm', ...) compares in tmp_path/lab: (exit code, stdout,
+    stderr). compared.cells has the knobs of every cell started, compared.threads their threads."""
+
+    def launch(command, threads):
+        run.cells.append(dict(argument.split("=", 1) for argument in command[1:]))
+        run.threads.append(threads)
+        return launch_here(command, threads)
+
+    def run(*arguments, **more):
+        run.cells, run.threads = [], []
+        try:
+            here = f"out_dir={run.folder}"
+            code = compare.main(command_line("steps=2", here, *arguments, **more))
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    run.folder = tmp_path / "lab"
+    # A comparison takes a data set by its name alone.
+    monkeypatch.setattr("run.setup.DATA", data_folder)
+    # A process for each cell would take seconds.
+    monkeypatch.setattr(compare, "launch", launch)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # no plots, which take seconds too
+    return run
 
 
-def test_without_seeds_the_arms_are_only_timed(compared):
-    code, out, err = compared("norm=rmsnorm,layernorm", "seeds=0")
-    assert code == 0 and not compared.cells and "report.md" not in out
-    assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| `")] == [
-        "`rmsnorm`", "`layernorm`", "`no norm`"]
-    assert not (compared.folder / "report.md").exists()
+# The plan
 
 
 def test_the_grid_is_walked_forwards_and_backwards():
-    cells = compare.grid(plan("norm=rmsnorm,layernorm", "learning_rate=1e-3,2e-3", "seeds=3", "seed=5"))
-    there = [("rmsnorm", 1e-3), ("rmsnorm", 2e-3), ("layernorm", 1e-3), ("layernorm", 2e-3)]
+    cells = compare.grid(plan(NORMS, "learning_rate=1e-3,2e-3", "seeds=3", "seed=5"))
+    there = list(itertools.product(("rmsnorm", "layernorm"), (1e-3, 2e-3)))
     assert [(c.arm, c.config.learning_rate, c.config.seed) for c in cells] == [
-        *((*a, 5) for a in there), *((*a, 6) for a in there[::-1]), *((*a, 7) for a in there)]
+        *((*a, 5) for a in there),
+        *((*a, 6) for a in there[::-1]),
+        *((*a, 7) for a in there),
+    ]
     assert len({c.name for c in cells}) == 12
 
 
 def test_arms_are_all_combinations_but_of_the_learning_rate():
-    arms = plan("norm=rmsnorm,layernorm", "learning_rate=1e-3,2e-3", "dropout=0,0.1", "tie_embeddings=true,false").arms
+    lists = (NORMS, "learning_rate=1e-3,2e-3", "dropout=0,0.1", "tie_embeddings=true,false")
+    arms = plan(*lists).arms
     assert len(arms) == 8 and list(arms)[0] == "rmsnorm, dropout=0, tie_embeddings=true"
-    assert arms["layernorm, dropout=0.1, tie_embeddings=true"] == {
-        "norm": "layernorm", "dropout": "0.1", "tie_embeddings": "true"}
+    knobs = {"norm": "layernorm", "dropout": "0.1", "tie_embeddings": "true"}
+    assert arms["layernorm, dropout=0.1, tie_embeddings=true"] == knobs
     assert list(plan("learning_rate=1e-3,2e-3").arms) == ["tiny"]
 
 
 def test_what_is_not_said_is_the_preset_and_five_seeds():
     found = compare.read_plan([])
-    assert str(found.folder) == "out/compare-small" and found.seeds == 5 and found.rates == ["0.006"]
+    assert str(found.folder) == "out/compare-small"
+    assert found.options.seeds == 5 and found.rates == ["0.006"]
     assert str(compare.read_plan([TINY]).folder) == "out/compare-tiny"
 
 
-@pytest.mark.parametrize("name, place", [("run-0.1", "run-0.1"), ("run-0.2", "run-0.2"), ("run", ".")])
+@pytest.mark.parametrize("name, place", [("run-0.1", "run-0.1"), ("run", ".")])
 def test_comparisons_that_begin_from_runs_have_a_folder_each(tmp_path, monkeypatch, name, place):
     (tmp_path / name).mkdir()
-    (tmp_path / name / "config.json").write_text(json.dumps(compare.read_config([TINY]).flat() | {"data": {}}))
+    config = compare.read_config([TINY]).flat() | {"data": {}}
+    (tmp_path / name / "config.json").write_text(json.dumps(config))
     monkeypatch.chdir(tmp_path / name if place == "." else tmp_path)
     assert str(compare.read_plan([place]).folder) == f"out/compare-{name}"
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["norm=rmsnorm,batchnorm"], "norm must be "), (["norm=rmsnorm,"], "norm must be "),
-    (["norm=rmsnorm,rmsnorm"], "norm=rmsnorm,rmsnorm has a value twice"),
-    (["learning_rate=1e-3,1e-3"], "has a value twice"), (["learning_rate=1e-3,0.001"], "has a value twice"),
-    (["learning_rate=1e-3,fast"], "learning_rate must be a number, got 'fast'"),
-    (["learing_rate=1,2"], "did you mean learning_rate?"),
-    (["seed=1,2"], "seed=1,2 cannot be a list: it is the first seed, seeds=N says how many"),
-    (["out_dir=a,b"], "out_dir=a,b cannot be a list"), (["resume=auto"], "leave it out"),
-    (["seeds=-1"], "seeds must be 0 or more"), (["steps=1"], "steps must be 2 or more"),
-    (["jobs=x"], "jobs must be a whole number"), (["equal_time=maybe"], "equal_time must be true or false"),
-    (["n_head=1,3"], "n_head=3, learning_rate=0.001, seed=1337: n_embd=32 must be a multiple"),
-    (["norm=rmsnorm,none", "norm_pos=post"], "none, learning_rate=0.001, seed=1337: norm=none has nothing to place"),
-    (["warmup_iters=2,5"], "warmup_iters=5, learning_rate=0.001, seed=1337: warmup_iters=5 must not be above"),
-    (["vocab_size=0,10"], "vocab_size=10: vocab_size=10 is below the 16 tokens"),
-    (["dataset=gone"], "no such data set"),
-    (["dataset=a,b"], "a,b: no such data set"),
-    (["device=cuda:9"], "is not on this machine"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("watch", "one preset at most, got"),
+        ("norm=rmsnorm,batchnorm", "norm must be "),
+        ("norm=rmsnorm,", "norm must be "),
+        ("norm=rmsnorm,rmsnorm", "norm=rmsnorm,rmsnorm has a value twice"),
+        ("learning_rate=1e-3,0.001", "has a value twice"),
+        ("learning_rate=1e-3,fast", "learning_rate must be a number, got 'fast'"),
+        ("learing_rate=1,2", "did you mean learning_rate?"),
+        ("seed=1,2", "seed=1,2 cannot be a list: it is the first seed, seeds=N says how many"),
+        ("out_dir=a,b", "out_dir=a,b cannot be a list"),
+        ("resume=auto", "leave it out"),
+        ("seeds=-1", "seeds must be 0 or more"),
+        ("steps=1", "steps must be 2 or more"),
+        ("jobs=x", "jobs must be a whole number"),
+        ("equal_time=maybe", "equal_time must be true or false"),
+        ("n_head=1,3", "n_head=3, learning_rate=0.001, seed=1337: n_embd=32 must be a multiple"),
+        ("norm=rmsnorm,none norm_pos=post", "none, learning_rate=0.001, seed=1337: norm=none has "),
+        ("warmup_iters=2,5", "seed=1337: warmup_iters=5 must not be above"),
+        ("vocab_size=0,10", "vocab_size=10: vocab_size=10 is below the 16 tokens"),
+        ("dataset=gone", "no such data set"),
+        ("dataset=a,b", "a,b: no such data set"),
+        ("dataset=data/words", "dataset=data/words may change between two cells"),
+        ("device=cuda:9", "is not on this machine"),
+    ],
+)
 def test_a_bad_comparison_is_one_line_and_nothing_is_made(compared, tmp_path, arguments, words):
-    code, out, err = compared(*arguments)
+    code, out, err = compared(*arguments.split())
     assert code == 2 and compared.cells == [] and list(tmp_path.iterdir()) == []
     assert err.startswith("error: ") and words in err and err.count("\n") == 1 and out == ""
-
-
-def test_a_comparison_trains_times_and_judges(compared):
-    code, out, err = compared(*BOTH, "learning_rate=1e-3,1e-2", "seeds=2")
-    assert code == 0 and err == ""
-    assert [(c["norm"], c["learning_rate"], c["seed"]) for c in compared.cells] == [
-        ("rmsnorm", "1e-3", "1337"), ("rmsnorm", "1e-2", "1337"), ("layernorm", "1e-3", "1337"),
-        ("layernorm", "1e-2", "1337"), ("layernorm", "1e-2", "1338"), ("layernorm", "1e-3", "1338"),
-        ("rmsnorm", "1e-2", "1338"), ("rmsnorm", "1e-3", "1338")]
-    assert all(KNOBS.items() <= cell.items() and cell["resume"] == "auto" for cell in compared.cells)
-    assert all(cell.keys() == KNOBS.keys() | {"norm", "learning_rate", "seed", "out_dir", "resume"}
-               for cell in compared.cells)
-    assert out.count("nats per token\n") == 8 and "rmsnorm, learning rate 0.001, seed 1337: val loss" in out
-    text = (compared.folder / "report.md").read_text()
-    assert text.startswith("# Comparison of norm on words\n\n**At equal steps**") and "**At equal wall-clock**" in text
-    assert "arms 2 x learning rates 2 x seeds 2 from 1337" in text and "1 at once" in text
-    assert out.endswith(f"{compared.folder / 'report.md'}\n")
-
-
-def test_a_finished_cell_keeps_its_curves_but_not_its_weights(compared):
-    compared("seeds=1", "eval_interval=2", "log_interval=3")
-    (cell,), (folder,) = results(compared.folder), (compared.folder / "cells").iterdir()
-    assert {p.name for p in folder.iterdir()} == {"config.json", "log.txt", "metrics.jsonl", "tokenizer.json"}
-    records = train.read_metrics(folder)
-    assert (cell["cell"], cell["steps"], cell["diverged"]) == (folder.name, 4, False)
-    assert (cell["val_loss"], cell["val_bpb"]) == (records[-1]["val_loss"], records[-1]["val_bpb"])
-    assert cell["peak_memory_mb"] == max(r["peak_memory_mb"] for r in records if "loss" in r)
-    one, three, four = (r["step_ms"] for r in records if "loss" in r)  # each is a mean since the record before
-    assert cell["train_seconds"] == pytest.approx((one + 2 * three + four) / 1000)
-    assert cell["parameters"] > 0 and cell["versions"]["torch"] == torch.__version__ and cell["threads"] >= 1
-    assert "step 4/4" in (folder / "log.txt").read_text()
-
-
-def test_finished_cells_are_never_trained_again(compared):
-    compared(*BOTH, "seeds=2")
-    first = results(compared.folder)
-    assert compared(*BOTH, "seeds=2")[0] == 0 and compared.cells == []
-    assert compared(*BOTH, "seeds=3", "log_interval=2")[0] == 0
-    assert [(c["norm"], c["seed"]) for c in compared.cells] == [("rmsnorm", "1339"), ("layernorm", "1339")]
-    compared(*BOTH, "seeds=1", "weight_decay=0")  # other knobs are other cells
-    assert len(compared.cells) == 2 and len({r["cell"] for r in results(compared.folder)}) == 8
-    assert results(compared.folder)[:4] == first
-
-
-def test_a_cell_of_other_code_is_another_cell(compared, monkeypatch):
-    compared(*BOTH, "seeds=1")
-    monkeypatch.setattr(compare, "versions", lambda: {"code": "other"})
-    assert compared(*BOTH, "seeds=1")[0] == 0 and len(compared.cells) == 2
-
-
-def test_a_line_that_a_kill_cut_short_is_cut_off_and_its_cell_trained_again(compared):
-    compared(*BOTH, "seeds=1")
-    whole = (compared.folder / "results.jsonl").read_bytes()
-    (compared.folder / "results.jsonl").write_bytes(whole[:-20])
-    assert compared(*BOTH, "seeds=1")[0] == 0
-    assert [c["norm"] for c in compared.cells] == ["layernorm"]
-    assert [r["arm"] for r in results(compared.folder)] == ["rmsnorm", "layernorm"]
-
-
-def test_a_damaged_line_is_named(compared):
-    compared(*BOTH, "seeds=1")
-    path = compared.folder / "results.jsonl"
-    path.write_text("x" + path.read_text())
-    code, _, err = compared(*BOTH, "seeds=1")
-    assert code == 2 and f"{path} is damaged" in err and err.count("\n") == 1
-
-
-def test_a_cut_comparison_goes_on_in_the_middle_of_a_cell(compared, monkeypatch):
-    launch, batch = compare.launch, train.batch
-
-    def interrupted(data, at, *rest):
-        if at == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return batch(data, at, *rest)
-
-    def both_get_it(command, threads):
-        process = launch(command, threads)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return process
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "batch", interrupted)
-        patch.setattr(compare, "launch", both_get_it)
-        code, _, err = compared(*BOTH, "seeds=1")
-    assert code == 143 and len(compared.cells) == 1 and err.endswith("the same command goes on from here\n")
-    assert compared(*BOTH, "seeds=1")[0] == 0
-    assert len(compared.cells) == 2
-    log = next((compared.folder / "cells").glob("rmsnorm-*/log.txt")).read_text()
-    assert "from step 3" in log and "step 4/4" in log
-
-
-def test_a_signal_while_steps_are_timed_ends_at_once(compared, monkeypatch):
-    monkeypatch.setattr(compare, "first_step", lambda run: os.kill(os.getpid(), signal.SIGINT))
-    assert compared(*BOTH, "seeds=1")[0] == 130 and not (compared.folder / "timing.json").exists()
-    monkeypatch.undo()
-
-
-def test_divergence_is_a_result(compared):
-    code, out, _ = compared(*BOTH, "learning_rate=1e-3,1e9", "seeds=1", "warmup_iters=0", "grad_clip=0")
-    assert code == 0 and out.count("diverged") >= 2
-    lost = [r for r in results(compared.folder) if r["learning_rate"] == 1e9]
-    assert all(r["diverged"] for r in lost) and len(lost) == 2
-    assert "| 1 of 1 diverged | 1e+09 |" in (compared.folder / "report.md").read_text()
-    assert compared(*BOTH, "learning_rate=1e-3,1e9", "seeds=1", "warmup_iters=0", "grad_clip=0")[0] == 0
-    assert compared.cells == []
-
-
-def test_ending_above_the_first_loss_is_divergence(compared, monkeypatch):
-    monkeypatch.setattr(train, "validation_loss", lambda run, interrupts: 99.0)
-    assert compared(*BOTH, "seeds=1")[0] == 0
-    assert [(r["val_loss"], r["diverged"]) for r in results(compared.folder)] == [(99.0, True)] * 2
-
-
-def test_nan_is_divergence_and_the_lines_stay_json(compared, monkeypatch):
-    clip = train.clip_gradients
-    monkeypatch.setattr(train, "clip_gradients", lambda *a: clip(*a) * float("nan"))
-    monkeypatch.setattr(compare.Lab, "time_arms", lambda self: {
-        "seconds": {name: [1.0, 1.0] for name in self.timed}, "micro_batch_size": {}})
-    assert compared(*BOTH, "seeds=1")[0] == 0
-    first = results(compared.folder)[0]
-    assert first["val_loss"] is None and first["diverged"] and first["steps"] == 0
-
-
-def test_arms_that_are_the_same_do_not_differ(compared):
-    code, out, _ = compared("activation_checkpointing=false,true", "seeds=3", "equal_time=false")
-    assert code == 0
-    assert ("**No difference detected** between `activation_checkpointing=true` and `activation_checkpointing=false` "
-            "(+0.0000 nats per token") in out
-
-
-def test_a_cell_that_fails_stops_all_and_shows_its_log(compared, tmp_path, monkeypatch):
-    """In processes of their own, which do not see the data set of the tests."""
-    monkeypatch.undo()
-    monkeypatch.setattr("run.DATA", tmp_path / "data")
-    prepare([str(ROOT / "LICENSE")], tmp_path / "data" / "words", tokenizer="char")
-    code, out, err = compared(*BOTH, "block_size=8", "seeds=1")
-    assert code == 1 and results(compared.folder) == []
-    assert "no such data set" in err and "ended with exit code 2" in err and "Traceback" not in err
-    assert len(list((compared.folder / "cells").iterdir())) == 1
-
-
-def fake_clock(monkeypatch, **seconds):
-    """The timed steps of an arm take in turn as long as is said for its norm; returns the norms as they were timed."""
-    timed, clock = [], {name: itertools.cycle(times) for name, times in seconds.items()}
-    monkeypatch.setattr(compare, "timed_step", lambda run: (timed.append(run.config.model.norm), (
-        0, 0, 0, next(clock[run.config.model.norm])))[1])
-    return timed
-
-
-def test_steps_are_timed_in_turn_and_kept(compared, monkeypatch):
-    timed = fake_clock(monkeypatch, rmsnorm=[0.02], layernorm=[0.02], none=[0.015])
-    compared("norm=rmsnorm,layernorm", "seeds=1", "steps=3")
-    order = ["rmsnorm", "layernorm", "none"]
-    assert timed == (order + order[::-1]) * 3  # three rounds to warm up, three that count
-    text = (compared.folder / "report.md").read_text()
-    assert "| 25.0% (25.0% to 25.0%) |" in text and "| `no norm` | - | 15.00 |" in text
-    compared("norm=rmsnorm,layernorm", "seeds=2", "steps=3")
-    assert len(timed) == 18
-    compared("norm=rmsnorm,layernorm", "seeds=1", "steps=4")
-    assert len(timed) == 18 + 21
-
-
-def test_all_arms_are_timed_compiled_however_many(compared, monkeypatch):
-    from torch._dynamo.utils import counters
-
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    before = counters["frames"]["ok"]
-    eight = "norm=" + ",".join(list(norm.EAGER)[:8])  # and the control: torch gives up after eight by itself
-    lab = compare.Lab(plan(eight, "compile=true", "n_layer=1", "steps=2", f"out_dir={compared.folder}"), "")
-    compared.folder.mkdir()
-    assert len(lab.time_arms()["seconds"]) == counters["frames"]["ok"] - before == 9
-
-
-def test_each_arm_has_the_control_of_its_other_knobs(compared):
-    lab = compare.Lab(plan("norm=rmsnorm,layernorm", "qk_norm=true,false", "dropout=0,0.1", "norm_impl=fused",
-                           "min_lr=1e-4"), "")
-    assert set(lab.timed) - set(lab.plan.arms) == {"no norm, dropout=0", "no norm, dropout=0.1"}
-    assert lab.control["layernorm, qk_norm=true, dropout=0.1"] == "no norm, dropout=0.1"
-    model = lab.timed["no norm, dropout=0.1"].config.model
-    assert (model.norm, model.dropout, model.qk_norm) == ("none", 0.1, False)
-
-
-def test_a_slower_arm_gets_fewer_steps_at_equal_wall_clock(compared, monkeypatch):
-    fake_clock(monkeypatch, rmsnorm=[0.03], layernorm=[0.06], none=[0.03])
-    code, out, _ = compared("norm=rmsnorm,layernorm", "learning_rate=1e-3,1e-2", "seeds=2", "warmup_iters=3")
-    best = min((1e-3, 1e-2), key=lambda rate: sum(
-        r["val_loss"] for r in results(compared.folder)[:8] if (r["arm"], r["learning_rate"]) == ("layernorm", rate)))
-    assert code == 0 and len(compared.cells) == 10
-    assert [(c["norm"], float(c["learning_rate"]), c["seed"], c["max_iters"], c["warmup_iters"])
-            for c in compared.cells[8:]] == [("layernorm", best, seed, "2", "2") for seed in ("1337", "1338")]
-    assert "takes 2.000 times `rmsnorm`'s time per step (95% CI 2.000 to 2.000) and so gets 2 steps" in out
-    assert compared("norm=rmsnorm,layernorm", "learning_rate=1e-3,1e-2", "seeds=2", "warmup_iters=3")[0] == 0
-    assert compared.cells == []
-
-
-def test_an_arm_of_the_same_speed_has_no_cells_of_its_own(compared, monkeypatch):
-    fake_clock(monkeypatch, rmsnorm=[0.03], layernorm=[0.03, 0.06], none=[0.03])  # 1.5 times, or the same
-    _, out, _ = compared("norm=rmsnorm,layernorm", "seeds=1", "steps=4")
-    assert len(compared.cells) == 2 and "the same speed within noise: the verdict at equal steps holds" in out
-
-
-def test_what_is_automatic_is_chosen_once_for_all_cells(compared, monkeypatch):
-    arguments = (*BOTH, "dtype=auto", "compile=auto", "device=auto")
-    choose = choose_dtype
-    monkeypatch.setattr("run.choose_dtype", lambda wanted, device: choose(
-        "float32" if wanted == "auto" else wanted, device))
-    compared(*arguments, "seeds=1")
-    assert [(c["dtype"], c["compile"]) for c in compared.cells] == [("float32", "false")] * 2
-    monkeypatch.setattr("run.choose_dtype", lambda wanted, device: "bfloat16" if wanted == "auto" else wanted)
-    compared(*arguments, "seeds=2")  # on a machine that would choose otherwise
-    assert [(c["dtype"], c["seed"]) for c in compared.cells] == [("float32", "1338")] * 2
-
-
-def test_jobs_share_the_threads(compared, monkeypatch):
-    threads, launch = [], compare.launch
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(compare, "launch", lambda command, n: (threads.append(n), launch(command, n))[1])
-    compared("seeds=3", "jobs=3")
-    assert threads == [2, 2, 2] and [r["threads"] for r in results(compared.folder)] == [2, 2, 2]
-    compared("seeds=4", "jobs=1")
-    assert threads[3:] == [None]
 
 
 def test_list_tells_every_norm_in_a_line(capsys):
@@ -364,66 +165,312 @@ def test_list_tells_every_norm_in_a_line(capsys):
 def test_help_has_the_options_and_every_knob(capsys):
     assert compare.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"  {word}=" in out for word in ("seeds", "jobs", "steps", "equal_time", "norm", "learning_rate"))
+    names = ("seeds", "jobs", "steps", "equal_time", "norm", "learning_rate")
+    assert all(f"  {name}=" in out for name in names) and "python -m lab.compare" in out
 
 
-def test_watch_is_passed_on(monkeypatch):
-    monkeypatch.setattr(compare.watch, "main", lambda argv: argv)
-    assert compare.main(["watch", "out/a", "out/b"]) == ["out/a", "out/b"]
+# Cells
 
 
-@pytest.fixture
-def house(tmp_path, monkeypatch, data_folder):
-    """Cells are processes of their own, of a copy of the program that has the tests' data set."""
-    shutil.copytree(ROOT, tmp_path / "house", ignore=lambda folder, names: {
-        n for n in names if not n.endswith(".py") and not (folder == str(ROOT) and n in ("config", "data"))})
-    shutil.copytree(data_folder / "words", tmp_path / "house" / "data" / "words")
-    monkeypatch.setattr("run.DATA", data_folder)
-    monkeypatch.setattr(train, "__file__", str(tmp_path / "house" / "train.py"))
+def test_a_comparison_trains_times_and_judges(compared):
+    code, out, err = compared(*BOTH, "learning_rate=1e-3,1e-2", "seeds=2")
+    assert code == 0 and err == ""
+    pairs = list(itertools.product(("rmsnorm", "layernorm"), ("1e-3", "1e-2")))
+    order = [(*pair, "1337") for pair in pairs] + [(*pair, "1338") for pair in pairs[::-1]]
+    assert [(c["norm"], c["learning_rate"], c["seed"]) for c in compared.cells] == order
+    own = {"norm", "learning_rate", "seed", "out_dir", "resume"}
+    for cell in compared.cells:
+        assert KNOBS.items() <= cell.items() and cell["resume"] == "auto"
+        assert cell.keys() == KNOBS.keys() | own
+    assert out.count("nats per token\n") == 8
+    assert "rmsnorm, learning rate 0.001, seed 1337: val loss" in out
+    text = (compared.folder / "report.md").read_text()
+    assert text.startswith("# Comparison of norm on words\n\n**At equal steps**")
+    assert "**At equal wall-clock**" in text and "- command: `python -m lab.compare " in text
+    assert "arms 2 x learning rates 2 x seeds 2 from 1337" in text and "1 at once" in text
+    assert out.endswith(f"{compared.folder / 'report.md'}\n")
 
 
-ENDLESS = {"max_iters": "1000000", "save_interval": "0"}
+def test_the_report_tells_how_to_make_the_first_cell_again(compared, capsys):
+    compared(*BOTH, "seeds=1")
+    text = (compared.folder / "report.md").read_text()
+    command = text.split("the first cell's: `")[1].split("`")[0]
+    again = [*shlex.split(command)[2:], f"out_dir={compared.folder / 'again'}"]
+    assert train.main([word for word in again if word != "out_dir=out/again"]) == 0
+    last = read_metrics(compared.folder / "again")[-1]
+    assert last["val_loss"] == results(compared.folder)[0]["val_loss"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals of a terminal")
-def test_ctrl_c_reaches_the_cells_which_save(house, tmp_path, capsys):
-    def press():
-        while not any(train.read_metrics(folder) for folder in tmp_path.glob("lab/cells/*")):
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=press).start()
-    assert compare.main(knobs(*BOTH, "seeds=1", f"out_dir={tmp_path / 'lab'}", **ENDLESS)) == 130
-    assert capsys.readouterr().err == "stopped\nfinished cells are kept, and the same command goes on from here\n"
-    (cell,) = tmp_path.glob("lab/cells/*")
-    assert checkpoint.load_newest(cell)["step"] > 0 and "SIGINT: saved at step" in (cell / "log.txt").read_text()
-
-
-def test_a_cell_saves_and_ends_when_nobody_reads_it_any_more(house, tmp_path):
-    process = compare.launch(knobs(f"out_dir={tmp_path / 'run'}", **ENDLESS), 1)
-    assert os.getsid(process.pid) == process.pid  # the Ctrl-C of a terminal does not reach it a second time
-    while not next(process.stdout).startswith(b"step 1/"):
-        pass
-    process.stdout.close()  # as when we are killed
-    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
-    assert checkpoint.load_newest(tmp_path / "run")["step"] > 0
+def test_a_finished_cell_keeps_its_curves_but_not_its_weights(compared):
+    compared("seeds=1", "eval_interval=2", "log_interval=3")
+    (cell,), (folder,) = results(compared.folder), (compared.folder / "cells").iterdir()
+    kept = {"config.json", "log.txt", "metrics.jsonl", "tokenizer.json"}
+    assert {path.name for path in folder.iterdir()} == kept
+    records = read_metrics(folder)
+    assert (cell["cell"], cell["steps"], cell["diverged"]) == (folder.name, 4, False)
+    assert (cell["val_loss"], cell["val_bpb"]) == (records[-1]["val_loss"], records[-1]["val_bpb"])
+    steps = [record for record in records if "loss" in record]
+    assert cell["peak_memory_mb"] == max(record["peak_memory_mb"] for record in steps)
+    one, three, four = (record["step_ms"] for record in steps)  # means since the record before
+    assert cell["train_seconds"] == pytest.approx((one + 2 * three + four) / 1000)
+    assert cell["parameters"] > 0 and cell["threads"] >= 1
+    assert cell["versions"]["torch"] == torch.__version__
+    assert "step 4/4" in (folder / "log.txt").read_text()
 
 
-def test_two_comparisons_never_write_into_one_folder(compared, tmp_path):
-    with Lock(tmp_path / "lab"):
-        code, _, err = compared("norm=rmsnorm,layernorm", "seeds=1")
+def test_finished_cells_are_never_trained_again(compared):
+    compared(*BOTH, "seeds=2")
+    first = results(compared.folder)
+    assert compared(*BOTH, "seeds=2")[0] == 0 and compared.cells == []
+    assert compared(*BOTH, "seeds=3", "log_interval=2")[0] == 0
+    new = [("rmsnorm", "1339"), ("layernorm", "1339")]
+    assert [(c["norm"], c["seed"]) for c in compared.cells] == new
+    compared(*BOTH, "seeds=1", "weight_decay=0")  # other knobs are other cells
+    assert len(compared.cells) == 2 and len({r["cell"] for r in results(compared.folder)}) == 8
+    assert results(compared.folder)[:4] == first
+
+
+def test_a_cell_of_other_code_is_another_cell(compared):
+    compared(*BOTH, "seeds=1")
+    rewrite_results(compared.folder, lambda record: record["knobs"].update(code="other"))
+    assert compared(*BOTH, "seeds=1")[0] == 0 and len(compared.cells) == 2
+
+
+def test_a_line_that_a_kill_cut_short_is_cut_off_and_its_cell_trained_again(compared):
+    compared(*BOTH, "seeds=1")
+    path = compared.folder / "results.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert compared(*BOTH, "seeds=1")[0] == 0
+    assert [c["norm"] for c in compared.cells] == ["layernorm"]
+    assert [r["arm"] for r in results(compared.folder)] == ["rmsnorm", "layernorm"]
+    path.write_text("x" + path.read_text())
+    code, _, err = compared(*BOTH, "seeds=1")
+    assert code == 2 and f"{path} is damaged" in err and err.count("\n") == 1
+
+
+def test_a_cut_comparison_goes_on_in_the_middle_of_a_cell(compared):
+    """As after a kill at step 3 of the first cell, which had saved at step 2."""
+    cell = compare.grid(plan(NORMS, "seeds=1", "save_interval=2"))[0]
+    folder = compared.folder / "cells" / cell.name
+    assert train.main([TINY, *as_arguments(cell.knobs | {"out_dir": str(folder)})]) == 0
+    checkpoint.path_of(folder, 4).unlink()
+    assert compared(*BOTH, "seeds=1", "save_interval=2")[0] == 0
+    assert len(results(compared.folder)) == 2
+    log = (folder / "log.txt").read_text()
+    assert "from step 2" in log and "step 3/4" in log and "step 2/4" not in log
+
+
+def test_divergence_is_a_result(compared):
+    rates = "learning_rate=1e-3,30,1e38"  # 30 ends above the first loss, 1e38 in NaN
+    wild = (*BOTH, rates, "seeds=1", "warmup_iters=0", "grad_clip=0", "optimizer=adamw")
+    code, out, _ = compared(*wild)
+    assert code == 0 and out.count("diverged") >= 4
+    found = {(r["arm"], r["learning_rate"]): r for r in results(compared.folder)}
+    assert len(found) == 6
+    for (_, rate), record in found.items():
+        assert record["diverged"] == (rate > 1)
+        assert (record["val_loss"] is None) == (rate == 1e38)
+    assert "| 1 of 1 diverged | 30 |" in (compared.folder / "report.md").read_text()
+    assert compared(*wild)[0] == 0 and compared.cells == []
+
+
+def test_nan_before_the_first_record_is_divergence(compared, tmp_path):
+    compared("seeds=1")
+    (folder,) = (compared.folder / "cells").iterdir()
+    (folder / "metrics.jsonl").write_text("")
+    record = compare.result_of(compare.grid(plan("seeds=1"))[0], folder, train.NOT_FINITE)
+    assert record["val_loss"] is None and record["diverged"] and record["steps"] == 0
+
+
+def test_arms_that_are_the_same_do_not_differ(compared):
+    code, out, _ = compared("activation_checkpointing=false,true", "seeds=3", "equal_time=false")
+    same = "`activation_checkpointing=true` and `activation_checkpointing=false`"
+    assert code == 0
+    assert f"**No difference detected** between {same} (+0.0000 nats per token" in out
+
+
+def test_a_cell_that_fails_stops_all_and_shows_its_log(compared):
+    first = compare.grid(plan(NORMS, "seeds=1"))[0]
+    with Lock(compared.folder / "cells" / first.name):
+        code, _, err = compared(*BOTH, "seeds=1")
+    assert code == 1 and results(compared.folder) == [] and len(compared.cells) == 1
+    assert "is in use by process" in err and "ended with exit code 2" in err
+    assert err.endswith("finished cells are kept, and the same command goes on from here\n")
+
+
+def test_what_is_automatic_is_chosen_once_for_all_cells(compared):
+    automatic = (*BOTH, "dtype=auto", "compile=auto", "device=auto")
+    compared(*automatic, "seeds=1")
+    (dtype, other) = {(c["dtype"], c["compile"]) for c in compared.cells}.pop()
+    assert dtype in ("float32", "bfloat16") and other == "false"
+    # As on a machine that would choose the other one now.
+    before = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
+    rewrite_results(compared.folder, lambda record: record.update(dtype=before))
+    compared(*automatic, "seeds=2")
+    assert [(c["dtype"], c["seed"]) for c in compared.cells] == [(before, "1338")] * 2
+
+
+def test_jobs_share_the_threads(compared):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        compared("seeds=2", "jobs=2")
+        assert compared.threads == [2, 2]
+        assert [r["threads"] for r in results(compared.folder)] == [2, 2]
+        compared("seeds=3", "jobs=1")
+        assert compared.threads == [None]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_two_comparisons_never_write_into_one_folder(compared):
+    with Lock(compared.folder):
+        code, _, err = compared(NORMS, "seeds=1")
     assert code == 2 and "lab is in use by process" in err and not compared.cells
 
 
-def test_ways_to_fine_tune_can_be_compared(compared, tmp_path, monkeypatch, data_folder):
+def test_ways_to_fine_tune_can_be_compared(compared, tmp_path):
     base = tmp_path / "base"
-    assert train.main(knobs(out_dir=str(base))) == 0
+    assert train.main(command_line(f"out_dir={base}")) == 0
     preset = tmp_path / "tune.py"
     preset.write_text(f"init_from = {str(base)!r}\n")
-    fine = {name: text for name, text in KNOBS.items() if not name.startswith("n_") and name != "block_size"}
-    monkeypatch.setattr("test_compare.TINY", str(preset))
-    monkeypatch.setattr("test_compare.KNOBS", fine)
-    code, out, error = compared("lora_rank=0,2", "seeds=1")
-    assert code == 0, error
-    assert {cell.get("lora_rank") for cell in compared.cells} == {"0", "2"}
-    assert "no norm" not in out
+    shape = ("n_layer", "n_head", "n_embd", "n_hidden", "block_size")
+    fine = {name: text for name, text in KNOBS.items() if name not in shape}
+    code, out, err = compared("lora_rank=0,2", "seeds=1", base=fine, preset=str(preset))
+    assert code == 0, err
+    assert {cell.get("lora_rank") for cell in compared.cells} == {"0", "2"} and "no norm" not in out
+
+
+# Timing
+
+
+def fake_clock(monkeypatch, **seconds):
+    """The timed steps of an arm take in turn as long as is said for its norm; returns the norms in
+    the order in which they are timed."""
+    timed, clock = [], {name: itertools.cycle(times) for name, times in seconds.items()}
+
+    def seconds_of_step(run):
+        timed.append(run.config.model.norm)
+        return next(clock[run.config.model.norm])
+
+    # Real times differ from call to call, and the verdicts would differ with them.
+    monkeypatch.setattr(compare, "seconds_of_step", seconds_of_step)
+    return timed
+
+
+def test_without_seeds_the_arms_are_only_timed(compared):
+    code, out, _ = compared(NORMS, "seeds=0")
+    assert code == 0 and not compared.cells and "report.md" not in out
+    arms = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| `")]
+    assert arms == ["`rmsnorm`", "`layernorm`", "`no norm`"]
+    assert not (compared.folder / "report.md").exists()
+
+
+def test_steps_are_timed_in_turn_and_kept(compared, monkeypatch):
+    timed = fake_clock(monkeypatch, rmsnorm=[0.02], layernorm=[0.02], none=[0.015])
+    compared(NORMS, "seeds=1", "steps=4")
+    order = ["rmsnorm", "layernorm", "none"]
+    assert timed == (order + order[::-1]) * 4  # four rounds that do not count, and four that do
+    text = (compared.folder / "report.md").read_text()
+    assert "| 25.0% (25.0% to 25.0%) |" in text and "| `no norm` | - | 15.00 |" in text
+    compared(NORMS, "seeds=2", "steps=4")
+    assert len(timed) == 24
+    compared(NORMS, "seeds=1", "steps=5")
+    assert len(timed) == 24 + 27
+
+
+def test_all_arms_are_timed_compiled_however_many(compared, no_code):
+    from torch._dynamo.utils import counters
+
+    before = counters["frames"]["ok"]
+    eight = "norm=" + ",".join(list(norm.EAGER)[:8])  # and the control: the ninth is one too many
+    out_dir = f"out_dir={compared.folder}"
+    lab = compare.Lab(plan(eight, "compile=true", "n_layer=1", "steps=2", out_dir), "")
+    compared.folder.mkdir()
+    assert len(lab.time_arms()["seconds"]) == counters["frames"]["ok"] - before == 9
+
+
+def test_each_arm_has_the_control_of_its_other_knobs(compared):
+    lists = (NORMS, "qk_norm=true,false", "dropout=0,0.1")
+    lab = compare.Lab(plan(*lists, "norm_impl=fused", "min_lr=1e-4"), "")
+    assert set(lab.timed) - set(lab.plan.arms) == {"no norm, dropout=0", "no norm, dropout=0.1"}
+    assert lab.control["layernorm, qk_norm=true, dropout=0.1"] == "no norm, dropout=0.1"
+    model = lab.timed["no norm, dropout=0.1"].config.model
+    assert (model.norm, model.dropout, model.qk_norm) == ("none", 0.1, False)
+
+
+def test_a_slower_arm_gets_fewer_steps_at_equal_wall_clock(compared, monkeypatch):
+    fake_clock(monkeypatch, rmsnorm=[0.03], layernorm=[0.06], none=[0.03])
+    arguments = (NORMS, "learning_rate=1e-3,1e-2", "seeds=2", "warmup_iters=3")
+    code, out, _ = compared(*arguments)
+    assert code == 0 and len(compared.cells) == 10
+    losses = {1e-3: 0.0, 1e-2: 0.0}
+    for record in results(compared.folder)[:8]:
+        if record["arm"] == "layernorm":
+            losses[record["learning_rate"]] += record["val_loss"]
+    best = min(losses, key=losses.get)
+    for cell, seed in zip(compared.cells[8:], ("1337", "1338"), strict=True):
+        assert (cell["norm"], float(cell["learning_rate"]), cell["seed"]) == (
+            "layernorm",
+            best,
+            seed,
+        )
+        assert (cell["max_iters"], cell["warmup_iters"]) == ("2", "2")
+    slower = "takes 2.000 times `rmsnorm`'s time per step (95% CI 2.000 to 2.000)"
+    assert f"{slower} and so gets 2 steps" in out
+    assert compared(*arguments)[0] == 0 and compared.cells == []
+
+
+def test_an_arm_of_the_same_speed_has_no_cells_of_its_own(compared, monkeypatch):
+    # It takes 1.5 times as long, or the same, within a wide interval.
+    fake_clock(monkeypatch, rmsnorm=[0.03], layernorm=[0.03, 0.06], none=[0.03])
+    _, out, _ = compared(NORMS, "seeds=1", "steps=4")
+    assert len(compared.cells) == 2
+    assert "the same speed within noise: the verdict at equal steps holds" in out
+
+
+def test_a_signal_while_steps_are_timed_ends_at_once(compared, monkeypatch):
+    # Timing is too short to hit it from outside.
+    monkeypatch.setattr(compare, "warm_up", lambda run: os.kill(os.getpid(), signal.SIGINT))
+    assert compared(*BOTH, "seeds=1")[0] == 130 and not (compared.folder / "timing.json").exists()
+
+
+# Processes
+
+ENDLESS = KNOBS | {"max_iters": "1000000", "save_interval": "0"}
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of a terminal")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_when_a_comparison_is_stopped_or_killed_its_cell_saves(tmp_path, data_folder, number, code):
+    """In a copy of the program that has the data set of the tests."""
+    house, out = tmp_path / "house", tmp_path / "lab"
+    for name in ("config", "data", "exchange", "lab", "run", "weights"):
+        shutil.copytree(ROOT / name, house / name, ignore=shutil.ignore_patterns("*.bin", "__py*"))
+    for name in ("train", "model", "norm", "sample"):
+        shutil.copy(ROOT / f"{name}.py", house)
+    shutil.copytree(data_folder / "words", house / "data" / "words")
+    words = command_line(*BOTH, "seeds=1", f"out_dir={out}", base=ENDLESS)
+    command = [sys.executable, "-m", "lab.compare", *words]
+    process = subprocess.Popen(command, cwd=house, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: any(read_metrics(folder) for folder in out.glob("cells/*")))
+        process.send_signal(number)  # to it alone: the cell is in a session of its own
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    (cell,) = out.glob("cells/*")
+    wait_for(lambda: checkpoint.all_in(cell) and not (cell / ".lock").exists())
+    assert checkpoint.load_newest(cell)["step"] > 0
+    if number == signal.SIGINT:
+        hint = "finished cells are kept, and the same command goes on from here"
+        assert err == f"stopped\n{hint}\n"
+        assert "SIGINT: saved at step" in (cell / "log.txt").read_text()

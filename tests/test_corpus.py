@@ -6,11 +6,21 @@ from pathlib import Path
 import pytest
 
 import data.corpus as corpus
-from data.corpus import documents, hub_stream, open_corpus, python_source, split_of, text_file
+from data.corpus import CHUNK, documents, hub_stream, open_corpus, python_source, split_of
 
 
 def joined(source, split):
     return "".join(piece.text for piece in source.pieces() if piece.split == split)
+
+
+def texts_of(source):
+    return [piece.text for piece in source.pieces()]
+
+
+def one_text(path, content):
+    """The corpus of one text file with this content."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return open_corpus([str(path)])
 
 
 def in_one_line(call, match, kind=ValueError):
@@ -20,45 +30,51 @@ def in_one_line(call, match, kind=ValueError):
 
 
 def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts), encoding="utf-8")
+    path.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts))
     return path
 
 
 def test_a_text_file_is_split_at_ninety_percent_of_its_bytes(tmp_path):
-    (tmp_path / "a.txt").write_text("0123456789" * 101)
-    source = text_file(tmp_path / "a.txt")
-    assert joined(source, "train") == ("0123456789" * 101)[:int(1010 * 0.9)]
-    assert joined(source, "val") == ("0123456789" * 101)[int(1010 * 0.9):]
+    text = "0123456789" * 101
+    source = one_text(tmp_path / "a.txt", text)
+    assert (joined(source, "train"), joined(source, "val")) == (text[:909], text[909:])
     assert source.name == "a" and str(tmp_path) not in source.source
 
 
 @pytest.mark.parametrize("size", range(10, 30))
 def test_the_split_cuts_no_character(tmp_path, size):
     text = "\U0001f600\u4f60a\u00e9" * size
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    source = text_file(tmp_path / "a.txt")
-    assert joined(source, "train") + joined(source, "val") == text
-    assert 0 <= len(joined(source, "train").encode()) - int(len(text.encode()) * 0.9) <= 3
+    source = one_text(tmp_path / "a.txt", text)
+    train = joined(source, "train")
+    assert train + joined(source, "val") == text
+    assert 0 <= len(train.encode()) - int(len(text.encode()) * 0.9) <= 3
 
 
-def test_a_text_is_read_in_chunks_and_kept_exactly(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "CHUNK", 7)  # cuts inside characters
-    text = "\ufeffone\r\ntwo\rthree\n\0\t" + "\U0001f600\u4f60\u00e9x" * 20
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    pieces = list(text_file(tmp_path / "a.txt").pieces())
+@pytest.mark.parametrize("shift", range(4))
+def test_a_text_is_read_in_chunks_and_kept_exactly(tmp_path, shift):
+    """The chunks end inside of characters, whose bytes are 4, 3 and 2."""
+    begin = "\ufeffone\r\ntwo\rthree\n\0\t" + "x" * shift
+    text = begin + "\U0001f600\u4f60\u00e9" * (CHUNK // 4)
+    pieces = list(one_text(tmp_path / "a.txt", text).pieces())
     assert "".join(piece.text for piece in pieces) == text
-    assert max(len(piece.text.encode()) for piece in pieces) < 7 + 4
-    splits = ["none"] + [piece.split for piece in pieces]
-    assert [piece.start for piece in pieces] == [splits[i] != splits[i + 1] for i in range(len(pieces))]
+    assert max(len(piece.text.encode()) for piece in pieces) < CHUNK + 4
+    assert [(piece.split, piece.start) for piece in pieces] == [
+        ("train", True),
+        ("train", False),
+        ("train", False),
+        ("val", True),
+    ]
 
 
-@pytest.mark.parametrize("at", [0, 5, 6, 13, 14, 20, 99])
-def test_what_is_not_utf8_is_named_with_its_byte(tmp_path, monkeypatch, at):
-    monkeypatch.setattr(corpus, "CHUNK", 7)
-    (tmp_path / "a.txt").write_bytes(b"x" * at + b"\xe9" + b"y" * (120 - at))
-    in_one_line(lambda: text_file(tmp_path / "a.txt"), f"a.txt: byte {at} is not UTF-8")
-    (tmp_path / "b.txt").write_bytes(b"x" * 50 + b"\xe4\xbd")  # a character that the end of the file cuts
-    in_one_line(lambda: text_file(tmp_path / "b.txt"), "b.txt: byte 50 is not UTF-8")
+@pytest.mark.parametrize("at", [0, 5, CHUNK - 1, CHUNK, 2 * CHUNK - 2, 2 * CHUNK])
+def test_what_is_not_utf8_is_named_with_its_byte(tmp_path, at):
+    bad = one_text(tmp_path / "a.txt", b"x" * at + b"\xe9" + b"y" * (2 * CHUNK + 99 - at))
+    in_one_line(lambda: bad, f"a.txt: byte {at} is not UTF-8")
+
+
+def test_a_character_that_the_end_of_the_file_cuts_is_not_utf8(tmp_path):
+    bad = one_text(tmp_path / "b.txt", b"x" * 50 + b"\xe4\xbd")
+    in_one_line(lambda: bad, "b.txt: byte 50 is not UTF-8")
 
 
 def test_a_file_of_a_folder_is_a_document_in_one_split(tmp_path):
@@ -67,12 +83,14 @@ def test_a_file_of_a_folder_is_a_document_in_one_split(tmp_path):
     texts = {f"deep/{i}.txt": f"text {i} " * 9 for i in range(40)} | {"0.md": "first"}
     for name, text in texts.items():
         (folder / name).write_text(text)
-    source = documents([folder])
+    source = open_corpus([str(folder)])
     pieces = list(source.pieces())
-    assert sorted(piece.text for piece in pieces) == sorted(texts.values()) and all(piece.start for piece in pieces)
+    assert sorted(piece.text for piece in pieces) == sorted(texts.values())
+    assert all(piece.start for piece in pieces)
     assert {piece.split for piece in pieces} == {"train", "val"}
-    assert pieces == list(documents([folder]).pieces()) and source.name == "books"
-    assert source.size == sum(map(len, texts.values())) and source.source == "41 files of books, split by document"
+    assert pieces == list(documents([folder]).pieces())
+    assert (source.name, source.source) == ("books", "41 files of books, split by document")
+    assert source.size == sum(map(len, texts.values()))
 
 
 def test_two_files_are_enough_for_both_splits(tmp_path):
@@ -83,39 +101,45 @@ def test_two_files_are_enough_for_both_splits(tmp_path):
         assert {piece.split for piece in documents(paths).pieces()} == {"train", "val"}
 
 
-@pytest.mark.parametrize("texts", [["a" * 5000], ["a" * 5000, "b" * 30], ["a" * 5000] + ["b" * 9] * 60, ["a" * 99] * 3],
-                         ids=["one", "two", "one giant", "three"])
+@pytest.mark.parametrize(
+    "sizes",
+    [[5000], [5000, 30], [5000] + [9] * 60, [99] * 3],
+    ids=["one", "two", "one giant", "three"],
+)
 @pytest.mark.parametrize("kind", ["files", "rows"])
-def test_few_or_unequal_documents_are_each_cut_at_ninety_percent(tmp_path, texts, kind):
+def test_few_or_unequal_documents_are_each_cut_at_ninety_percent(tmp_path, sizes, kind):
     (tmp_path / "mine").mkdir()
+    texts = ["ab"[i % 2] * size for i, size in enumerate(sizes)]
     if kind == "rows":
         write_jsonl(tmp_path / "mine" / "r.jsonl", texts)
-    for i, text in enumerate(texts if kind == "files" else []):
-        (tmp_path / "mine" / f"{i}.txt").write_text(text)
+    else:
+        for i, text in enumerate(texts):
+            (tmp_path / "mine" / f"{i}.txt").write_text(text)
     source = documents([tmp_path / "mine"])
     pieces = list(source.pieces())
-    assert sorted(piece.text for piece in pieces) == sorted(
-        part for text in texts for part in (text[:int(len(text) * 0.9)], text[int(len(text) * 0.9):]))
+    cuts = [(text[: int(len(text) * 0.9)], text[int(len(text) * 0.9) :]) for text in texts]
+    for i, split in enumerate(("train", "val")):
+        found = sorted(piece.text for piece in pieces if piece.split == split)
+        assert found == sorted(cut[i] for cut in cuts)
     assert all(piece.start for piece in pieces) and pieces == list(source.pieces())
-    assert sum(len(piece.text) for piece in pieces if piece.split == "val") == sum(-(-len(t) // 10) for t in texts)
     assert source.source.endswith(" of mine, few or unequal, so each is cut 90/10")
-    assert source.size == sum(map(len, texts))
+    assert source.size == sum(sizes)
 
 
 def test_files_of_the_same_name_are_all_taken(tmp_path):
-    for name in ("a", "b", "c"):
+    for name in "abc":
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.txt").write_text(name)
-    pieces = documents([tmp_path / name / "x.txt" for name in "abc"]).pieces()
-    assert sorted(piece.text for piece in pieces) == ["a", "b", "c"]
+    assert sorted(texts_of(documents([tmp_path / n / "x.txt" for n in "abc"]))) == ["a", "b", "c"]
 
 
 def test_binary_hidden_and_empty_files_of_a_folder_are_skipped(tmp_path, capsys):
-    for name, content in [("a.txt", b"a"), ("b", b"b"), ("x.png", b"\x89PNG\r\n\0"), ("e.txt", b""), (".hidden", b"h")]:
-        (tmp_path / name).write_bytes(content)
     (tmp_path / ".git").mkdir()
-    (tmp_path / ".git" / "config").write_text("c")
-    assert sorted(piece.text for piece in documents([tmp_path]).pieces()) == ["a", "b"]
+    files = {"a.txt": b"a", "b": b"b", "x.png": b"\x89PNG\r\n\0", "e.txt": b""}
+    files |= {".hidden": b"h", ".git/config": b"c"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    assert sorted(texts_of(documents([tmp_path]))) == ["a", "b"]
     assert "skipped 1 binary file" in capsys.readouterr().out
 
 
@@ -126,7 +150,7 @@ def test_links_out_of_a_folder_are_left_out(tmp_path, capsys):
     (folder / "a.txt").write_text("mine")
     (folder / "inside.txt").symlink_to(folder / "a.txt")
     (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
-    assert "".join(piece.text for piece in open_corpus([str(folder)]).pieces()) == "minemine"
+    assert "".join(texts_of(open_corpus([str(folder)]))) == "minemine"
     assert "skipped 1 links to files outside of it" in capsys.readouterr().out
 
 
@@ -138,27 +162,35 @@ def test_each_line_of_jsonl_is_a_document(tmp_path):
     assert 5 < sum(piece.split == "val" for piece in pieces) < 40
 
 
-@pytest.mark.parametrize("line", [
-    "{}", "[1]", "3", "{", '{"text": 3}', '{"text": null}', '{"text": "\\ud800"}', "\udcff", "[" * 100_000])
+BAD_LINES = ["{}", "[1]", "3", "{", '{"text": 3}', '{"text": null}', '{"text": "\\ud800"}']
+
+
+@pytest.mark.parametrize("line", [*BAD_LINES, "\udcff", "[" * 100_000])
 def test_a_bad_line_of_jsonl_is_named(tmp_path, line):
     path = tmp_path / "r.jsonl"
     path.write_bytes(b'{"text": "good"}\n\n' + line.encode(errors="surrogateescape") + b"\n")
-    in_one_line(lambda: open_corpus([str(path)]), "r.jsonl: line 3 is not a JSON object with a 'text' string")
+    match = "r.jsonl: line 3 is not a JSON object with a 'text' string"
+    in_one_line(lambda: open_corpus([str(path)]), match)
 
 
 def test_each_row_of_parquet_is_a_document(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow reads parquet")
     from pyarrow import parquet
+
+    def write(name, **columns):
+        parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
+
     texts = [f"row {i}" for i in range(2500)]
-    parquet.write_table(pyarrow.table({"text": texts, "n": list(range(2500))}), tmp_path / "r.parquet")
-    assert [piece.text for piece in open_corpus([str(tmp_path / "r.parquet")]).pieces()] == texts
-    parquet.write_table(pyarrow.table({"words": texts}), tmp_path / "no.parquet")
-    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
-    parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "null.parquet")
+    write("r", text=texts, n=list(range(2500)))
+    assert texts_of(open_corpus([str(tmp_path / "r.parquet")])) == texts
+    write("no", words=texts)
+    write("numbers", text=[1, 2])
+    write("null", text=["a", None])
     (tmp_path / "garbage.parquet").write_bytes(b"garbage")
     for name in ("no", "numbers", "null", "garbage"):
-        path = tmp_path / f"{name}.parquet"
-        in_one_line(lambda path=path: open_corpus([str(path)]), f"{name}.parquet: not a parquet file with strings")
+        sources = [str(tmp_path / f"{name}.parquet")]
+        match = f"{name}.parquet: not a parquet file with strings"
+        in_one_line(lambda sources=sources: open_corpus(sources), match)
 
 
 def test_the_python_source_is_the_standard_library_without_its_tests():
@@ -177,6 +209,7 @@ def test_the_python_source_is_the_standard_library_without_its_tests():
 
 @pytest.fixture
 def pretend_shakespeare(tmp_path, monkeypatch):
+    """A local file in place of the download, so that no test needs the network."""
     content = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 20
     (tmp_path / "input.txt").write_bytes(content)
     monkeypatch.setattr(corpus, "SHAKESPEARE", (tmp_path / "input.txt").as_uri())
@@ -187,32 +220,35 @@ def pretend_shakespeare(tmp_path, monkeypatch):
 def test_shakespeare_is_split_as_the_same_local_file_is(pretend_shakespeare):
     source = open_corpus(["shakespeare"])
     assert source.name == "shakespeare" and source.tokenizer == "char"
-    assert list(source.pieces()) == list(text_file(pretend_shakespeare).pieces())
+    assert list(source.pieces()) == list(open_corpus([str(pretend_shakespeare)]).pieces())
 
 
-def test_a_download_of_something_else_is_refused(pretend_shakespeare):
+def test_a_download_that_fails_or_is_something_else_is_one_error_line(pretend_shakespeare):
     pretend_shakespeare.write_text("<html>please log in</html>")
     in_one_line(lambda: open_corpus(["shakespeare"]), "not tinyshakespeare")
-
-
-def test_without_network_shakespeare_says_how_to_use_a_local_file(pretend_shakespeare):
     pretend_shakespeare.unlink()
-    in_one_line(lambda: open_corpus(["shakespeare"]), "prepare.py input.txt name=shakespeare tokenizer=char", OSError)
+    match = "prepare.py input.txt name=shakespeare tokenizer=char"
+    in_one_line(lambda: open_corpus(["shakespeare"]), match, OSError)
 
 
 def test_a_stream_gives_the_rows_of_a_hugging_face_data_set(tmp_path, monkeypatch):
     pytest.importorskip("datasets", reason="datasets streams from Hugging Face")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    path = write_jsonl(tmp_path / "rows.jsonl", [f"row {i}" for i in range(300)])
+    texts = [f"row {i}" for i in range(300)]
+    path = write_jsonl(tmp_path / "rows.jsonl", texts)
     source = hub_stream("rows", "json", "byte", data_files=[str(path)])
-    assert [piece.text for piece in source.pieces()] == [f"row {i}" for i in range(300)] and source.stream
+    assert texts_of(source) == texts and source.stream
     assert {piece.split for piece in source.pieces()} == {"train", "val"}
 
 
-@pytest.mark.parametrize("name, path, config, tokenizer", [
-    ("tinystories", "roneneldan/TinyStories", {}, "sentencepiece"),
-    ("fineweb-edu", "HuggingFaceFW/fineweb-edu", {"name": "sample-10BT"}, "tiktoken:gpt2")])
-def test_the_named_streams_ask_for_the_right_data(monkeypatch, name, path, config, tokenizer):
+STREAMS = {
+    "tinystories": ("roneneldan/TinyStories", {}, "sentencepiece"),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", {"name": "sample-10BT"}, "tiktoken:gpt2"),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_the_named_streams_ask_for_the_right_data(monkeypatch, name):
     datasets = pytest.importorskip("datasets", reason="datasets streams from Hugging Face")
     asked = []
 
@@ -220,10 +256,11 @@ def test_the_named_streams_ask_for_the_right_data(monkeypatch, name, path, confi
         asked.append((words, options))
         return [{"text": "a"}]
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset", load)  # it would use the network
+    path, options, tokenizer = STREAMS[name]
     source = open_corpus([name])
-    assert [piece.text for piece in source.pieces()] == ["a"] and source.tokenizer == tokenizer
-    assert asked == [((path,), config | {"split": "train", "streaming": True})]
+    assert texts_of(source) == ["a"] and source.tokenizer == tokenizer
+    assert asked == [((path,), options | {"split": "train", "streaming": True})]
 
 
 def test_a_stream_that_breaks_says_to_run_again(tmp_path):
@@ -233,5 +270,5 @@ def test_a_stream_that_breaks_says_to_run_again(tmp_path):
 
 
 def test_an_unknown_source_is_one_error_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not a file or folder, nor one of python, shakespeare, tinystories"):
-        open_corpus([str(tmp_path / "nothing")])
+    match = "is not a file or folder, nor one of python, shakespeare, tinystories"
+    in_one_line(lambda: open_corpus([str(tmp_path / "nothing")]), match, FileNotFoundError)

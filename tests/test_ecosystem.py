@@ -1,10 +1,13 @@
-"""Other people's programs on an exported folder. Slow, and they need those programs, so not part of `make test`:
+"""Other people's programs on an exported folder. Slow, and they need those programs, so not part of
+`make test`:
 
-    pip install llama-cpp-python gguf "lm-eval[hf]"
-    LLAMA_CPP=PATH-OF-ITS-SOURCES python -m pytest -m slow
+pip install llama-cpp-python gguf "lm-eval[hf]"
+LLAMA_CPP=PATH-OF-ITS-SOURCES python -m pytest -m slow
 """
 
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,8 +18,8 @@ import torch
 from test_hf import LLAMA3, model_of, run_hf, save_run
 
 from data.tokenizer import train_sentencepiece
-from generate import generate
-from weights import load_model
+from sample import generate
+from weights.open import load_model
 
 TEXT = Path(json.__file__).read_text(encoding="utf-8")
 TASK = """task: own_text
@@ -30,11 +33,15 @@ metric_list: [{metric: bits_per_byte}]
 """
 
 
-@pytest.fixture(params=[{}, {"n_kv_head": 2, "tie_embeddings": True, "head_dim": 24, **LLAMA3}], ids=["plain", "GQA"])
+@pytest.fixture(
+    params=[{}, {"n_kv_head": 2, "tie_embeddings": True, "head_dim": 24, **LLAMA3}],
+    ids=["plain", "GQA"],
+)
 def exported(tmp_path, request):
     """A run with random weights and a SentencePiece tokenizer, and what hf.py made of it."""
     tokenizer = train_sentencepiece([TEXT], 500)
-    run = save_run(tmp_path / "run", model_of(vocab_size=tokenizer.vocab_size, **request.param), tokenizer)
+    model = model_of(vocab_size=tokenizer.vocab_size, **request.param)
+    run = save_run(tmp_path / "run", model, tokenizer)
     assert run_hf("export", run, tmp_path / "out") == 0
     return run, tmp_path / "out"
 
@@ -46,16 +53,27 @@ def test_llama_cpp_converts_it_and_computes_the_same(exported, tmp_path):
     if not (sources / "convert_hf_to_gguf.py").exists():
         pytest.skip(f"no converter in {sources}")
     run, folder = exported
-    subprocess.run([sys.executable, sources / "convert_hf_to_gguf.py", folder, "--outfile", tmp_path / "x.gguf",
-                    "--outtype", "f32"], check=True, env=os.environ | {"PYTHONPATH": str(sources / "gguf-py")})
-    theirs = llama_cpp.Llama(str(tmp_path / "x.gguf"), n_ctx=256, logits_all=True, verbose=False, flash_attn=False,
-                             type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32)
+    converter = [sys.executable, sources / "convert_hf_to_gguf.py", folder]
+    subprocess.run(
+        [*converter, "--outfile", tmp_path / "x.gguf", "--outtype", "f32"],
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(sources / "gguf-py")},
+    )
+    theirs = llama_cpp.Llama(
+        str(tmp_path / "x.gguf"),
+        n_ctx=256,
+        logits_all=True,
+        verbose=False,
+        flash_attn=False,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+    )
     model, tokenizer, _ = load_model(run)
     ids = [tokenizer.bos_id, *tokenizer.encode(TEXT)]
     assert theirs.tokenize(TEXT.encode(), add_bos=True, special=False) == ids
     theirs.eval(ids[:200])
     with torch.inference_mode():
-        wanted = model.eval()(torch.tensor([ids[:200]]))[0]
+        wanted = model(torch.tensor([ids[:200]]))[0]
     assert (torch.from_numpy(theirs.scores[:200]) - wanted).abs().max() <= 5e-5
     theirs.reset()
     theirs.eval(ids[:8])
@@ -63,7 +81,7 @@ def test_llama_cpp_converts_it_and_computes_the_same(exported, tmp_path):
     for _ in range(200):
         found.append(int(theirs.scores[theirs.n_tokens - 1].argmax()))
         theirs.eval(found[-1:])
-    assert found == [i for i, in generate(model, ids[:8], 200, temperature=0)]
+    assert found == [i for (i,) in generate(model, ids[:8], 200, temperature=0)]
 
 
 @pytest.mark.slow
@@ -78,14 +96,23 @@ def test_lm_evaluation_harness_finds_our_bits_per_byte(exported, tmp_path):
     (tmp_path / "task").mkdir()
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
     (tmp_path / "task" / "own_text.yaml").write_text(TASK % (tmp_path / "text.jsonl"))
-    subprocess.run([sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args",
-                    f"pretrained={folder},add_bos_token=False", "--include_path", tmp_path / "task",
-                    "--tasks", "own_text", "--device", "cpu", "--output_path", tmp_path / "found"],
-                   check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    options = {
+        "--model": "hf",
+        "--model_args": f"pretrained={folder},add_bos_token=False",
+        "--include_path": tmp_path / "task",
+        "--tasks": "own_text",
+        "--device": "cpu",
+        "--output_path": tmp_path / "found",
+    }
+    subprocess.run(
+        [sys.executable, "-m", "lm_eval", *itertools.chain(*options.items())],
+        check=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
     (report,) = (tmp_path / "found").rglob("results_*.json")
     found = json.loads(report.read_text())["results"]["own_text"]["bits_per_byte,none"]
     with torch.inference_mode():
         ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(text)])
         x, y = ids[:-1].view(-1, block), ids[1:].view(-1, block)
-        nats = model.eval()(x, y).item() * y.numel()
-    assert found == pytest.approx(nats / torch.log(torch.tensor(2.0)).item() / len(text.encode()), rel=1e-5)
+        bits = model(x, y).item() * y.numel() / math.log(2)
+    assert found == pytest.approx(bits / len(text.encode()), rel=1e-5)

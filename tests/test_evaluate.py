@@ -1,10 +1,13 @@
-"""evaluate.py: the loss is that of training to the digit, its units are right, and other data is refused."""
+"""evaluate.py: the loss is that of training to the digit, its units are right, and other data is
+refused.
+"""
 
 import json
 import math
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-import evaluate
-import metrics
 import sample
 from data.loader import open_dataset
 from data.prepare import prepare
-from evaluate import Evaluation, mean_loss, open_known
 from model import Decoder, ModelConfig
-from weights import hf_name
+from run import evaluate
+from run.evaluate import Evaluation, mean_loss, open_known_dataset
+from run.metrics import read_metrics
+from weights.hf_folder import hf_name
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +33,14 @@ def data(data_folder, monkeypatch):
 
 
 def model_for(data, **knobs) -> Decoder:
-    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_hidden": 24, "block_size": 32,
-             "vocab_size": open_dataset(data).meta["vocab_size"]}
+    shape = {
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 16,
+        "n_hidden": 24,
+        "block_size": 32,
+        "vocab_size": open_dataset(data).meta["vocab_size"],
+    }
     return Decoder(ModelConfig(**(shape | knobs)))
 
 
@@ -40,12 +49,24 @@ def hf_folder(folder, model, data):
     config = model.config
     folder.mkdir()
     shutil.copy(data / "tokenizer.json", folder)
-    save_file({hf_name(name): p.detach() for name, p in model.named_parameters()}, folder / "model.safetensors")
-    about = {"model_type": "llama", "vocab_size": config.vocab_size, "hidden_size": config.n_embd,
-             "intermediate_size": config.n_hidden, "num_hidden_layers": config.n_layer,
-             "num_attention_heads": config.n_head, "num_key_value_heads": config.n_head, "hidden_act": "silu",
-             "max_position_embeddings": config.block_size, "rms_norm_eps": config.norm_eps,
-             "tie_word_embeddings": False, "rope_theta": config.rope_theta}
+    save_file(
+        {hf_name(name): p.detach() for name, p in model.named_parameters()},
+        folder / "model.safetensors",
+    )
+    about = {
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.n_hidden,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_head,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.block_size,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": False,
+        "rope_theta": config.rope_theta,
+    }
     (folder / "config.json").write_text(json.dumps(about))
     return folder
 
@@ -61,7 +82,9 @@ def refused(capsys, *argv) -> str:
     with pytest.raises(SystemExit) as exit:
         sample.main([str(word) for word in argv])
     out, err = capsys.readouterr()
-    assert exit.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+    assert (
+        exit.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+    ), err
     return err
 
 
@@ -73,36 +96,51 @@ def test_the_mean_is_over_every_window_once_whatever_the_batch(data, batch):
     model, tokens = model_for(data), open_dataset(data).val
     starts = np.arange(0, 7 * 32, 32)
     with torch.no_grad():
-        losses = [F.cross_entropy(model(torch.tensor(tokens[s:s + 32].astype(int))[None])[0].double(),
-                                  torch.tensor(tokens[s + 1:s + 33].astype(int))) for s in starts]
+        losses = [
+            F.cross_entropy(
+                model(torch.tensor(tokens[s : s + 32].astype(int))[None])[0].double(),
+                torch.tensor(tokens[s + 1 : s + 33].astype(int)),
+            )
+            for s in starts
+        ]
     loss = mean_loss(model, tokens, starts, 32, batch, "cpu", "float32")
     assert loss == pytest.approx(float(sum(losses) / 7), rel=1e-6)
 
 
-def test_it_stops_between_batches_when_asked_to(data):
+def test_it_stops_between_batches_after_a_signal(data):
     model, answers = model_for(data), iter([False, False, True])
+    interrupts = SimpleNamespace(agreed=lambda: next(answers))
     tokens, starts = open_dataset(data).val, np.arange(0, 320, 32)
-    assert mean_loss(model, tokens, starts, 32, 2, "cpu", "float32", stop=lambda: next(answers)) is None
+    assert mean_loss(model, tokens, starts, 32, 2, "cpu", "float32", interrupts) is None
     assert next(answers, "used up") == "used up"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sample_prints_the_loss_that_training_logged(start, tmp_path, capsys, dtype):
-    assert start(f"dtype={dtype}", "micro_batch_size=4", "eval_iters=6", "tie_embeddings=true")[0] == 0
-    (last,) = [r for r in metrics.read_metrics(tmp_path / "run") if r.get("val_loss") and r["step"] == 12]
-    out = printed(capsys, tmp_path / "run", "eval=val", "eval_iters=6", "micro_batch_size=4", f"dtype={dtype}")
+    assert (
+        start(f"dtype={dtype}", "micro_batch_size=4", "eval_iters=6", "tie_embeddings=true")[0] == 0
+    )
+    (last,) = [r for r in read_metrics(tmp_path / "run") if r.get("val_loss") and r["step"] == 12]
+    out = printed(
+        capsys, tmp_path / "run", "eval=val", "eval_iters=6", "micro_batch_size=4", f"dtype={dtype}"
+    )
     assert f"val loss      {last['val_loss']:.6f} nats per token\n" in out
     assert f"perplexity    {math.exp(last['val_loss']):.4f}\n" in out
     assert f"bits per byte {last['val_bpb']:.6f}\n" in out
-    assert "tokens        192 in 6 windows of 32\n" in out and out.endswith(f" tokens/s (cpu, {dtype})\n")
+    assert "tokens        192 in 6 windows of 32\n" in out
+    assert out.endswith(f" tokens/s (cpu, {dtype})\n")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_int8_changes_the_perplexity_of_a_trained_model_by_less_than_half_a_percent(start, tmp_path, capsys, dtype):
+def test_int8_changes_the_perplexity_of_a_trained_model_by_less_than_half_a_percent(
+    start, tmp_path, capsys, dtype
+):
     assert start("learning_rate=2e-2", "max_iters=40", "eval_interval=0", "save_interval=0")[0] == 0
     arguments = (tmp_path / "run", "eval=val", f"dtype={dtype}")
-    plain, rounded = (float(re.search(r"perplexity +([\d.]+)", printed(capsys, *arguments, *more))[1])
-                      for more in ((), ("quantize=int8",)))
+    plain, rounded = (
+        float(re.search(r"perplexity +([\d.]+)", printed(capsys, *arguments, *more))[1])
+        for more in ((), ("quantize=int8",))
+    )
     assert plain < 14 and rounded != plain
     assert abs(rounded / plain - 1) < 0.005
 
@@ -120,25 +158,33 @@ def test_bits_per_byte_count_the_bytes_and_a_huge_loss_has_no_perplexity():
     result = Evaluation("val", loss=1.0, bytes_per_token=4.0, windows=3, block_size=10, seconds=2.0)
     assert result.bits_per_byte == pytest.approx(1 / math.log(2) / 4)
     assert str(result).splitlines() == [
-        "val loss      1.000000 nats per token", "perplexity    2.7183", "bits per byte 0.360674",
-        "tokens        30 in 3 windows of 10", "time          2.00 s, 15 tokens/s"]
+        "val loss      1.000000 nats per token",
+        "perplexity    2.7183",
+        "bits per byte 0.360674",
+        "tokens        30 in 3 windows of 10",
+        "time          2.00 s, 15 tokens/s",
+    ]
     assert replace(result, loss=1e6).perplexity == math.inf
 
 
 def test_windows_are_as_long_as_asked_and_never_too_long_by_themselves(data, monkeypatch):
     model, words = model_for(data), open_dataset(data)
     shapes = []
-    model.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
+    model.register_forward_hook(
+        lambda module, inputs, output: shapes.append(tuple(inputs[0].shape))
+    )
     for knobs, wanted in (({}, (3, 32)), ({"block_size": 10}, (3, 10)), ({"batch": 2}, (2, 32))):
         shapes.clear()
         evaluate.evaluate(model, words, "val", "cpu", "float32", windows=3, **knobs)
         assert set(shapes) == {wanted}
-    monkeypatch.setattr(evaluate, "LONGEST", 20)
-    monkeypatch.setattr(evaluate, "LOGITS", 2 * 20 * model.config.vocab_size)
+    monkeypatch.setattr(evaluate, "LONGEST_WINDOW", 20)
+    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", 2 * 20 * model.config.vocab_size)
     shapes.clear()
     evaluate.evaluate(model, words, "val", "cpu", "float32", windows=3)
     assert set(shapes) == {(2, 20)}
-    with pytest.raises(ValueError, match="block_size=33 is more than the 32 tokens of this model's context"):
+    with pytest.raises(
+        ValueError, match="block_size=33 is more than the 32 tokens of this model's context"
+    ):
         evaluate.evaluate(model, words, "val", "cpu", "float32", block_size=33)
 
 
@@ -151,14 +197,12 @@ def test_a_hugging_face_folder_is_evaluated_on_the_data_that_is_named(data, tmp_
     loss = evaluate.evaluate(model, open_dataset(data), "val", "cpu", "float32").loss
     out = printed(capsys, folder, "eval=val", "dataset=words", "dtype=float32")
     assert f"val loss      {loss:.6f} nats" in out
-    assert printed(capsys, folder, "eval=train", "dataset=words", "eval_iters=2").startswith("train loss    ")
-    assert "does not say what it was trained on: name a prepared data set" in refused(capsys, folder, "eval=val")
-
-
-def test_evaluating_reads_no_prompt(start, tmp_path, capsys, monkeypatch):
-    start("eval_interval=0")
-    monkeypatch.setattr(sample, "prompt_text", lambda prompt: pytest.fail("standard input was read"))
-    assert "perplexity" in printed(capsys, tmp_path / "run", "eval=train", "eval_iters=1")
+    assert printed(capsys, folder, "eval=train", "dataset=words", "eval_iters=2").startswith(
+        "train loss    "
+    )
+    assert "does not say what it was trained on: name a prepared data set" in refused(
+        capsys, folder, "eval=val"
+    )
 
 
 def test_data_of_another_tokenizer_are_refused(start, tmp_path, data, capsys, monkeypatch):
@@ -166,22 +210,30 @@ def test_data_of_another_tokenizer_are_refused(start, tmp_path, data, capsys, mo
     start("eval_interval=0")  # it also takes away what prepare has printed
     monkeypatch.setattr(evaluate, "DATA", tmp_path)
     run = tmp_path / "run"
-    assert (f"was not made with the tokenizer of {run}: python data/prepare.py TEXT tokenizer={run} name=NAME"
-            in refused(capsys, run, "eval=val", "dataset=bytes"))
+    error = refused(capsys, run, "eval=val", "dataset=bytes")
+    assert f"was not made with the tokenizer of {run}: python data/prepare.py TEXT" in error
+    assert f"TEXT tokenizer={run} name=NAME" in error
     assert "no such data set; make it with" in refused(capsys, run, "eval=val", "dataset=missing")
     for name in ("..", "a/b", "/etc"):
         assert refused(capsys, run, "eval=val", f"dataset={name}").startswith("error: ")
 
 
-def test_a_data_set_can_be_named_by_its_path(start, tmp_path, data, capsys, monkeypatch):
+def test_a_data_set_can_be_named_by_its_path(start, tmp_path, data, capsys):
     start("eval_interval=0")
-    monkeypatch.setattr(evaluate, "DATA", tmp_path / "nowhere")
-    assert "perplexity" in printed(capsys, tmp_path / "run", "eval=val", f"dataset={data}")
+    elsewhere = shutil.copytree(data, tmp_path / "elsewhere")
+    assert "perplexity" in printed(capsys, tmp_path / "run", "eval=val", f"dataset={elsewhere}")
 
 
 def test_dropout_is_off(data):
-    model = Decoder(ModelConfig(n_layer=1, n_head=2, n_embd=16, n_hidden=16, block_size=16, vocab_size=99, dropout=0.5))
-    first, second = (evaluate.evaluate(model.train(), open_dataset(data), "val", "cpu", "float32") for _ in range(2))
+    model = Decoder(
+        ModelConfig(
+            n_layer=1, n_head=2, n_embd=16, n_hidden=16, block_size=16, vocab_size=99, dropout=0.5
+        )
+    )
+    first, second = (
+        evaluate.evaluate(model.train(), open_dataset(data), "val", "cpu", "float32")
+        for _ in range(2)
+    )
     assert first.loss == second.loss
 
 
@@ -189,16 +241,18 @@ def test_dropout_is_off(data):
 def test_a_checkpoint_cannot_name_a_folder_elsewhere(data, name):
     known = {"name": name, "tokenizer_sha256": open_dataset(data).meta["tokenizer_sha256"]}
     with pytest.raises(ValueError, match="which is no name of a data set"):
-        open_known("", known, data)
+        open_known_dataset("", known, data)
 
 
 def test_data_that_have_changed_since_are_only_used_when_they_are_named(data):
     known = open_dataset(data).fingerprint
-    assert open_known("", known, data).folder == data
+    assert open_known_dataset("", known, data).folder == data
     known["content_sha256"] = "0" * 64
-    with pytest.raises(ValueError, match="is not the data any more .*: dataset=words evaluates on it all the same"):
-        open_known("", known, data)
-    assert open_known("words", known, data).folder == data
+    with pytest.raises(
+        ValueError, match="is not the data any more .*: dataset=words evaluates on it all the same"
+    ):
+        open_known_dataset("", known, data)
+    assert open_known_dataset("words", known, data).folder == data
 
 
 def test_a_loss_that_is_not_finite_ends_the_command_with_one_line(data, tmp_path, capsys):
@@ -212,5 +266,9 @@ def test_a_loss_that_is_not_finite_ends_the_command_with_one_line(data, tmp_path
 
 def test_a_split_shorter_than_a_window_is_refused(data, tmp_path, capsys):
     folder = hf_folder(tmp_path / "hf", model_for(data, block_size=2000), data)
-    assert "needs at least block_size + 1 = 2001" in refused(capsys, folder, "eval=val", "dataset=words")
-    assert "windows of 100\n" in printed(capsys, folder, "eval=val", "dataset=words", "block_size=100", "eval_iters=1")
+    assert "needs at least block_size + 1 = 2001" in refused(
+        capsys, folder, "eval=val", "dataset=words"
+    )
+    assert "windows of 100\n" in printed(
+        capsys, folder, "eval=val", "dataset=words", "block_size=100", "eval_iters=1"
+    )

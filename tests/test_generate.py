@@ -1,4 +1,4 @@
-"""generate.py: the cache is exact, compiled too; the draws follow the distribution."""
+"""generate: its cache is exact, compiled too, and its draws follow the distribution."""
 
 import re
 from functools import partial
@@ -8,14 +8,22 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
-from generate import compiled_step, draw, generate, logits_to_probabilities, penalise, window_start
 from model import Decoder, ModelConfig
+from sample import (
+    compiled_next_ids,
+    draw_ids,
+    generate,
+    logits_to_probabilities,
+    penalise,
+    window_start,
+)
+
+TINY = dict(n_layer=2, n_head=4, n_embd=16, n_hidden=24, block_size=8, vocab_size=11)
 
 
 def tiny(**knobs) -> Decoder:
     """A small model whose weights are large enough that its distributions are far from flat."""
-    shape = {"n_layer": 2, "n_head": 4, "n_embd": 16, "n_hidden": 24, "block_size": 8, "vocab_size": 11}
-    model = Decoder(ModelConfig(**(shape | knobs)))
+    model = Decoder(ModelConfig(**TINY | knobs))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -27,18 +35,23 @@ def ids_of(model: Decoder, *arguments, **options) -> list[list[int]]:
     return list(generate(model, *arguments, **options))
 
 
+def first_text(model: Decoder, *arguments, **options) -> list[int]:
+    return [ids[0] for ids in generate(model, *arguments, **options)]
+
+
 def greedy_without_cache(model: Decoder, ids: list[int], count: int) -> list[int]:
     ids = list(ids)
     for _ in range(count):
-        seen = ids[window_start(len(ids), model.config.block_size):]
+        seen = ids[window_start(len(ids), model.config.block_size) :]
         ids.append(int(model(torch.tensor([seen]))[0, -1].argmax()))
     return ids[-count:]
 
 
-def record(model: Decoder, seen: list) -> None:
-    """Puts the logits of each call, [B, V], into `seen`."""
-    logits = model.logits
-    model.logits = lambda x: (seen.append(logits(x)), seen[-1])[1]
+def record_logits(model: Decoder) -> list[torch.Tensor]:
+    """A list that gets the logits of each later call, [B, V]."""
+    found, logits = [], model.logits
+    model.logits = lambda x: (found.append(logits(x)), found[-1])[1]
+    return found
 
 
 def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
@@ -48,66 +61,78 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     return float((((counts - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
 
 
-# --- generate
+# The cache and the window
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("block_size", [1, 7, 8])
 def test_cached_logits_equal_uncached_ones_before_and_far_past_the_block_size(kv_heads, block_size):
-    model, seen = tiny(n_kv_head=kv_heads, block_size=block_size), []
-    record(model, seen)
-    prompt = [3, 1, 4]
+    model, prompt = tiny(n_kv_head=kv_heads, block_size=block_size), [3, 1, 4]
+    found = record_logits(model)
     new = ids_of(model, prompt, 40, num_samples=2, seed=5)
-    assert len(seen) == 40
+    assert len(found) == 40
     for row in range(2):
-        ids = prompt + [tokens[row] for tokens in new]
-        for step, logits in enumerate(seen[:40]):
-            length = len(prompt) + step
-            window = ids[window_start(length, block_size):length]
-            expected = model(torch.tensor([window]))[0, -1]
-            torch.testing.assert_close(logits[min(row, len(logits) - 1)], expected, atol=1e-5, rtol=1e-5)
+        ids = prompt + [ids[row] for ids in new]
+        for step, logits in enumerate(found[:40]):
+            end = len(prompt) + step
+            window = ids[window_start(end, block_size) : end]
+            wanted = model(torch.tensor([window]))[0, -1]
+            torch.testing.assert_close(logits[min(row, len(logits) - 1)], wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("length", [1, 8, 9, 30])
 def test_greedy_ids_equal_those_without_a_cache(length):
     model, prompt = tiny(n_kv_head=2), [(7 * i) % 11 for i in range(length)]
-    ids = [tokens[0] for tokens in ids_of(model, prompt, 30, temperature=0.0)]
+    ids = first_text(model, prompt, 30, temperature=0.0)
     assert ids == greedy_without_cache(model, prompt, 30)
     assert len(set(ids)) > 2
 
 
 def test_a_text_continued_in_two_parts_is_the_same_text():
     model = tiny()
-    whole = [tokens[0] for tokens in ids_of(model, [5], 25, temperature=0.0)]
-    rest = [tokens[0] for tokens in ids_of(model, [5] + whole[:13], 12, temperature=0.0)]
-    assert whole == whole[:13] + rest
+    whole = first_text(model, [5], 25, temperature=0.0)
+    assert first_text(model, [5] + whole[:13], 12, temperature=0.0) == whole[13:]
 
 
 def test_only_the_newest_token_is_computed_until_the_window_is_full():
     model, lengths = tiny(), []
-    handle = model.embed.register_forward_hook(lambda module, inputs, output: lengths.append(inputs[0].shape[1]))
+    model.embed.register_forward_hook(lambda _, inputs, y: lengths.append(inputs[0].shape[1]))
     ids_of(model, [1, 2, 3], 14)
-    handle.remove()
     assert lengths == [3, 1, 1, 1, 1, 1, 5, 1, 1, 1, 5, 1, 1, 1]
 
 
-def test_window_start_drops_the_oldest_half_when_the_window_is_full():
-    assert [window_start(length, 8) for length in (0, 1, 8, 9, 12, 13, 16, 17)] == [0, 0, 0, 4, 4, 8, 8, 12]
+def test_the_window_drops_its_older_half_when_it_is_full():
+    lengths = (0, 1, 8, 9, 12, 13, 16, 17)
+    assert [window_start(length, 8) for length in lengths] == [0, 0, 0, 4, 4, 8, 8, 12]
     assert [window_start(length, 1) for length in (1, 2, 3)] == [0, 1, 2]
     for block_size in range(1, 10):
         for length in range(block_size, 50):
             assert block_size // 2 < length - window_start(length, block_size) <= block_size
 
 
-def test_the_same_seed_gives_the_same_ids_and_another_seed_others():
+def test_under_autocast_keys_stay_in_float32_on_a_cpu_and_the_cache_is_still_exact():
+    model, dtypes = tiny(), []
+    found = record_logits(model)
+    handle = model.blocks[0].register_forward_hook(
+        lambda _, inputs, y: dtypes.append(inputs[3].keys[0].dtype)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = [3] + first_text(model, [3], 7)
+        handle.remove()
+        assert dtypes == [torch.float32] * 7
+        for length, logits in enumerate(found[:7], 1):
+            wanted = model(torch.tensor([ids[:length]]))[0, -1]
+            torch.testing.assert_close(logits[0], wanted, atol=0.05, rtol=0.05)
+
+
+# The draws
+
+
+def test_the_same_seed_gives_the_same_ids_and_all_samples_and_seeds_differ():
     model = tiny()
-    first, again, other = (ids_of(model, [1], 20, num_samples=2, seed=seed) for seed in (3, 3, 4))
-    assert first == again != other
-
-
-def test_samples_of_one_batch_differ():
-    first, second, third = zip(*ids_of(tiny(), [1], 20, num_samples=3), strict=True)
-    assert first != second != third != first
+    first, again, other = (ids_of(model, [1], 20, num_samples=3, seed=seed) for seed in (3, 3, 4))
+    assert first == again
+    assert len({*zip(*first, strict=True), *zip(*other, strict=True)}) == 6
 
 
 def test_first_tokens_follow_the_distribution():
@@ -122,37 +147,40 @@ def test_first_tokens_follow_the_distribution():
     assert abs(chi_square(counts[kept], wanted[kept])) < 4
 
 
-def test_pairs_of_tokens_follow_the_joint_distribution_in_a_batch():
+def test_pairs_of_tokens_follow_the_joint_distribution_and_samples_are_independent():
     model = tiny(vocab_size=4)
-    first, second = (torch.tensor(ids) for ids in ids_of(model, [2], 2, num_samples=20_000, temperature=2.0))
+    drawn = ids_of(model, [2], 2, num_samples=20_000, temperature=2.0)
+    first, second = (torch.tensor(ids) for ids in drawn)
     counts = torch.bincount(first * 4 + second, minlength=16).float()
     with torch.no_grad():
-        wanted = [(model(torch.tensor([[2]]))[0, -1] / 2).softmax(-1)[a]
-                  * (model(torch.tensor([[2, a]]))[0, -1] / 2).softmax(-1) for a in range(4)]
-    assert abs(chi_square(counts, torch.cat(wanted))) < 4
-    neighbours = torch.bincount(first[:-1] * 4 + first[1:], minlength=16).float()  # of samples: independent
+        after = [(model(torch.tensor([ids]))[0, -1] / 2).softmax(-1) for ids in ([2], [2, 0])]
+        after += [(model(torch.tensor([[2, a]]))[0, -1] / 2).softmax(-1) for a in (1, 2, 3)]
+    wanted = torch.cat([after[0][a] * after[1 + a] for a in range(4)])
+    assert abs(chi_square(counts, wanted)) < 4
+    neighbours = torch.bincount(first[:-1] * 4 + first[1:], minlength=16).float()
     alone = torch.bincount(first, minlength=4) / len(first)
     assert abs(chi_square(neighbours, torch.outer(alone, alone).flatten())) < 4
 
 
 def test_padded_ids_are_never_drawn():
     model = tiny()
-    wild = ids_of(model, [1], 30, num_samples=20, temperature=50.0)
-    assert max(map(max, wild)) == 10
-    for options in ({"temperature": 50.0}, {"temperature": 0.0}, {"top_k": 11, "temperature": 50.0}):
-        assert max(map(max, ids_of(model, [1], 30, num_samples=20, vocab_size=3, **options))) <= 2
+    wild = {"num_samples": 20, "temperature": 50.0}
+    assert max(map(max, ids_of(model, [1], 30, **wild))) == 10
+    for options in (wild, {"temperature": 0.0}, wild | {"top_k": 11}):
+        assert max(map(max, ids_of(model, [1], 30, vocab_size=3, **options))) <= 2
 
 
 def test_a_repetition_penalty_spreads_greedy_ids():
     model = tiny()
-    plain, spread = (ids_of(model, [1], 11, temperature=0.0, repetition_penalty=p) for p in (1.0, 100.0))
-    assert len({t[0] for t in spread}) > len({t[0] for t in plain})
+    without, spread = (
+        first_text(model, [1], 11, temperature=0.0, repetition_penalty=p) for p in (1.0, 100.0)
+    )
+    assert len(set(spread)) > len(set(without))
 
 
 def test_generate_leaves_no_trace_in_the_callers_torch():
-    model, before = tiny().train(), torch.get_rng_state()
-    handle = model.norm.register_forward_hook(lambda module, inputs, output: graphs.append(output.requires_grad))
-    graphs = []
+    model, before, graphs = tiny().train(), torch.get_rng_state(), []
+    handle = model.norm.register_forward_hook(lambda _, inputs, y: graphs.append(y.requires_grad))
     tokens = generate(model, [1], 5, seed=9)
     next(tokens)
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
@@ -165,21 +193,9 @@ def test_generate_leaves_no_trace_in_the_callers_torch():
 
 
 def test_dropout_is_off_while_sampling():
-    model = tiny(dropout=0.5).train()
-    assert ids_of(model, [1], 20, temperature=0.0) == ids_of(model.train(), [1], 20, temperature=0.0)
-
-
-def test_under_autocast_keys_stay_in_float32_on_a_cpu_and_the_cache_is_still_exact():
-    model, seen, dtypes = tiny(), [], []
-    record(model, seen)
-    handle = model.blocks[0].register_forward_hook(lambda _, inputs, output: dtypes.append(inputs[3].keys[0].dtype))
-    with torch.autocast("cpu", torch.bfloat16):
-        ids = [3] + [tokens[0] for tokens in ids_of(model, [3], 7)]
-        handle.remove()
-        assert dtypes == [torch.float32] * 7
-        for length, logits in enumerate(seen[:7], 1):
-            expected = model(torch.tensor([ids[:length]]))[0, -1]
-            torch.testing.assert_close(logits[0], expected, atol=0.05, rtol=0.05)
+    model = tiny(dropout=0.5)
+    texts = [first_text(model.train(), [1], 20, temperature=0.0) for _ in range(2)]
+    assert texts[0] == texts[1]
 
 
 def test_logits_that_are_not_finite_are_named():
@@ -189,89 +205,109 @@ def test_logits_that_are_not_finite_are_named():
         ids_of(model, [1], 5)
 
 
-# --- compiled
+# Compiled
 
 
 @pytest.fixture
-def fresh_compiler(monkeypatch):
-    """Nothing is compiled yet, and what is goes to the backend that this sets."""
-    def backend(name: str) -> None:
+def use_backend(monkeypatch):
+    """use_backend("eager") sends what is compiled from here on to that backend: making code each
+    time would take minutes. Nothing is compiled yet.
+    """
+
+    def use(name: str) -> None:
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=name))
 
     torch._dynamo.reset()
-    compiled_step.cache_clear()
-    yield backend
+    compiled_next_ids.cache_clear()
+    yield use
     torch._dynamo.reset()
-    compiled_step.cache_clear()
+    compiled_next_ids.cache_clear()
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"num_samples": 3, "seed": 4}, {
-    "num_samples": 2, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3, "vocab_size": 9}],
-    ids=["greedy", "samples", "filtered"])
-@pytest.mark.parametrize("knobs", [{"n_kv_head": 2}, {"qk_norm": True, "norm": "layernorm", "ffn": "gelu"}],
-                         ids=["grouped", "layernorm"])
-def test_one_graph_gives_the_same_ids_at_every_length_before_and_past_the_block_size(knobs, options, fresh_compiler):
-    fresh_compiler("eager")
+FILTERS = {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3, "vocab_size": 9}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.0}, {"num_samples": 3, "seed": 4}, {"num_samples": 2} | FILTERS],
+    ids=["greedy", "samples", "filtered"],
+)
+@pytest.mark.parametrize(
+    "knobs",
+    [{"n_kv_head": 2}, {"qk_norm": True, "norm": "layernorm", "ffn": "gelu"}],
+    ids=["grouped", "layernorm"],
+)
+def test_one_graph_gives_the_same_ids_at_every_length_before_and_past_the_block_size(
+    knobs, options, use_backend
+):
+    use_backend("eager")
     model, before = tiny(**knobs), counters["stats"]["unique_graphs"]
     for prompt in ([3], [1, 2, 3], list(range(9))):
-        assert ids_of(model, prompt, 20, compile=True, **options) == ids_of(model, prompt, 20, **options)
+        ids = ids_of(model, prompt, 20, compile=True, **options)
+        assert ids == ids_of(model, prompt, 20, **options)
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
-def test_a_small_change_of_the_size_compiles_nothing_anew(fresh_compiler):
-    fresh_compiler("eager")
-    model, before = tiny(block_size=64), counters["stats"]["unique_graphs"]
-    for count in (17, 25, 30):
-        assert ids_of(model, [1, 2], count, compile=True) == ids_of(model, [1, 2], count)
-    assert counters["stats"]["unique_graphs"] == before + 1
+@pytest.mark.parametrize(
+    "block_size, sizes, graphs",
+    [
+        (64, [(2, 17), (2, 25), (2, 30)], 1),  # a small change of the size compiles nothing anew
+        (4096, [(2**i - 2, 2) for i in range(2, 13)], 2),  # one size is compiled for, then any
+    ],
+    ids=["near sizes", "all sizes"],
+)
+def test_few_graphs_serve_texts_of_all_sizes(block_size, sizes, graphs, use_backend):
+    use_backend("eager")
+    model, before = tiny(block_size=block_size), counters["stats"]["unique_graphs"]
+    for prompt, count in sizes:
+        ids = ids_of(model, [1] * prompt, count, compile=True, seed=prompt)
+        assert ids == ids_of(model, [1] * prompt, count, seed=prompt)
+    assert 1 <= counters["stats"]["unique_graphs"] - before <= graphs
 
 
-def test_texts_of_all_sizes_are_compiled_for_at_most_twice(fresh_compiler):
-    fresh_compiler("eager")
-    model, before = tiny(block_size=4096), counters["stats"]["unique_graphs"]
-    for size in (2**i for i in range(2, 13)):
-        prompt = [1] * (size - 2)
-        assert ids_of(model, prompt, 2, compile=True, seed=size) == ids_of(model, prompt, 2, seed=size)
-    assert counters["stats"]["unique_graphs"] <= before + 2  # of one size, then of any
-
-
-def test_compiled_code_gives_the_same_ids_and_copies_no_keys(fresh_compiler):
-    fresh_compiler("inductor")
-    model = tiny(n_layer=2)
+def test_compiled_code_gives_the_same_ids_and_copies_no_keys(use_backend):
+    use_backend("inductor")
+    model = tiny()
     ids, (code,) = run_and_get_code(ids_of, model, [3], 12, temperature=0.0, compile=True)
     assert ids == ids_of(model, [3], 12, temperature=0.0)
-    assert len(re.findall(r"assert_size_stride\(arg\d+_1, \(1, 4, 8, 4\)", code)) == 4  # of each layer, keys and values
+    inputs = re.findall(r"assert_size_stride\(arg\d+_1, \(1, 4, 8, 4\)", code)
+    assert len(inputs) == 4  # two layers, keys and values
     assert "empty_strided_cpu((1, 4, 8, 4)" not in code
 
 
-# --- arithmetic
+# The arithmetic
+
+SHARES = [0.5, 0.2, 0.2, 0.1]
+LOGITS = torch.tensor([SHARES]).log()
+FIRST, THREE = [1, 0, 0, 0], [5 / 9, 2 / 9, 2 / 9, 0]
 
 
-LOGITS = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
-
-
-@pytest.mark.parametrize(("options", "wanted"), [
-    ({}, [0.5, 0.2, 0.2, 0.1]),
-    ({"temperature": 0.5}, [25 / 34, 4 / 34, 4 / 34, 1 / 34]),
-    ({"temperature": 0.0}, [1, 0, 0, 0]),
-    ({"temperature": 1e-60}, [1, 0, 0, 0]),
-    ({"temperature": 1e300}, [0.25, 0.25, 0.25, 0.25]),
-    ({"top_k": 1}, [1, 0, 0, 0]),
-    ({"top_k": 3}, [5 / 9, 2 / 9, 2 / 9, 0]),
-    ({"top_k": 4}, [0.5, 0.2, 0.2, 0.1]),
-    ({"top_k": 99}, [0.5, 0.2, 0.2, 0.1]),
-    ({"top_p": 1e-9}, [1, 0, 0, 0]),
-    ({"top_p": 0.49}, [1, 0, 0, 0]),
-    ({"top_p": 0.75}, [5 / 9, 2 / 9, 2 / 9, 0]),
-    ({"top_p": 0.95}, [0.5, 0.2, 0.2, 0.1]),
-    ({"min_p": 0.3}, [5 / 9, 2 / 9, 2 / 9, 0]),
-    ({"min_p": 0.19}, [0.5, 0.2, 0.2, 0.1]),
-    ({"min_p": 1.0}, [1, 0, 0, 0]),
-    ({"temperature": 0.5, "min_p": 0.3}, [1, 0, 0, 0]),  # temperature comes first: 4 is less than 0.3 * 25
-    ({"top_k": 3, "top_p": 0.55}, [1, 0, 0, 0]),  # top_p sees what top_k has left: 5/9 is enough
-])
+@pytest.mark.parametrize(
+    "options, wanted",
+    [
+        ({}, SHARES),
+        ({"temperature": 0.5}, [25 / 34, 4 / 34, 4 / 34, 1 / 34]),
+        ({"temperature": 0.0}, FIRST),
+        ({"temperature": 1e-60}, FIRST),
+        ({"temperature": 1e300}, [0.25, 0.25, 0.25, 0.25]),
+        ({"top_k": 1}, FIRST),
+        ({"top_k": 3}, THREE),
+        ({"top_k": 4}, SHARES),
+        ({"top_k": 99}, SHARES),
+        ({"top_p": 1e-9}, FIRST),
+        ({"top_p": 0.49}, FIRST),
+        ({"top_p": 0.75}, THREE),
+        ({"top_p": 0.95}, SHARES),
+        ({"min_p": 0.3}, THREE),
+        ({"min_p": 0.19}, SHARES),
+        ({"min_p": 1.0}, FIRST),
+        ({"temperature": 0.5, "min_p": 0.3}, FIRST),  # temperature is first: 4 < 0.3 * 25
+        ({"top_k": 3, "top_p": 0.55}, FIRST),  # top_p sees what top_k left: 5/9 is enough
+    ],
+)
 def test_probabilities_are_those_computed_by_hand(options, wanted):
-    torch.testing.assert_close(logits_to_probabilities(LOGITS, **options), torch.tensor([wanted]).float())
+    found = logits_to_probabilities(LOGITS, **options)
+    torch.testing.assert_close(found, torch.tensor([wanted]).float())
 
 
 def test_each_row_is_filtered_by_itself_and_the_logits_stay():
@@ -279,32 +315,38 @@ def test_each_row_is_filtered_by_itself_and_the_logits_stay():
     before = logits.clone()
     rows = logits_to_probabilities(logits, top_k=3, top_p=0.7, min_p=0.1)
     torch.testing.assert_close(rows[0].sort().values, rows[1].sort().values)
-    assert rows[0].argmax() == 0 and rows[1].argmax() == 3
+    assert rows.argmax(-1).tolist() == [0, 3]
     assert torch.equal(logits, before)
 
 
-def test_top_k_keeps_exactly_k_of_equal_logits():
-    assert (logits_to_probabilities(torch.zeros(2, 9), top_k=4) > 0).sum(-1).tolist() == [4, 4]
-
-
 def test_extreme_logits_and_ties_give_probabilities_too():
-    assert logits_to_probabilities(torch.tensor([[3e38, -3e38, 0.0]]), temperature=0.5).tolist() == [[1, 0, 0]]
+    extreme = torch.tensor([[3e38, -3e38, 0.0]])
+    assert logits_to_probabilities(extreme, temperature=0.5).tolist() == [[1, 0, 0]]
     assert logits_to_probabilities(torch.zeros(1, 3), temperature=0.0).tolist() == [[1, 0, 0]]
+    equal = logits_to_probabilities(torch.zeros(2, 9), top_k=4)
+    assert (equal > 0).sum(-1).tolist() == [4, 4]  # exactly k
+
+
+DRAWN_FROM = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0]])
 
 
 def test_each_id_is_drawn_as_often_as_its_probability_says_and_never_at_zero():
-    probabilities = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0]]).expand(100_000, -1)
-    ids = draw(probabilities, torch.rand(100_000, 1, generator=torch.Generator().manual_seed(0)))
+    uniform = torch.rand(100_000, 1, generator=torch.Generator().manual_seed(0))
+    ids = draw_ids(DRAWN_FROM.expand(100_000, -1), uniform)
     shares = ids.bincount(minlength=6) / len(ids)
-    assert torch.allclose(shares, probabilities[0], atol=5e-3) and not shares[probabilities[0] == 0].any()
+    assert torch.allclose(shares, DRAWN_FROM[0], atol=5e-3)
+    assert not shares[DRAWN_FROM[0] == 0].any()
 
 
-@pytest.mark.parametrize("number, wanted", [(0.0, 1), (0.1999, 1), (0.2001, 3), (1 - 2**-24, 4), (1.0, 4)])
+@pytest.mark.parametrize(
+    "number, wanted", [(0.0, 1), (0.1999, 1), (0.2001, 3), (1 - 2**-24, 4), (1.0, 4)]
+)
 def test_a_draw_is_where_the_running_sum_passes_the_number(number, wanted):
-    assert draw(torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0]]), torch.tensor([[number]])).tolist() == [wanted]
+    assert draw_ids(DRAWN_FROM, torch.tensor([[number]])).tolist() == [wanted]
 
 
 def test_a_penalty_lowers_seen_logits_of_either_sign():
-    logits, seen = torch.tensor([[2.0, -2.0, 2.0, -2.0]]), torch.tensor([[True, True, False, False]])
+    logits = torch.tensor([[2.0, -2.0, 2.0, -2.0]])
+    seen = torch.tensor([[True, True, False, False]])
     assert penalise(logits, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
     assert penalise(logits, seen, 1.0).tolist() == logits.tolist()

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from lock import Lock
+from weights.lock import Lock
 
 
 def hold(folder, held):
@@ -29,7 +29,10 @@ def holder(tmp_path):
 
 
 def test_a_second_writer_is_told_who_the_first_is(tmp_path, holder):
-    with pytest.raises(ValueError, match=f"run is in use by process {holder.pid} on .*: wait until it has ended, or"):
+    with pytest.raises(
+        ValueError,
+        match=f"run is in use by process {holder.pid} on .*: wait until it has ended, or",
+    ):
         Lock(tmp_path / "run")
 
 
@@ -56,7 +59,7 @@ def test_nothing_stays_of_a_lock(tmp_path):
 
 def test_a_lock_whose_file_was_removed_by_the_one_before_is_taken_again(tmp_path, monkeypatch):
     """Between our opening the file and locking it, the process that had it ends and removes it."""
-    taken, calls = Lock.taken, []
+    taken, calls = Lock._locked_file, []
 
     def late(self):
         file = taken(self)
@@ -65,7 +68,7 @@ def test_a_lock_whose_file_was_removed_by_the_one_before_is_taken_again(tmp_path
             self.path.unlink()
         return file
 
-    monkeypatch.setattr(Lock, "taken", late)
+    monkeypatch.setattr(Lock, "_locked_file", late)
     with Lock(tmp_path / "run"):
         assert len(calls) == 2
         with pytest.raises(ValueError, match="in use"):
@@ -73,7 +76,13 @@ def test_a_lock_whose_file_was_removed_by_the_one_before_is_taken_again(tmp_path
 
 
 def test_only_our_own_unfinished_files_are_removed(tmp_path):
-    ours = [".ckpt_00000004.pt.tmp", ".best.pt.tmp", ".metrics.jsonl.tmp", ".config.json.tmp", ".tokenizer.model.tmp"]
+    ours = [
+        ".ckpt_00000004.pt.tmp",
+        ".best.pt.tmp",
+        ".metrics.jsonl.tmp",
+        ".config.json.tmp",
+        ".tokenizer.model.tmp",
+    ]
     others = [".notes.tmp", "ckpt_00000004.pt", "x.json.tmp"]
     for name in ours + others:
         (tmp_path / name).touch()
@@ -103,4 +112,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fcntl.flock", refuse)
     with Lock(tmp_path / "run"):
         pass
-    assert "cannot be locked here ([Errno 38] Function not implemented): let no other" in capsys.readouterr().err
+    assert (
+        "cannot be locked here ([Errno 38] Function not implemented): let no other"
+        in capsys.readouterr().err
+    )

@@ -5,17 +5,43 @@ import math
 import pytest
 import torch
 
+from config.schema import Config
 from model import Decoder, ModelConfig
 from norm import EAGER
-from optim import SPIKE_LEAST, SPIKE_WINDOW, Muon, Optimizers, group_of, lr_at, orthogonalise, spike_threshold
+from run.optim import (
+    SPIKE_LEAST,
+    SPIKE_WINDOW,
+    Muon,
+    Optimizers,
+    group_of,
+    orthogonalise,
+    spike_threshold,
+    with_norm,
+)
+from train import learning_rate_at
 
-SCHEDULE = dict(peak=1.0, floor=0.1, warmup=10, total=110, decay_fraction=0.2)
+
+def rate_at(step, schedule, **knobs):
+    given = dict(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110, decay_fraction=0.2)
+    return learning_rate_at(step, Config(lr_schedule=schedule, **given | knobs))
 
 
 def build(optimizer="adamw", tied=False, norm="layernorm"):
-    model = Decoder(ModelConfig(vocab_size=11, n_layer=2, n_embd=16, n_head=2, n_hidden=24, block_size=8,
-                                tie_embeddings=tied, norm=norm))
-    return model, Optimizers(model, optimizer=optimizer, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95)
+    model = Decoder(
+        ModelConfig(
+            vocab_size=11,
+            n_layer=2,
+            n_embd=16,
+            n_head=2,
+            n_hidden=24,
+            block_size=8,
+            tie_embeddings=tied,
+            norm=norm,
+        )
+    )
+    return model, Optimizers(
+        model, optimizer=optimizer, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95
+    )
 
 
 def step(model, optimizers, lr=1e-2, seed=0):
@@ -27,27 +53,35 @@ def step(model, optimizers, lr=1e-2, seed=0):
     optimizers.zero_grad()
 
 
-@pytest.mark.parametrize("schedule, points", [
-    ("cosine", {0: 1 / 11, 9: 10 / 11, 10: 1.0, 60: 0.55, 110: 0.1}),
-    ("linear", {0: 1 / 11, 10: 1.0, 35: 0.775, 60: 0.55, 110: 0.1}),
-    ("wsd", {0: 1 / 11, 10: 1.0, 88: 1.0, 99: 0.55, 110: 0.1}),
-    ("constant", {0: 1 / 11, 10: 1.0, 109: 1.0}),
-])
+@pytest.mark.parametrize(
+    "schedule, points",
+    [
+        ("cosine", {0: 1 / 11, 9: 10 / 11, 10: 1.0, 60: 0.55, 110: 0.1}),
+        ("linear", {0: 1 / 11, 10: 1.0, 35: 0.775, 60: 0.55, 110: 0.1}),
+        ("wsd", {0: 1 / 11, 10: 1.0, 88: 1.0, 99: 0.55, 110: 0.1}),
+        ("constant", {0: 1 / 11, 10: 1.0, 109: 1.0}),
+    ],
+)
 def test_schedules_at_the_points_that_define_them(schedule, points):
     for at, wanted in points.items():
-        assert lr_at(at, schedule=schedule, **SCHEDULE) == pytest.approx(wanted), at
+        assert rate_at(at, schedule) == pytest.approx(wanted), at
 
 
 def test_wsd_that_decays_all_the_way_is_linear():
-    knobs = SCHEDULE | {"decay_fraction": 1.0}
-    assert all(lr_at(s, schedule="wsd", **knobs) == lr_at(s, schedule="linear", **knobs) for s in range(110))
+    for step in range(110):
+        assert rate_at(step, "wsd", decay_fraction=1.0) == rate_at(step, "linear")
 
 
 @pytest.mark.parametrize("kind", EAGER)
 def test_what_belongs_to_a_norm_is_never_decayed_nor_given_to_muon(kind):
     model, optimizers = build("muon", norm=kind)
     muon, adamw = optimizers
-    gains = {optimizers.names[p] for g in adamw.param_groups if g["weight_decay"] == 0 for p in g["params"]}
+    gains = {
+        optimizers.names[p]
+        for g in adamw.param_groups
+        if g["weight_decay"] == 0
+        for p in g["params"]
+    }
     assert gains == {name for name, p in model.named_parameters() if p.ndim == 1} | {"embed.weight"}
     assert all(p.ndim == 2 for g in muon.param_groups for p in g["params"])
     step(model, optimizers)
@@ -55,7 +89,7 @@ def test_what_belongs_to_a_norm_is_never_decayed_nor_given_to_muon(kind):
 
 def test_names_that_nobody_knows_are_not_taken_for_others():
     with pytest.raises(KeyError, match="sqrt"):
-        lr_at(50, schedule="sqrt", **SCHEDULE)
+        rate_at(50, "sqrt")
     with pytest.raises(ValueError, match="optimizer=lion is not built here"):
         build("lion")
 
@@ -79,7 +113,9 @@ def test_gains_biases_and_the_embedding_are_not_decayed():
 
 def test_embedding_and_head_learn_at_a_multiple_of_the_rate():
     model = build()[0]
-    optimizers = Optimizers(model, optimizer="muon", weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95, embed_lr=4.0)
+    optimizers = Optimizers(
+        model, optimizer="muon", weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95, embed_lr=4.0
+    )
     optimizers.set_lr(0.5)
     rates = {p: g["lr"] for o in optimizers for g in o.param_groups for p in g["params"]}
     for name, parameter in model.named_parameters():
@@ -100,14 +136,19 @@ def test_muon_moves_a_matrix_as_far_as_adamw_would():
     before = model.blocks[0].ffn.up.weight.detach().clone()
     step(model, optimizers, lr=1e-2)
     moved = (model.blocks[0].ffn.up.weight - before * (1 - 1e-2 * 0.1)).square().mean().sqrt()
-    assert 0.1e-2 < moved < 0.4e-2  # 0.2 x the learning rate: the size of AdamW's steps in mid-training
+    assert (
+        0.1e-2 < moved < 0.4e-2
+    )  # 0.2 x the learning rate: the size of AdamW's steps in mid-training
 
 
 SHAPES = [(16, 16), (32, 16), (16, 32), (32, 16), (24, 8)]
 
 
 def muon_steps(make, shapes, steps=3):
-    """The matrices after some steps with random gradients, which are those of a matrix's place in SHAPES."""
+    """The matrices after some steps with random gradients, which are those of a matrix's place in
+    SHAPES.
+    """
+
     def random(*seed, shape):
         return torch.randn(shape, generator=torch.Generator().manual_seed(hash(seed)))
 
@@ -128,10 +169,14 @@ def our_muon(matrices):
 
 def test_muon_moves_as_pytorchs(monkeypatch):
     """PyTorch's computes in bfloat16, so about to its precision; ours in float32 here."""
-    monkeypatch.setattr("optim.choose_dtype", lambda *_: "float32")
+    monkeypatch.setattr("run.optim.choose_dtype", lambda *_: "float32")
     ours = muon_steps(our_muon, range(5))
-    theirs = muon_steps(lambda p: torch.optim.Muon(p, lr=0.02, momentum=0.9, weight_decay=0.1,
-                                                   adjust_lr_fn="match_rms_adamw"), range(5))
+    theirs = muon_steps(
+        lambda p: torch.optim.Muon(
+            p, lr=0.02, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+        ),
+        range(5),
+    )
     for i, (mine, wanted) in enumerate(zip(ours, theirs, strict=True)):
         start = muon_steps(our_muon, range(5), steps=0)[i]
         assert (mine - wanted).norm() < 0.03 * (wanted - start).norm(), SHAPES[i]
@@ -141,7 +186,7 @@ def test_a_matrix_moves_the_same_alone_and_with_others_of_its_shape(monkeypatch)
     together = muon_steps(our_muon, range(5))
     for i, matrix in enumerate(together):
         assert torch.allclose(muon_steps(our_muon, [i])[0], matrix, atol=1e-4), SHAPES[i]
-    monkeypatch.setattr("optim.AT_ONCE", 2 * 32 * 16)  # two of three at once
+    monkeypatch.setattr("run.optim.ELEMENTS_AT_ONCE", 2 * 32 * 16)  # two of three at once
     for some, matrix in zip(muon_steps(our_muon, range(5)), together, strict=True):
         assert torch.allclose(some, matrix, atol=1e-4)
 
@@ -182,7 +227,9 @@ def test_state_survives_a_round_trip_by_name(optimizer):
     for seed in (1, 2):
         step(model, optimizers, seed=seed)
         step(twin, others, seed=seed)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
+    )
 
 
 def test_state_of_the_wrong_shape_or_name_is_refused():
@@ -191,7 +238,9 @@ def test_state_of_the_wrong_shape_or_name_is_refused():
     state = optimizers.state_dict()
     wrong = {name: dict(per) for name, per in state.items()}
     wrong["embed.weight"]["exp_avg"] = torch.zeros(3, 16)
-    with pytest.raises(ValueError, match=r"exp_avg of embed.weight is \[3, 16\], the parameter is \[11, 16\]"):
+    with pytest.raises(
+        ValueError, match=r"exp_avg of embed.weight is \[3, 16\], the parameter is \[11, 16\]"
+    ):
         build()[1].load_state_dict(wrong)
     with pytest.raises(ValueError, match="missing .*unknown"):
         build()[1].load_state_dict({("x" if n == "norm.gain" else n): s for n, s in state.items()})
@@ -199,11 +248,15 @@ def test_state_of_the_wrong_shape_or_name_is_refused():
 
 def test_a_spike_is_so_many_standard_deviations_above_the_recent_mean():
     recent = [1.0, 3.0] * (SPIKE_LEAST // 2)  # mean 2, standard deviation 1
-    assert spike_threshold(recent, 6) == pytest.approx(8) and spike_threshold(recent, 2) == pytest.approx(4)
+    assert [spike_threshold(recent, limit) for limit in (6, 2)] == pytest.approx([8, 4])
 
 
 def test_nothing_is_a_spike_without_the_rule_or_without_a_past():
-    assert spike_threshold([1.0, 3.0] * 64, 0) == spike_threshold([1.0] * (SPIKE_LEAST - 1), 6) == math.inf
+    assert (
+        spike_threshold([1.0, 3.0] * 64, 0)
+        == spike_threshold([1.0] * (SPIKE_LEAST - 1), 6)
+        == math.inf
+    )
     assert spike_threshold([1.0] * SPIKE_LEAST, 6) == 1
 
 
@@ -211,5 +264,14 @@ def test_spikes_do_not_hide_the_next_but_a_new_level_is_accepted():
     recent, skipped = [1.0, 3.0] * 64, 0
     for _ in range(100):
         skipped += 1000.0 > (threshold := spike_threshold(recent, 6))
-        recent = [*recent, min(1000.0, threshold)][-SPIKE_WINDOW:]
-    assert 20 < skipped < 60
+        recent = with_norm(recent, 1000.0, threshold)
+    assert 20 < skipped < 60 and len(recent) == SPIKE_WINDOW
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_room_for_moments_is_what_the_first_step_adds(optimizer):
+    model, optimizers = build(optimizer)
+    room = sum(t.numel() for t in optimizers.reserve_moments())
+    step(model, optimizers)
+    state = [t for per in optimizers.state_dict().values() for t in per.values() if t.ndim]
+    assert room == sum(t.numel() for t in state) and optimizers.reserve_moments() == []

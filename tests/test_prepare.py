@@ -1,11 +1,13 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,17 @@ import pytest
 import sentencepiece
 
 import data.prepare as command
-from data.corpus import Corpus, Piece, hub_stream
+from data.corpus import CHUNK, NAMED, Corpus, Piece, hub_stream
 from data.loader import open_dataset
-from data.prepare import in_order, main, prepare, spread_sample
+from data.prepare import in_order, main, prepare, spread_sample, train_tokenizer
 from data.tokenizer import ByteTokenizer, load_tokenizer, train_sentencepiece
-from hf_tokenizer import tokenizer_files
+from exchange.tokenizer import tokenizer_files
 
-PROSE = "".join(f"line {i}: the quick brown fox\n    jumps over {i * 7} lazy dogs\n\n" for i in range(300))
+PROSE = "".join(
+    f"line {i}: the quick brown fox\n    jumps over {i * 7} lazy dogs\n\n" for i in range(300)
+)
+CUT = int(len(PROSE) * 0.9)
+FILES = ("train.bin", "val.bin", "meta.json", "tokenizer.model")
 
 
 @pytest.fixture
@@ -31,13 +37,15 @@ def text(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs the command with tmp_path/data in place of data/; gives (exit code, what it wrote to stderr)."""
+    """Runs the command: (exit code, what it wrote to stderr)."""
     (tmp_path / "data").mkdir()
+    # The command makes data sets beside itself; tests make them in tmp_path/data.
     monkeypatch.setattr(command, "__file__", str(tmp_path / "data" / "prepare.py"))
 
     def call(*words):
         code = main([str(word) for word in words])
         return code, capsys.readouterr().err
+
     return call
 
 
@@ -46,24 +54,34 @@ def decoded(folder, split):
     return load_tokenizer(folder).decode(getattr(dataset, split).tolist())
 
 
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def same_files(a, b, names=FILES):
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+
+
+# The data set
+
+
 @pytest.mark.parametrize("tokenizer", ["byte", "char", "sentencepiece"])
 def test_a_prepared_data_set_opens_and_decodes_to_its_text(text, tmp_path, tokenizer):
-    meta = prepare([str(text)], tmp_path / "out", tokenizer)
-    cut = int(len(PROSE) * 0.9)
-    assert decoded(tmp_path / "out", "train") == PROSE[:cut] and decoded(tmp_path / "out", "val") == PROSE[cut:]
-    assert meta == json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert meta["bytes"] == {"train": cut, "val": len(PROSE) - cut} and meta["tokenizer"] == tokenizer
-    assert str(tmp_path) not in json.dumps(meta)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prose.txt"]  # nothing temporary is left
+    out = tmp_path / "out"
+    meta = prepare([str(text)], out, tokenizer)
+    assert (decoded(out, "train"), decoded(out, "val")) == (PROSE[:CUT], PROSE[CUT:])
+    assert meta == json.loads((out / "meta.json").read_text())
+    assert meta["bytes"] == {"train": CUT, "val": len(PROSE) - CUT}
+    assert meta["tokenizer"] == tokenizer and str(tmp_path) not in json.dumps(meta)
+    assert names_in(tmp_path) == ["out", "prose.txt"]  # nothing temporary is left
 
 
 def test_char_ids_are_those_of_nanogpt(text, tmp_path):
     prepare([str(text)], tmp_path / "out", "char")
     place = {char: i for i, char in enumerate(sorted(set(PROSE)))}
     ids = np.array([place[char] for char in PROSE], dtype=np.uint16)
-    cut = int(len(PROSE) * 0.9)
-    assert (tmp_path / "out" / "train.bin").read_bytes() == ids[:cut].tobytes()
-    assert (tmp_path / "out" / "val.bin").read_bytes() == ids[cut:].tobytes()
+    assert (tmp_path / "out" / "train.bin").read_bytes() == ids[:CUT].tobytes()
+    assert (tmp_path / "out" / "val.bin").read_bytes() == ids[CUT:].tobytes()
 
 
 def test_bos_stands_before_every_document_and_nowhere_else(tmp_path):
@@ -82,20 +100,41 @@ def test_bos_stands_before_every_document_and_nowhere_else(tmp_path):
 def test_preparing_twice_gives_the_same_files(text, tmp_path):
     prepare([str(text)], tmp_path / "a")
     prepare([str(text)], tmp_path / "b")
-    for name in ("train.bin", "val.bin", "meta.json", "tokenizer.model"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert same_files(tmp_path / "a", tmp_path / "b")
 
 
-def test_the_size_of_the_chunks_does_not_change_the_bytes(tmp_path, monkeypatch):
-    line = "".join(random.Random(0).choices("ab \u4f60\U0001f600", k=5000))  # one long line
+@pytest.mark.parametrize("tokenizer", ["byte", "char"])
+def test_a_text_of_several_chunks_gives_the_ids_of_the_whole(tmp_path, tokenizer):
+    line = "".join(random.Random(0).choices("ab \u4f60\U0001f600", k=CHUNK))  # 2 MB in one line
     (tmp_path / "line.txt").write_text(line, encoding="utf-8")
-    for chunk in (100, 2**20):
-        monkeypatch.setattr("data.corpus.CHUNK", chunk)
-        monkeypatch.setattr(command, "CHUNK", chunk)
-        prepare([str(tmp_path / "line.txt")], tmp_path / str(chunk), "byte")
-    assert (tmp_path / "100" / "train.bin").read_bytes() == (tmp_path / str(2**20) / "train.bin").read_bytes()
-    prepare([str(tmp_path / "line.txt")], tmp_path / "chars", "char")
-    assert decoded(tmp_path / "chars", "train") + decoded(tmp_path / "chars", "val") == line
+    prepare([str(tmp_path / "line.txt")], tmp_path / "out", tokenizer)
+    dataset = open_dataset(tmp_path / "out")
+    made = load_tokenizer(tmp_path / "out")
+    train, val = made.decode(dataset.train.tolist()), made.decode(dataset.val.tolist())
+    assert train + val == line
+    bos = [] if made.bos_id is None else [made.bos_id]
+    assert dataset.train.tolist() == bos + made.encode(train)
+
+
+def test_a_chunk_within_a_document_gets_no_dummy_space(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(  # as Llama's: a space is put before every text
+        sentence_iterator=iter(PROSE.splitlines()),
+        model_prefix=str(tmp_path / "llama"),
+        model_type="bpe",
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    prose = PROSE * (CHUNK // len(PROSE) + 1)
+    (tmp_path / "long.txt").write_text(prose)
+    prepare([str(tmp_path / "long.txt")], tmp_path / "out", str(tmp_path / "llama.model"))
+    assert decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val") == prose
+
+
+# The tokenizer
 
 
 def test_the_tokenizer_has_seen_the_train_split_only(tmp_path):
@@ -105,53 +144,9 @@ def test_the_tokenizer_has_seen_the_train_split_only(tmp_path):
     assert any(b"abc" in piece for piece in pieces) and not any(b"xy" in piece for piece in pieces)
 
 
-def test_vocab_size_sets_the_size_of_a_trained_tokenizer(text, tmp_path):
-    assert prepare([str(text)], tmp_path / "out", vocab_size=350)["vocab_size"] == 350
-
-
-def test_a_vocabulary_of_65536_ids_is_written_as_uint32(text, tmp_path, monkeypatch):
-    large = ByteTokenizer()
-    large.vocab_size, large.bos_id = 70000, 69999
-    monkeypatch.setattr(command, "make_tokenizer", lambda *_: large)
-    large.pieces += [b""] * (70000 - 257)
-    assert prepare([str(text)], tmp_path / "out")["dtype"] == "uint32"
-    assert open_dataset(tmp_path / "out").train[0] == 69999
-
-
-def test_a_given_model_file_is_the_tokenizer(text, tmp_path):
-    train_sentencepiece(["fox dogs " * 50], 300).save(tmp_path)
-    prepare([str(text)], tmp_path / "out", str(tmp_path / "tokenizer.model"))
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (tmp_path / "tokenizer.model").read_bytes()
-    assert decoded(tmp_path / "out", "train") == PROSE[:int(len(PROSE) * 0.9)]
-
-
-@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
-def test_a_folder_gives_its_tokenizer(text, tmp_path, kind, run):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    if kind == "huggingface":
-        for name, content in tokenizer_files(ByteTokenizer()).items():
-            (folder / name).write_bytes(content)
-    else:
-        train_sentencepiece(["fox dogs " * 50], 300).save(folder)
-    assert run(text, f"tokenizer={folder}") == (0, "")
-    given, made = load_tokenizer(folder), tmp_path / "data" / "prose"
-    assert [(made / given.file).read_bytes()] == [p.read_bytes() for p in made.glob("tokenizer.*")] == [given.content()]
-    meta = open_dataset(made).meta
-    assert (meta["tokenizer"], meta["tokenizer_sha256"], meta["bos_id"]) == (kind, given.sha256, given.bos_id)
-    assert decoded(made, "train") == PROSE[:int(len(PROSE) * 0.9)] and meta["val_xz_bits_per_byte"] > 0
-    assert run(text, "name=again", f"tokenizer={made}") == (0, "")
-    assert (tmp_path / "data" / "again" / "train.bin").read_bytes() == (made / "train.bin").read_bytes()
-
-
-def test_a_chunk_within_a_document_gets_no_dummy_space(text, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.corpus.CHUNK", 100)
-    sentencepiece.SentencePieceTrainer.train(  # as Llama's: a space is put before every text
-        sentence_iterator=iter(PROSE.splitlines()), model_prefix=str(tmp_path / "llama"), model_type="bpe",
-        vocab_size=300, hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, minloglevel=2)
-    prepare([str(text)], tmp_path / "out", str(tmp_path / "llama.model"))
-    assert decoded(tmp_path / "out", "train") == PROSE[:int(len(PROSE) * 0.9)]
+def test_the_tokenizer_of_a_stream_is_trained_on_its_beginning():
+    endless = Corpus("s", "", lambda: (Piece("train", True, "a b") for _ in count()), stream=True)
+    assert train_tokenizer(endless, 300).vocab_size > 256
 
 
 def test_the_sample_is_bounded_and_spread_over_all_of_the_text():
@@ -160,6 +155,64 @@ def test_the_sample_is_bounded_and_spread_over_all_of_the_text():
     assert 10_000 <= sum(map(len, sample)) <= 20_000
     assert {int(block[:4]) for block in sample} == set(range(100))
     assert spread_sample(texts, 10**9) == texts
+
+
+def test_vocab_size_sets_the_size_of_a_trained_tokenizer(text, tmp_path):
+    assert prepare([str(text)], tmp_path / "out", vocab_size=350)["vocab_size"] == 350
+
+
+def test_a_vocabulary_of_65536_ids_is_written_as_uint32(tmp_path):
+    chars = "".join(chr(0x10000 + i) for i in range(80_000))
+    (tmp_path / "chars.txt").write_text(chars, encoding="utf-8")
+    assert prepare([str(tmp_path / "chars.txt")], tmp_path / "out", "char")["dtype"] == "uint32"
+    assert open_dataset(tmp_path / "out").train.tolist() == list(range(72_000))
+
+
+def test_a_given_model_file_is_the_tokenizer(text, tmp_path):
+    train_sentencepiece(["fox dogs " * 50], 300).save(tmp_path)
+    prepare([str(text)], tmp_path / "out", str(tmp_path / "tokenizer.model"))
+    assert same_files(tmp_path, tmp_path / "out", ["tokenizer.model"])
+    assert decoded(tmp_path / "out", "train") == PROSE[:CUT]
+
+
+@pytest.fixture
+def hugging_face(tmp_path):
+    """A folder as Hugging Face's, with a tokenizer of bytes."""
+    (tmp_path / "theirs").mkdir()
+    for name, content in tokenizer_files(ByteTokenizer()).items():
+        (tmp_path / "theirs" / name).write_bytes(content)
+    return tmp_path / "theirs"
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
+def test_a_folder_gives_its_tokenizer(text, tmp_path, hugging_face, kind, run):
+    folder = hugging_face
+    if kind == "sentencepiece":
+        folder = tmp_path / "model"
+        folder.mkdir()
+        train_sentencepiece(["fox dogs " * 50], 300).save(folder)
+    assert run(text, f"tokenizer={folder}") == (0, "")
+    given, made = load_tokenizer(folder), tmp_path / "data" / "prose"
+    assert [path.name for path in made.glob("tokenizer.*")] == [given.file]
+    assert (made / given.file).read_bytes() == given.content()
+    meta = open_dataset(made).meta
+    assert (meta["tokenizer"], meta["tokenizer_sha256"]) == (kind, given.sha256)
+    assert meta["bos_id"] == given.bos_id and meta["val_xz_bits_per_byte"] > 0
+    assert decoded(made, "train") == PROSE[:CUT]
+    assert run(text, "name=again", f"tokenizer={made}") == (0, "")
+    assert same_files(made, tmp_path / "data" / "again", ["train.bin"])
+
+
+def test_a_tokenizer_that_does_not_give_the_text_back_is_caught(text, tmp_path, hugging_face):
+    fields = json.loads((hugging_face / "tokenizer.json").read_text())
+    fields["normalizer"] = {"type": "Replace", "pattern": {"String": "q"}, "content": "k"}
+    (hugging_face / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="does not decode"):
+        prepare([str(text)], tmp_path / "out", str(hugging_face))
+    assert not (tmp_path / "out").exists()
+
+
+# Threads, errors and stops
 
 
 def test_work_is_done_in_order_and_few_items_are_held():
@@ -176,60 +229,66 @@ def test_work_is_done_in_order_and_few_items_are_held():
     assert done == [(i, i * i) for i in range(200)]
 
 
-def test_an_error_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_an_error_in_the_middle_leaves_nothing_behind(tmp_path):
     def pieces():
         yield Piece("train", True, "text")
         raise OSError("disk on fire")
+
     with pytest.raises(OSError, match="disk on fire"):
         prepare(Corpus("x", "test", pieces), tmp_path / "out", "byte")
     assert list(tmp_path.iterdir()) == []
     assert threading.active_count() < 5
 
 
-def test_a_tokenizer_that_does_not_give_the_text_back_is_caught(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text, start: list(text.upper().encode()))
-    with pytest.raises(ValueError, match="does not decode"):
-        prepare([str(text)], tmp_path / "out", "byte")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError("network down")])
 def test_a_stopped_stream_goes_on_to_the_same_result(tmp_path, monkeypatch, stop):
-    monkeypatch.setattr(command, "COMMIT", 2000)
+    # A stream that is large enough to be saved on its way would take minutes.
+    monkeypatch.setattr(command, "SAVE_EVERY", 2000)
     monkeypatch.setattr(command, "CHUNK", 500)
-    monkeypatch.setattr(command, "FIRST", 600)
-    rows = [Piece("val" if i % 7 == 0 else "train", True, f"row {i} \u4f60\n" * 3) for i in range(1500)]
+    splits = ["train"] * 6 + ["val"]
+    rows = [Piece(splits[i % 7], True, f"row {i} \u4f60\n" * 3) for i in range(1500)]
+    passes = []
 
-    def pieces(last):
-        yield from rows[:last]
-        if last < len(rows):
-            raise stop
+    def pieces(stop_in=None):
+        """One pass trains the tokenizer, if there is none, and one makes the tokens."""
+        passes.append(stop_in)
+        for i, row in enumerate(rows):
+            if i == 1100 and len(passes) == stop_in:
+                raise stop
+            yield row
 
-    whole = Corpus("s", "test stream", lambda: pieces(1500), stream=True)
-    prepare(whole, tmp_path / "whole", vocab_size=300)
+    whole = Corpus("s", "test stream", pieces, stream=True)
+    broken = Corpus("s", "test stream", lambda: pieces(stop_in=2), stream=True)
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
     with pytest.raises((KeyboardInterrupt, OSError)):
-        prepare(Corpus("s", "test stream", lambda: pieces(1100), stream=True), tmp_path / "out", vocab_size=300)
-    assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial" / "progress.json").exists()
+        prepare(broken, out, vocab_size=300)
+    assert not out.exists() and (partial / "progress.json").exists()
     with pytest.raises(ValueError, match="other settings"):
-        prepare(whole, tmp_path / "out", "byte")
-    with open(tmp_path / ".out.partial" / "train.bin", "ab") as file:
-        file.write(b"written after the last commit")
-    monkeypatch.setattr(command, "train_tokenizer", None)  # it is not trained again
-    prepare(whole, tmp_path / "out", vocab_size=300)
-    for name in ("train.bin", "val.bin", "meta.json", "tokenizer.model"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
-    assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "tokenizer.model", "train.bin", "val.bin"]
+        prepare(whole, out, "byte")
+    with open(partial / "train.bin", "ab") as file:
+        file.write(b"written after the progress was saved")
+    prepare(whole, out, vocab_size=300)
+    assert len(passes) == 3  # the tokenizer is not trained again
+    prepare(whole, tmp_path / "whole", vocab_size=300)
+    assert same_files(out, tmp_path / "whole")
+    assert names_in(tmp_path) == ["out", "whole"] and names_in(out) == sorted(FILES)
 
 
-SOUND = {"asked": {"source": "test stream", "choice": "byte", "vocab_size": None}, "dtype": "uint16", "pieces": 0,
-         "tokens": {"train": 0, "val": 0}, "bytes": {"train": 0, "val": 0}, "val_crc32": 0}
+SOUND = {
+    "asked": {"source": "test stream", "choice": "byte", "vocab_size": None},
+    "dtype": "uint16",
+    "pieces": 0,
+    "tokens": {"train": 0, "val": 0},
+    "bytes": {"train": 0, "val": 0},
+    "val_crc32": 0,
+}
+UNSOUND = [{"dtype": "u1"}, {"dtype": []}, {"pieces": -1}, {"pieces": True}, {"asked": 3}]
+UNSOUND += [{"bytes": None}, {"val_crc32": "0"}]
+UNSOUND += [{"tokens": {"train": tokens, "val": 0}} for tokens in (1, 10**15)]
+NO_JSON = ["", "{}", "[]", "[" * 100_000, "\0", " " * 100_001]
 
 
-@pytest.mark.parametrize("content", [
-    "", "{}", "[]", "[" * 100_000, "\0", " " * 100_001, *(json.dumps(SOUND | change) for change in (
-        {"dtype": "u1"}, {"dtype": []}, {"pieces": -1}, {"pieces": True}, {"asked": 3}, {"bytes": None},
-        {"tokens": {"train": 10**15, "val": 0}}, {"tokens": {"train": 1, "val": 0}}, {"val_crc32": "0"}))])
+@pytest.mark.parametrize("content", NO_JSON + [json.dumps(SOUND | change) for change in UNSOUND])
 def test_progress_that_cannot_be_is_refused(tmp_path, content):
     stream = Corpus("s", "test stream", lambda: iter([]), stream=True, tokenizer="byte")
     folder = tmp_path / ".out.partial"
@@ -237,15 +296,10 @@ def test_progress_that_cannot_be_is_refused(tmp_path, content):
     for name in ("train.bin", "val.bin"):
         (folder / name).touch()
     (folder / "progress.json").write_text(content)
-    with pytest.raises(ValueError, match="progress.json is damaged, or does not belong to its .bin files; delete"):
+    match = "progress.json is damaged, or does not belong to its .bin files; delete"
+    with pytest.raises(ValueError, match=match):
         prepare(stream, tmp_path / "out")
     assert (folder / "train.bin").stat().st_size == 0
-
-
-def test_an_error_is_one_line_that_no_terminal_obeys(run, tmp_path):
-    name = "x\x1b]0;owned\x07\n.txt"
-    assert run(tmp_path / name) == (2, f"error: {tmp_path}/x ]0;owned .txt is not a file or folder, nor one of "
-                                       f"{', '.join(command.open_corpus.__globals__['NAMED'])}\n")
 
 
 def test_a_stream_of_hugging_face_is_prepared(tmp_path):
@@ -259,42 +313,65 @@ def test_a_stream_of_hugging_face_is_prepared(tmp_path):
         prepare(source, tmp_path / "chars", "char")
 
 
+# The command
+
+
 def test_the_command_prepares_a_named_data_set(run, text, tmp_path):
     assert run(text) == (0, "")
     assert open_dataset(tmp_path / "data" / "prose").meta["tokenizer"] == "sentencepiece"
     assert run(text, text.parent / "prose.txt", "--tokenizer=byte", "name=two") == (0, "")
     two = open_dataset(tmp_path / "data" / "two").meta
     assert two["source"] == "2 files of prose.txt, prose.txt, few or unequal, so each is cut 90/10"
-    assert two["bytes"] == {"train": 2 * int(len(PROSE) * 0.9), "val": 2 * (len(PROSE) - int(len(PROSE) * 0.9))}
+    assert two["bytes"] == {"train": 2 * CUT, "val": 2 * (len(PROSE) - CUT)}
 
 
-@pytest.mark.parametrize("words, match", [
-    ([], "no source given"), (["name=x"], "no source given"), (["nothing.txt"], "nothing.txt is not a file or folder"),
-    (["TEXT", "tokeniser=byte"], "unknown option 'tokeniser'; choose from tokenizer"),
-    (["TEXT", "tokenizer=bpe"], "tokenizer=bpe is unknown; choose from byte, char, sentencepiece"),
-    (["TEXT", "tokenizer="], "tokenizer= is unknown"),
-    (["TEXT", "tokenizer=EMPTYFOLDER"], "no tokenizer.model or tokenizer.json there"),
-    (["TEXT", "tokenizer=byte", "vocab_size=300"], "vocab_size=300 is for tokenizer=sentencepiece"),
-    (["TEXT", "vocab_size=many"], "vocab_size=many: expected a whole number"),
-    (["TEXT", "vocab_size=-1"], "expected a whole number"), (["TEXT", "vocab_size=0"], "vocab_size=0 does not suit"),
-    (["TEXT", "vocab_size=99"], "needs at least"), (["TEXT", "vocab_size="], "expected a whole number"),
-    (["TEXT", "tokenizer=tiktoken:no"], "tiktoken:no is unknown"),
-    (["TEXT", "tokenizer=no.model"], "no.model: no such tokenizer file"),
-    (["TEXT", "name=../x"], "must be a bare folder name"), (["TEXT", "name=a/b"], "must be a bare folder name"),
-    (["TEXT", "name=.."], "must be a bare"), (["TEXT", "name="], "must be a bare"),
-    (["TEXT", "name=a\\b"], "must be a bare"), (["TEXT", "TEXT"], "give it a name="),
-    (["EMPTY"], "too little text"), (["ONE"], "too little text"),
-    (["EMPTY", "tokenizer=byte"], "too little text"), (["ONE", "tokenizer=byte"], "too little text"),
-    (["EMPTYFOLDER"], "too little text"), (["LATIN"], "byte 3 is not UTF-8")])
-def test_wrong_input_is_one_error_line_and_leaves_nothing(run, text, tmp_path, words, match):
-    paths = {name: tmp_path / name.lower() for name in ("EMPTY", "ONE", "LATIN", "EMPTYFOLDER")} | {"TEXT": text}
-    paths["EMPTY"].write_text("")
-    paths["ONE"].write_text("x")
-    paths["LATIN"].write_bytes(b"caf\xe9" * 50)
-    paths["EMPTYFOLDER"].mkdir()
-    code, err = run(*[str(paths.get(word, word)).replace("=EMPTYFOLDER", f"={tmp_path}/emptyfolder") for word in words])
+WRONG = [
+    ("", "no source given"),
+    ("name=x", "no source given"),
+    ("nothing.txt", "nothing.txt is not a file or folder"),
+    ("TEXT tokeniser=byte", "unknown option 'tokeniser'; choose from tokenizer"),
+    ("TEXT tokenizer=bpe", "tokenizer=bpe is unknown; choose from byte, char, sentencepiece"),
+    ("TEXT tokenizer=", "tokenizer= is unknown"),
+    ("TEXT tokenizer=FOLDER", "no tokenizer.model or tokenizer.json there"),
+    ("TEXT tokenizer=byte vocab_size=300", "vocab_size=300 is for tokenizer=sentencepiece"),
+    ("TEXT vocab_size=many", "vocab_size=many: expected a whole number"),
+    ("TEXT vocab_size=-1", "expected a whole number"),
+    ("TEXT vocab_size=0", "vocab_size=0 does not suit"),
+    ("TEXT vocab_size=99", "needs at least"),
+    ("TEXT vocab_size=", "expected a whole number"),
+    ("TEXT tokenizer=tiktoken:no", "tiktoken:no is unknown"),
+    ("TEXT tokenizer=no.model", "no.model: no such tokenizer file"),
+    ("TEXT name=../x", "must be a bare folder name"),
+    ("TEXT name=a/b", "must be a bare folder name"),
+    ("TEXT name=..", "must be a bare"),
+    ("TEXT name=", "must be a bare"),
+    ("TEXT name=a\\b", "must be a bare"),
+    ("TEXT TEXT", "give it a name="),
+    ("EMPTY", "too little text"),
+    ("ONE", "too little text"),
+    ("EMPTY tokenizer=byte", "too little text"),
+    ("ONE tokenizer=byte", "too little text"),
+    ("FOLDER", "too little text"),
+    ("LATIN", "byte 3 is not UTF-8"),
+]
+
+
+@pytest.mark.parametrize("line, match", WRONG)
+def test_wrong_input_is_one_error_line_and_leaves_nothing(run, text, tmp_path, line, match):
+    for name, content in {"EMPTY": b"", "ONE": b"x", "LATIN": b"caf\xe9" * 50}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "FOLDER").mkdir()
+    text.rename(tmp_path / "TEXT")
+    for name in ("EMPTY", "ONE", "LATIN", "FOLDER", "TEXT"):
+        line = line.replace(name, str(tmp_path / name))
+    code, err = run(*line.split())
     assert code == 2 and match in err and err.startswith("error: ") and err.count("\n") == 1
     assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_an_error_is_one_line_that_no_terminal_obeys(run, tmp_path):
+    message = f"{tmp_path}/x ]0;owned .txt is not a file or folder, nor one of {', '.join(NAMED)}"
+    assert run(tmp_path / "x\x1b]0;owned\x07\n.txt") == (2, f"error: {message}\n")
 
 
 def test_an_existing_data_set_is_not_overwritten(run, text, tmp_path):
@@ -307,17 +384,19 @@ def test_an_existing_data_set_is_not_overwritten(run, text, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_command_cleans_up(tmp_path, number, code):
-    """The real script, in a copy of the repository, stopped while it reads a text that takes it several seconds."""
-    (tmp_path / "data").mkdir()
+    """The real script, copied and started from elsewhere, and stopped while it reads a text."""
+    folder = tmp_path / "repository" / "data"
+    folder.mkdir(parents=True)
     for path in Path(command.__file__).parent.glob("*.py"):
-        (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "big.txt").write_bytes(b"0123456789 abcdefg\n" * 4_000_000)
-    process = subprocess.Popen([sys.executable, "data/prepare.py", "big.txt", "tokenizer=byte"], cwd=tmp_path,
-                               stderr=subprocess.PIPE)
+        shutil.copy(path, folder)
+    (tmp_path / "big.txt").write_bytes(b"0123456789 abcdefg\n" * 4_000_000)  # for several seconds
+    words = [sys.executable, str(folder / "prepare.py"), "big.txt", "tokenizer=byte"]
+    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE)
     begin = time.monotonic()
-    while not list((tmp_path / "data").glob(".big.*/train.bin")) and time.monotonic() - begin < 20:
+    while not list(folder.glob(".big.*/train.bin")) and time.monotonic() - begin < 20:
         time.sleep(0.01)
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
     assert process.returncode == code and b"Traceback" not in err
-    assert sorted(path.name for path in (tmp_path / "data").iterdir() if path.suffix != ".py") in ([], ["__pycache__"])
+    left = {path.name for path in folder.iterdir() if path.suffix != ".py"}
+    assert left <= {"__pycache__"}

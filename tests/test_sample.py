@@ -1,5 +1,6 @@
 """sample.py: what is printed is what was generated, and every wrong input is one line."""
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -11,40 +12,60 @@ import pytest
 import torch
 from test_generate import tiny
 
-import checkpoint
 import sample
 from config.schema import Config
 from data.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_sha256
-from generate import generate
-from model import Decoder
-from sample import SampleOptions, prompt_ids
-from weights import load_model
+from model import Decoder, ModelConfig
+from sample import SampleOptions, generate, prepare_for_inference, prompt_ids
+from weights import checkpoint
+from weights.open import load_model
 
 ROOT = Path(__file__).parent.parent
 CHARS = "\nabcdefgh"
-
-
-def test_a_prompt_starts_with_bos_or_else_like_a_line():
-    assert prompt_ids(ByteTokenizer(), "hi") == [256, 104, 105]
-    assert prompt_ids(ByteTokenizer(), "") == [256]
-    assert prompt_ids(CharTokenizer("b\na"), "") == [0]
-    assert prompt_ids(CharTokenizer("\t\nab"), "") == [1]
-    assert prompt_ids(CharTokenizer("xyz"), "") == [0]
-    assert prompt_ids(CharTokenizer("xyz"), "zy") == [2, 1]
-    with pytest.raises(ValueError, match="surrogates"):
-        prompt_ids(ByteTokenizer(), "\udcff")
+END = 256  # of ByteTokenizer: its bos, which also begins a text
 
 
 def save_run(folder: Path, tokenizer, model: Decoder | None = None, step: int = 10) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     model = model or tiny(vocab_size=tokenizer.vocab_size, block_size=16)
-    config = Config(model=model.config, out_dir=str(folder))
-    state = {"step": step, "model": dict(model.state_dict()), "optimizer": {}, "scaler": {}, "config": config.flat(),
-             "data": {"tokenizer_sha256": tokenizer_sha256(folder)}, "base": {}, "best_val_loss": 1.0,
-             "grad_norms": []}
+    state = {
+        "step": step,
+        "model": dict(model.state_dict()),
+        "optimizer": {},
+        "scaler": {},
+        "config": Config(model=model.config, out_dir=str(folder)).flat(),
+        "data": {"tokenizer_sha256": tokenizer_sha256(folder)},
+        "base": {},
+        "best_val_loss": 1.0,
+        "grad_norms": [],
+    }
     checkpoint.save(checkpoint.path_of(folder, step), state)
     return folder
+
+
+def save_table(folder: Path, successors: dict[int, list[int]]) -> Path:
+    """The run of a model over bytes that draws each next one from `successors` of the last one,
+    which are equally likely.
+    """
+    shape = dict(n_layer=1, n_head=1, n_embd=258, n_hidden=8, block_size=64, vocab_size=257)
+    model = Decoder(ModelConfig(**shape))
+    with torch.no_grad():
+        for weight in (model.head.weight, model.blocks[0].attn.out.weight):
+            weight.zero_()
+        model.blocks[0].ffn.down.weight.zero_()  # so each token keeps its row of the embedding
+        model.embed.weight.copy_(torch.eye(257, 258))
+        for last, following in successors.items():
+            model.head.weight[following, last] = 100.0
+    return save_run(folder, ByteTokenizer(), model)
+
+
+def save_text(folder: Path, text: bytes, prompt: bytes = b"") -> Path:
+    """The run of a model that continues the prompt with this text, and then ends it. In the two
+    together, no byte may be followed by different ones.
+    """
+    chain = [*(prompt[-1:] or [END]), *text, END]
+    return save_table(folder, {a: [b] for a, b in zip(chain, chain[1:], strict=False)})
 
 
 @pytest.fixture
@@ -67,56 +88,44 @@ def refused(capsys, *argv) -> str:
     return err
 
 
-def give_input(monkeypatch, content: bytes) -> None:
-    stream = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
+def give_input(monkeypatch, content: bytes | None) -> None:
+    """What standard input holds; None: there is none. (Nothing else replaces it in one process.)"""
+    stream = content if content is None else io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", stream)
 
 
-def script(monkeypatch, *steps: list[int]) -> None:
-    """Lets generate yield these ids instead of a model's."""
-    monkeypatch.setattr(sample, "generate", lambda *arguments, **options: iter(steps))
+# Prompts
 
 
-def test_the_command_prints_prompt_and_continuation_and_the_speed_on_stderr(run, capsys):
-    out, err = sampled(capsys, run, "prompt=abc", "max_new_tokens=30", "seed=1", "top_k=99")
-    assert out.startswith("abc") and len(out) == 3 + 30 + 1 and set(out) <= set(CHARS)
-    assert err.startswith("30 tokens in ") and "tokens/s (cpu, " in err and err.count("\n") == 1
-    assert sampled(capsys, run, "prompt=abc", "max_new_tokens=30", "seed=1")[0] == out
-    assert sampled(capsys, run, "prompt=abc", "max_new_tokens=30", "seed=2")[0] != out
+def test_a_prompt_starts_with_bos_or_else_like_a_line():
+    assert prompt_ids(ByteTokenizer(), "hi") == [256, 104, 105]
+    assert prompt_ids(ByteTokenizer(), "") == [256]
+    assert prompt_ids(CharTokenizer("b\na"), "") == [0]
+    assert prompt_ids(CharTokenizer("\t\nab"), "") == [1]
+    assert prompt_ids(CharTokenizer("xyz"), "") == [0]
+    assert prompt_ids(CharTokenizer("xyz"), "zy") == [2, 1]
+    with pytest.raises(ValueError, match="surrogates"):
+        prompt_ids(ByteTokenizer(), "\udcff")
 
 
-def test_the_command_prints_what_generate_yields(run, capsys):
-    model, tokenizer, _ = load_model(run)
-    ids = [tokens[0] for tokens in generate(model, tokenizer.encode("ab"), 40, temperature=0.7, top_p=0.9, seed=6)]
-    out, _ = sampled(capsys, run, "prompt=ab", "max_new_tokens=40", "temperature=0.7", "top_p=0.9", "seed=6",
-                     "dtype=float32")
-    assert out == "ab" + tokenizer.decode(ids) + "\n"
-
-
-def test_further_samples_follow_the_first_one_separated_by_a_line(run, capsys, monkeypatch):
-    script(monkeypatch, [1, 2, 3], [1, 2, 3])
-    out, _ = sampled(capsys, run, "prompt=h", "num_samples=3")
-    assert out == "haa\n---\nhbb\n---\nhcc\n"
-
-
-def test_an_empty_prompt_starts_from_bos(tmp_path, capsys, monkeypatch):
-    run = save_run(tmp_path / "run", ByteTokenizer())
-    given = []
-    monkeypatch.setattr(sample, "generate", lambda model, ids, **options: given.append(ids) or iter([[65]]))
-    assert sampled(capsys, run, "prompt=")[0] == "A\n"
+def test_an_empty_prompt_starts_from_bos_and_standard_input_is_not_read(
+    tmp_path, capsys, monkeypatch
+):
+    run = save_text(tmp_path / "run", b"A")
     give_input(monkeypatch, b"not asked for")
-    assert sampled(capsys, run)[0] == "A\n"
-    assert given == [[256], [256]]
+    assert sampled(capsys, run, "prompt=")[0] == sampled(capsys, run)[0] == "A\n"
+    assert sys.stdin.read() == "not asked for"
 
 
-def test_the_prompt_comes_from_a_file_or_from_standard_input_without_its_last_newline(run, capsys, monkeypatch):
-    path = run / "prompt.txt"
+def test_the_prompt_comes_from_a_file_or_from_standard_input_without_its_last_newline(
+    tmp_path, capsys, monkeypatch
+):
+    run, path = save_text(tmp_path / "run", b"h", prompt=b"\n"), tmp_path / "prompt.txt"
     path.write_bytes(b"ab\n\n")
-    script(monkeypatch, [8])
     assert sampled(capsys, run, f"prompt=FILE:{path}")[0] == "ab\nh\n"
-    give_input(monkeypatch, b"cd\n")
-    assert sampled(capsys, run, "prompt=-")[0] == "cdh\n"
-    monkeypatch.setattr(sys, "stdin", None)
+    give_input(monkeypatch, b"cd\n\n")
+    assert sampled(capsys, run, "prompt=-")[0] == "cd\nh\n"
+    give_input(monkeypatch, None)
     assert "there is no standard input" in refused(capsys, run, "prompt=-")
 
 
@@ -128,7 +137,7 @@ def test_prompts_that_cannot_be_read_are_refused(run, capsys, monkeypatch):
     path.write_bytes(b"a" * 1_000_001)
     assert "longer than 1,000,000 bytes" in refused(capsys, run, f"prompt=FILE:{path}")
     os.mkfifo(run / "fifo")
-    assert "is not a regular file: a pipe can come in by prompt=-" in refused(capsys, run, f"prompt=FILE:{run}/fifo")
+    assert "is not a regular file: use prompt=-" in refused(capsys, run, f"prompt=FILE:{run}/fifo")
     give_input(monkeypatch, b"\xff")
     assert "standard input is not UTF-8" in refused(capsys, run, "prompt=-")
     assert "'xz'" in refused(capsys, run, "prompt=azax")
@@ -138,8 +147,140 @@ def test_prompts_that_cannot_be_read_are_refused(run, capsys, monkeypatch):
 def test_a_prompt_longer_than_the_context_keeps_its_end_and_warns(run, capsys):
     out, err = sampled(capsys, run, "prompt=" + "abcdefgh" * 5, "max_new_tokens=5")
     assert out.startswith("abcdefgh" * 5)
-    assert err.startswith("warning: the prompt has 40 tokens, the model sees at most 16 at once: "
-                          "the first 24 are left out\n")
+    assert err.startswith(
+        "warning: the prompt has 40 tokens, the model sees at most 16 at once: "
+        "the first 24 are left out\n"
+    )
+
+
+def test_interactive_asks_until_the_input_ends_and_survives_bad_prompts(run, capsys, monkeypatch):
+    texts = [sampled(capsys, run, f"prompt={p}")[0].removeprefix(p) for p in ("ab", "", "cd")]
+    give_input(monkeypatch, b"ab\nxyz\n\ncd\n")
+    out, err = sampled(capsys, run, "interactive=true")
+    assert out == "".join(texts)
+    assert "error: characters 'xyz' are not among" in err and err.count("tokens/s") == 3
+
+
+# What is printed
+
+
+def test_the_command_prints_prompt_and_continuation_and_the_speed_on_stderr(run, capsys):
+    out, err = sampled(capsys, run, "prompt=abc", "max_new_tokens=30", "seed=1", "top_k=99")
+    assert out.startswith("abc") and len(out) == 3 + 30 + 1 and set(out) <= set(CHARS)
+    assert err.startswith("30 tokens in ") and "tokens/s (cpu, " in err and err.count("\n") == 1
+    assert sampled(capsys, run, "prompt=abc", "max_new_tokens=30", "seed=1")[0] == out
+    assert sampled(capsys, run, "prompt=abc", "max_new_tokens=30", "seed=2")[0] != out
+
+
+def test_every_option_that_generate_has_reaches_it_and_what_it_yields_is_printed(
+    run, capsys, no_code
+):
+    sample.compiled_next_ids.cache_clear()
+    values = {
+        "max_new_tokens": 40,
+        "num_samples": 2,
+        "temperature": 2.0,
+        "top_k": 6,
+        "top_p": 0.8,
+        "min_p": 0.4,
+        "repetition_penalty": 1.5,
+        "seed": 8,
+    }
+    words = [f"{name}={value}" for name, value in values.items()]
+    out, _ = sampled(capsys, run, "prompt=ab", "dtype=float32", "compile=true", *words)
+    assert sample.compiled_next_ids.cache_info().currsize == 1
+    model, tokenizer, _ = load_model(run)
+
+    def printed(options):
+        rows = zip(*generate(model, [1, 2], **{"max_new_tokens": 200} | options), strict=True)
+        return "---\n".join(f"ab{tokenizer.decode(row)}\n" for row in rows)
+
+    assert out == printed(values)
+    for name in values:  # each of them matters here
+        assert out != printed({k: v for k, v in values.items() if k != name}), name
+
+
+def test_each_sample_ends_by_itself_and_only_what_is_shown_is_counted(tmp_path, capsys):
+    following = [*b"abc", END]
+    run = save_table(tmp_path / "run", {token: following for token in following})
+    out, err = sampled(capsys, run, "prompt=a", "num_samples=5", "temperature=1", "seed=3")
+    drawn = generate(load_model(run)[0], [END, 97], 200, num_samples=5, seed=3)
+    rows = [list(row) for row in zip(*drawn, strict=True)]
+    texts = [bytes(row[: row.index(END)]).decode() for row in rows]
+    assert out == "---\n".join(f"a{text}\n" for text in texts) and len(set(map(len, texts))) > 2
+    assert err.startswith(f"{sum(len(text) + 1 for text in texts)} tokens in ")
+
+
+@pytest.mark.parametrize("text, shown", [(b"A\xc3", "A\ufffd"), (b"", "")])
+def test_a_text_ends_where_the_model_ends_it(text, shown, tmp_path, capsys):
+    out, err = sampled(capsys, save_text(tmp_path / "run", text), "prompt=")
+    assert out == f"{shown}\n" and err.startswith(f"{len(text) + 1} tokens in ")
+
+
+class Written(list):
+    """A standard output that notes what arrives with each flush, up to `most` times: then somebody
+    presses Ctrl-C.
+    """
+
+    def __init__(self, terminal: bool, most: int = 1000):
+        super().__init__()
+        self.pending, self.most, self.isatty = "", most, lambda: terminal
+
+    def write(self, text: str):
+        self.pending += text
+
+    def flush(self):
+        if len(self) == self.most:
+            raise KeyboardInterrupt
+        self += [self.pending] if self.pending else []
+        self.pending = ""
+
+    def reconfigure(self, **options):
+        pass
+
+
+def written(run: Path, *argv: str, terminal: bool = True) -> list[str]:
+    with contextlib.redirect_stdout(Written(terminal)) as out:
+        assert sample.main([str(run), *argv]) == 0
+    return list(out)
+
+
+def test_characters_of_several_tokens_are_written_whole_and_at_once(tmp_path):
+    whole = save_text(tmp_path / "whole", "aé😀z".encode(), prompt=b">")
+    assert written(whole, "prompt=>") == [">", "a", "é", "😀", "z", "\n"]
+    broken = save_text(tmp_path / "broken", b"a\xe9b\xf0\x9f")
+    assert written(broken, "prompt=") == ["a", "\ufffdb", "\ufffd\n"]
+
+
+def test_a_terminal_gets_no_control_characters_unless_raw(tmp_path):
+    text, prompt = "\x1b]0;x\x07\r\n\t\x7f\u009b\u202eé", "\x1b[2J\u2066"
+    run = save_text(tmp_path / "run", text.encode(), prompt.encode())
+    words = (run, f"prompt={prompt}")
+    assert "".join(written(*words)) == "[2J]0;x\n\té\n"
+    assert "".join(written(*words, "raw=true")) == f"{prompt}{text}\n"
+    assert "".join(written(*words, terminal=False)) == f"{prompt}{text}\n"
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(run, capsys):
+    with contextlib.redirect_stdout(Written(True, most=2)) as out:
+        assert sample.main([str(run), "prompt=a"]) == 130
+    assert len(out) == 2 and out[0] == "a" and capsys.readouterr() == ("", "\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGPIPE")
+def test_a_reader_that_stops_early_ends_the_command_quietly(run):
+    program, words = str(ROOT / "sample.py"), ["prompt=a", "max_new_tokens=100000"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(
+        [sys.executable, program, str(run), *words], cwd=ROOT, **pipes
+    ) as process:
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(20) == 0
+
+
+# The model
 
 
 def test_the_named_checkpoint_is_sampled(tmp_path, capsys):
@@ -169,159 +310,20 @@ def test_a_padded_vocabulary_is_sampled_without_its_padding(tmp_path, capsys):
     assert set(out) <= set(CHARS + "-")
 
 
-def test_wrong_arguments_are_refused_in_one_line(run, tmp_path, capsys):
-    assert "one folder of a run, got none" in refused(capsys)
-    assert "one folder of a run, got a b" in refused(capsys, "a", "b")
-    assert "does not exist: name a folder of a run" in refused(capsys, tmp_path / "nothing", "prompt=a")
-    assert "did you mean temperature?" in refused(capsys, run, "temprature=1")
-    assert "top_k must be a whole number" in refused(capsys, run, "top_k=1.5")
-    assert "temperature must be finite" in refused(capsys, run, "temperature=nan")
-    assert "leave prompt out" in refused(capsys, run, "prompt=a", "interactive=true")
-    for words in ("prompt=a", "interactive=true", "compile=true"):
-        assert "leave prompt, interactive and compile out" in refused(capsys, run, words, "eval=val")
-    assert "dataset and eval_iters only count with eval=val" in refused(capsys, run, "dataset=x", "eval_iters=3")
-    assert "would overflow in float16" in refused(capsys, run, "quantize=int8", "dtype=float16")
-    assert "device=cuda:99 is not on this machine" in refused(capsys, run, "device=cuda:99")
-
-
-@pytest.mark.parametrize(("name", "bad"), [
-    ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -1), ("top_p", 0.0),
-    ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.1), ("max_new_tokens", 0), ("num_samples", 0), ("num_samples", 10**9),
-    ("repetition_penalty", 0.0), ("repetition_penalty", float("nan")), ("seed", -1), ("seed", 2**64),
-    ("eval_iters", -1), ("block_size", -1), ("micro_batch_size", -1)])
-def test_values_that_mean_nothing_are_refused(name, bad):
-    with pytest.raises(ValueError, match=f"^{name} must be .*, got {bad}$"):
-        SampleOptions(**{name: bad}, eval="val")
-
-
-def test_all_problems_are_listed_at_once():
-    with pytest.raises(ValueError, match="temperature.*; top_k.*; top_p"):
-        SampleOptions(temperature=-1.0, top_k=-1, top_p=2.0)
-
-
-def test_every_option_that_generate_has_reaches_it(run, capsys, monkeypatch):
-    given = {}
-    monkeypatch.setattr(sample, "generate", lambda model, ids, **options: given.update(options) or iter([[1, 1]]))
-    values = {"max_new_tokens": 7, "num_samples": 2, "temperature": 0.3, "top_k": 4, "top_p": 0.6, "min_p": 0.02,
-              "repetition_penalty": 1.5, "seed": 8, "compile": True}
-    sampled(capsys, run, "prompt=a", *(f"{name}={value}" for name, value in values.items()))
-    assert given == values | {"vocab_size": len(CHARS)}
-
-
-def test_help_lists_every_option_with_its_meaning(capsys):
-    out, _ = sampled(capsys, "--help")
-    assert all(f"  {field.name}=" in out for field in dataclasses.fields(SampleOptions))
-
-
-class Written(list):
-    """A standard output that notes what arrives with each flush."""
-
-    def __init__(self, terminal: bool):
-        super().__init__()
-        self.pending, self.isatty = "", lambda: terminal
-
-    def write(self, text: str):
-        self.pending += text
-
-    def flush(self):
-        self.append(self.pending)
-        self.pending = ""
-
-    def reconfigure(self, **options):
-        pass
-
-
-@pytest.fixture
-def byte_run(tmp_path) -> Path:
-    return save_run(tmp_path / "bytes", ByteTokenizer())
-
-
-def written(monkeypatch, run: Path, text: bytes, *argv: str, terminal: bool = True) -> list[str]:
-    """What is written while the model yields the bytes of `text`."""
-    out = Written(terminal)
-    monkeypatch.setattr(sys, "stdout", out)
-    script(monkeypatch, *([byte] for byte in text))
-    assert sample.main([str(run), *argv]) == 0
-    return [piece for piece in out if piece]
-
-
-def test_characters_of_several_tokens_are_written_whole_and_at_once(byte_run, monkeypatch):
-    assert written(monkeypatch, byte_run, "aé😀z".encode(), "prompt=>") == [">", "a", "é", "😀", "z", "\n"]
-    assert written(monkeypatch, byte_run, b"a\xe9b\xf0\x9f", "prompt=") == ["a", "\ufffdb", "\ufffd\n"]
-
-
-def test_a_terminal_gets_no_control_characters_unless_raw(byte_run, monkeypatch):
-    text = "\x1b]0;x\x07\r\n\t\x7f\u009b\u202e\u2066é"
-    prompt = "prompt=\x1b[2J"
-    assert "".join(written(monkeypatch, byte_run, text.encode(), prompt)) == "[2J]0;x\n\té\n"
-    assert "".join(written(monkeypatch, byte_run, text.encode(), prompt, "raw=true")) == f"\x1b[2J{text}\n"
-    assert "".join(written(monkeypatch, byte_run, text.encode(), prompt, terminal=False)) == f"\x1b[2J{text}\n"
-
-
-def test_a_text_ends_where_the_model_ends_it(byte_run, monkeypatch, capsys):
-    later = []
-
-    def steps(model, ids, **options):
-        yield from ([65], [0xc3], [256])
-        later.append(1)
-        yield [66]
-
-    monkeypatch.setattr(sample, "generate", steps)
-    out, err = sampled(capsys, byte_run, "prompt=")
-    assert out == "A\ufffd\n" and err.startswith("3 tokens in ") and not later
-
-
-def test_each_sample_ends_by_itself_and_only_what_is_shown_is_counted(byte_run, monkeypatch, capsys):
-    script(monkeypatch, [65, 97, 256], [256, 98, 66], [67, 99, 68], [69, 256, 70], [71, 72, 73])
-    out, err = sampled(capsys, byte_run, "prompt=>", "num_samples=3")
-    assert out == ">A\n---\n>abc\n---\n>\n"
-    assert err.startswith("7 tokens in ")
-
-
-def test_a_model_that_ends_its_text_at_once_gives_an_empty_one(tmp_path, capsys):
-    model = tiny(vocab_size=257, tie_embeddings=True)
-    model.embed.weight.data[256] *= 100  # after which it finds itself likeliest
-    run = save_run(tmp_path / "run", ByteTokenizer(), model)
-    out, err = sampled(capsys, run, "prompt=", "temperature=0")
-    assert out == "\n" and err.startswith("1 tokens in ")
-
-
-def test_what_is_sampled_in_bfloat16_is_the_saved_model_under_autocast_to_the_bit(run, capsys, monkeypatch):
-    given = []
-    monkeypatch.setattr(sample, "generate", lambda model, ids, **options: given.append(model) or iter([[1]]))
-    sampled(capsys, run, "prompt=ab", "dtype=bfloat16")
+def test_what_is_sampled_in_bfloat16_is_the_saved_model_under_autocast_to_the_bit(run):
+    saved, prepared = load_model(run)[0], load_model(run)[0]
+    prepare_for_inference(prepared, SampleOptions(device="cpu", dtype="bfloat16"))
+    assert prepared.blocks[0].attn.q.weight.dtype == torch.bfloat16
     ids = torch.arange(9)[None]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(given[0](ids), load_model(run)[0](ids))
-    assert given[0].blocks[0].attn.q.weight.dtype == torch.bfloat16
+        assert torch.equal(prepared(ids), saved(ids))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_quantized_model_samples_and_says_so(run, capsys, monkeypatch, dtype):
-    given, plain = [], sample.generate
-    monkeypatch.setattr(sample, "generate", lambda model, *rest, **named: given.append(model) or plain(model, *rest,
-                                                                                                      **named))
-    out, err = sampled(capsys, run, "prompt=ab", "max_new_tokens=40", "quantize=int8", f"dtype={dtype}")
+def test_a_quantized_model_samples_and_says_so(run, capsys, dtype):
+    words = ("prompt=ab", "max_new_tokens=40", "quantize=int8", f"dtype={dtype}")
+    out, err = sampled(capsys, run, *words)
     assert err.endswith(f"tokens/s (cpu, {dtype}, int8)\n") and len(out) == 43
-    assert {p.dtype for p in given[0].buffers()} >= {torch.int8}
-
-
-def test_interactive_asks_until_the_input_ends_and_survives_bad_prompts(run, capsys, monkeypatch):
-    give_input(monkeypatch, b"ab\nxyz\n\ncd\n")
-    monkeypatch.setattr(sample, "generate", lambda model, ids, **options: iter([[token] for token in ids]))
-    out, err = sampled(capsys, run, "interactive=true")
-    assert out == "ab\n\n\ncd\n"
-    assert "error: characters 'xyz' are not among" in err and err.count("tokens/s") == 3
-
-
-def test_ctrl_c_ends_with_130_and_no_traceback(run, capsys, monkeypatch):
-    def interrupted(*arguments, **options):
-        yield [1]
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sample, "generate", interrupted)
-    assert sample.main([str(run), "prompt=a"]) == 130
-    assert capsys.readouterr() == ("aa", "\n")
 
 
 def test_logits_that_are_not_finite_end_the_command_with_one_line(tmp_path, capsys):
@@ -333,12 +335,57 @@ def test_logits_that_are_not_finite_end_the_command_with_one_line(tmp_path, caps
     assert err.startswith("error: the model's logits hold NaN or Inf") and err.count("\n") == 1
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGPIPE")
-def test_a_reader_that_stops_early_ends_the_command_quietly(run):
-    command = [sys.executable, str(ROOT / "sample.py"), str(run), "prompt=a", "max_new_tokens=100000"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.read(10)
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    process.stderr.close()
-    assert process.wait(20) == 0
+# The options
+
+
+def test_help_lists_every_option_with_its_meaning(capsys):
+    out, _ = sampled(capsys, "--help")
+    assert all(f"  {field.name}=" in out for field in dataclasses.fields(SampleOptions))
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["temprature=1"], "did you mean temperature?"),
+        (["top_k=1.5"], "top_k must be a whole number"),
+        (["temperature=nan"], "temperature must be finite"),
+        (["prompt=a", "interactive=true"], "leave prompt out"),
+        (["eval=val", "prompt=a"], "leave prompt, interactive and compile out"),
+        (["eval=val", "interactive=true"], "leave prompt, interactive and compile out"),
+        (["eval=val", "compile=true"], "leave prompt, interactive and compile out"),
+        (["dataset=x", "eval_iters=3"], "dataset and eval_iters only count with eval=val"),
+        (["quantize=int8", "dtype=float16"], "would overflow in float16"),
+        (["device=cuda:99"], "device=cuda:99 is not on this machine"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(words, said, run, capsys):
+    assert said in refused(capsys, run, *words)
+
+
+def test_a_folder_that_is_not_one_is_refused_in_one_line(tmp_path, capsys):
+    assert "one folder of a run, got none" in refused(capsys)
+    assert "one folder of a run, got a b" in refused(capsys, "a", "b")
+    assert "does not exist: name a folder of a run" in refused(capsys, tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "name, bad",
+    [
+        *(("temperature", bad) for bad in (-0.1, float("nan"), float("inf"))),
+        *(("repetition_penalty", bad) for bad in (0.0, float("nan"))),
+        *(("top_p", bad) for bad in (0.0, 1.1)),
+        *(("min_p", bad) for bad in (-0.1, 1.1)),
+        *(("num_samples", bad) for bad in (0, 10**9)),
+        *(("seed", bad) for bad in (-1, 2**64)),
+        ("max_new_tokens", 0),
+        *((name, -1) for name in ("top_k", "eval_iters", "block_size", "micro_batch_size")),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(name, bad):
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got {bad}$"):
+        SampleOptions(**{name: bad}, eval="val")
+
+
+def test_all_problems_are_listed_at_once():
+    with pytest.raises(ValueError, match="temperature.*; top_k.*; top_p"):
+        SampleOptions(temperature=-1.0, top_k=-1, top_p=2.0)

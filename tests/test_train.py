@@ -1,5 +1,6 @@
 """Training end to end, in process, on a model that takes milliseconds."""
 
+import gc
 import json
 import math
 import os
@@ -12,16 +13,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
-import evaluate
-import metrics
+import run.evaluate
 import train
 from data.loader import open_dataset, read_windows
 from data.prepare import prepare
 from data.tokenizer import ByteTokenizer
-from device import choose_dtype
-from lock import Lock
 from model import Decoder
+from run import log, parallel
+from run.log import Log
+from run.machine import choose_dtype
+from run.metrics import read_metrics
+from weights import checkpoint
+from weights.lock import Lock
 
 TIMES = ("step_ms", "tok_per_s", "peak_memory_mb")
 
@@ -29,8 +32,10 @@ TIMES = ("step_ms", "tok_per_s", "peak_memory_mb")
 def final_state(folder):
     """Every tensor of the newest checkpoint by name, and every record without its times."""
     state = checkpoint.load_newest(folder)
-    tensors = dict(state["model"]) | {f"{n}.{k}": t for n, s in state["optimizer"].items() for k, t in s.items()}
-    records = [{k: v for k, v in r.items() if k not in TIMES} for r in metrics.read_metrics(folder)]
+    tensors = dict(state["model"]) | {
+        f"{n}.{k}": t for n, s in state["optimizer"].items() for k, t in s.items()
+    }
+    records = [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(folder)]
     return tensors, records
 
 
@@ -41,36 +46,80 @@ def assert_same_run(a, b):
     assert [n for n, t in tensors.items() if not torch.equal(t, others[n])] == []
 
 
-def signal_after(monkeypatch, step, number=signal.SIGTERM, times=1):
-    """The process gets a signal in the middle of optimizer step `step`."""
+def during_step(monkeypatch, step, act):
+    """act() in the middle of optimizer step `step`, counted from 1: when it asks for its batch."""
     batch = train.batch
 
-    def interrupted(data, at, *rest):
+    def acted(data, at, *rest):
         if at == step - 1:
-            for _ in range(times):
-                os.kill(os.getpid(), number)
+            act()
         return batch(data, at, *rest)
 
-    monkeypatch.setattr(train, "batch", interrupted)
+    monkeypatch.setattr(train, "batch", acted)
+
+
+def signal_after(monkeypatch, step, number=signal.SIGTERM, times=1):
+    """The process gets a signal in the middle of optimizer step `step`."""
+
+    def kill():
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+
+    during_step(monkeypatch, step, kill)
 
 
 def reader_leaves(monkeypatch, at):
     """The line that starts with `at` meets a closed pipe."""
-    line = train.Log.line
+    line = Log.line
 
-    def closed(self, text, file=None):
+    def closed(self, text, stream=None):
         if text.startswith(at):
-            self.stop(signal.SIGPIPE)
-        line(self, text, file)
+            self.interrupts.ask_to_stop(signal.SIGPIPE)
+        line(self, text, stream)
 
-    monkeypatch.setattr(train.Log, "line", closed)
+    monkeypatch.setattr(Log, "line", closed)
+
+
+def loss_times(monkeypatch, factor):
+    """The loss of every forward is multiplied by factor(model)."""
+    forward = Decoder.forward
+    monkeypatch.setattr(Decoder, "forward", lambda self, *a: forward(self, *a) * factor(self))
+
+
+def gradient_times(monkeypatch, factor, *steps):
+    """The gradient of these steps of the process, counted from 1, is `factor` times too large."""
+    clip, calls = parallel.clip_gradients, []
+
+    def changed(parameters, most):
+        parameters = list(parameters)
+        calls.append(1)
+        for parameter in parameters if len(calls) in steps else ():
+            parameter.grad *= factor
+        return clip(parameters, most)
+
+    monkeypatch.setattr(parallel, "clip_gradients", changed)
+
+
+def compiled_to(monkeypatch, forward):
+    """torch.compile makes a module that calls forward(model, x, y)."""
+
+    class Compiled(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x, y):
+            return forward(self.model, x, y)
+
+    monkeypatch.setattr(torch, "compile", lambda model, **_: Compiled(model))
 
 
 HARD = ["dropout=0.1", "micro_batch_size=2", "eval_interval=3"]
 
 
-@pytest.mark.parametrize("knobs", [["optimizer=adamw"], ["optimizer=muon", "dtype=bfloat16"]],
-                         ids=["adamw", "muon-bf16"])
+@pytest.mark.parametrize(
+    "knobs", [["optimizer=adamw"], ["optimizer=muon", "dtype=bfloat16"]], ids=["adamw", "muon-bf16"]
+)
 @pytest.mark.parametrize("cut", [1, 3, 4, 7, 11])
 def test_resume_is_bit_exact(start, tmp_path, monkeypatch, cut, knobs):
     assert start(*HARD, *knobs, out="whole")[0] == 0
@@ -89,15 +138,18 @@ def test_dropout_has_other_masks_in_each_step(start, monkeypatch):
 
 
 def test_resume_after_a_kill_redoes_what_was_not_saved(start, tmp_path, monkeypatch):
-    knobs = ["dropout=0.1", "micro_batch_size=2", "eval_interval=4"]  # step 8 is evaluated, then saved
+    knobs = [
+        "dropout=0.1",
+        "micro_batch_size=2",
+        "eval_interval=4",
+    ]  # step 8: evaluated, then saved
     assert start(*knobs, out="whole")[0] == 0
 
-    def die(*_):
+    def die():
         raise KeyboardInterrupt  # from nowhere: neither saved nor logged any more
 
     with monkeypatch.context() as patch:
-        step = train.train_step
-        patch.setattr(train, "train_step", lambda run: die() if run.step == 10 else step(run))
+        during_step(patch, 11, die)
         with pytest.raises(KeyboardInterrupt):
             start(*knobs)
     assert checkpoint.load_newest(tmp_path / "run")["step"] == 8
@@ -107,8 +159,16 @@ def test_resume_after_a_kill_redoes_what_was_not_saved(start, tmp_path, monkeypa
 
 def test_a_runs_folder_is_all_that_going_on_takes(start, tmp_path, monkeypatch):
     """Knobs of the model, of training and of the machine, which nobody repeats."""
-    knobs = (*HARD, "norm=layernorm", "dtype=bfloat16", "learning_rate=3e-3", "seed=7", "batch_size=6",
-             "micro_batch_size=2", "grad_clip=0.3")
+    knobs = (
+        *HARD,
+        "norm=layernorm",
+        "dtype=bfloat16",
+        "learning_rate=3e-3",
+        "seed=7",
+        "batch_size=6",
+        "micro_batch_size=2",
+        "grad_clip=0.3",
+    )
     start(*knobs, out="whole")
     with monkeypatch.context() as patch:
         signal_after(patch, 6)
@@ -124,7 +184,7 @@ def test_a_runs_folder_is_all_that_going_on_takes(start, tmp_path, monkeypatch):
 
 def test_a_signal_during_evaluation_loses_nothing(start, tmp_path, monkeypatch):
     assert start(*HARD, "micro_batch_size=1", out="whole")[0] == 0
-    read, calls = evaluate.read_windows, []
+    read, calls = run.evaluate.read_windows, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -133,7 +193,7 @@ def test_a_signal_during_evaluation_loses_nothing(start, tmp_path, monkeypatch):
         return read(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "read_windows", interrupted)
+        patch.setattr(run.evaluate, "read_windows", interrupted)
         assert start(*HARD, "micro_batch_size=1")[0] == 130
     assert len(calls) == 2
     assert start(*HARD, "micro_batch_size=1", "resume=yes")[0] == 0
@@ -145,7 +205,8 @@ def test_a_signal_saves_and_exits_with_its_code(start, tmp_path, monkeypatch, nu
     handlers = signal.getsignal(number)
     signal_after(monkeypatch, 6, number)
     result, out, _ = start()
-    assert result == code and f"saved at step 6; train.py {tmp_path / 'run'} goes on from here" in out
+    assert result == code
+    assert f"saved at step 6; train.py {tmp_path / 'run'} goes on from here" in out
     assert checkpoint.load_newest(tmp_path / "run")["step"] == 6
     assert signal.getsignal(number) == handlers
 
@@ -156,12 +217,21 @@ def test_the_second_signal_quits_at_once(start, tmp_path, monkeypatch):
     assert checkpoint.load_newest(tmp_path / "run")["step"] == 4
 
 
-@pytest.mark.parametrize("knobs", [["norm=rmsnorm"], ["norm=layernorm"], ["optimizer=muon"], ["dtype=bfloat16"],
-                                   ["activation_checkpointing=true"], ["n_kv_head=1", "tie_embeddings=true"],
-                                   ["norm_impl=fused"]])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        ["norm=rmsnorm"],
+        ["norm=layernorm"],
+        ["optimizer=muon"],
+        ["dtype=bfloat16"],
+        ["activation_checkpointing=true"],
+        ["n_kv_head=1", "tie_embeddings=true"],
+        ["norm_impl=fused"],
+    ],
+)
 def test_training_learns(start, tmp_path, knobs):
     assert start("max_iters=40", "learning_rate=1e-2", *knobs)[0] == 0
-    losses = [r["loss"] for r in metrics.read_metrics(tmp_path / "run") if "loss" in r]
+    losses = [r["loss"] for r in read_metrics(tmp_path / "run") if "loss" in r]
     assert abs(losses[0] - math.log(16)) < 0.06
     assert losses[-1] < 2.3
 
@@ -170,8 +240,13 @@ def test_compiled_training_is_the_same_training(start, tmp_path):
     start("max_iters=4", "n_layer=1")
     code, out, _ = start("compile=true", "max_iters=4", "n_layer=1", out="compiled")
     assert code == 0 and ", compiled" in out and out.count("compiled in ") == 1
-    assert final_state(tmp_path / "run")[0].keys() == final_state(tmp_path / "compiled")[0].keys()  # no _orig_mod
-    losses = [[r["loss"] for r in metrics.read_metrics(tmp_path / name) if "loss" in r] for name in ("run", "compiled")]
+    assert (
+        final_state(tmp_path / "run")[0].keys() == final_state(tmp_path / "compiled")[0].keys()
+    )  # no _orig_mod
+    losses = [
+        [r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r]
+        for name in ("run", "compiled")
+    ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
@@ -179,73 +254,105 @@ def test_what_a_run_leaves_behind(start, tmp_path):
     code, out, err = start()
     run = tmp_path / "run"
     assert code == 0 and err == ""
-    assert {p.name for p in run.iterdir()} == {"ckpt_00000008.pt", "ckpt_00000012.pt", "best.pt", "config.json",
-                                               "tokenizer.json", "metrics.jsonl", "loss.png"}
+    assert {p.name for p in run.iterdir()} == {
+        "ckpt_00000008.pt",
+        "ckpt_00000012.pt",
+        "best.pt",
+        "config.json",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "loss.png",
+    }
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    records = metrics.read_metrics(run)
-    assert {"step", "loss", "lr", "grad_norm", "step_ms", "tok_per_s", "peak_memory_mb"} == records[0].keys()
+    records = read_metrics(run)
+    assert {"step", "loss", "lr", "grad_norm", "step_ms", "tok_per_s", "peak_memory_mb"} == records[
+        0
+    ].keys()
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
     evaluations = [r for r in records if "val_loss" in r]
     assert [r["step"] for r in evaluations] == [5, 10, 12]
-    assert evaluations[0]["val_bpb"] == pytest.approx(evaluations[0]["val_loss"] / math.log(2))  # one byte per token
+    assert evaluations[0]["val_bpb"] == pytest.approx(
+        evaluations[0]["val_loss"] / math.log(2)
+    )  # one byte per token
     config = json.loads((run / "config.json").read_text())
     assert (config["vocab_size"], config["micro_batch_size"]) == (16, 8)
     assert config["versions"]["torch"] == torch.__version__
-    for words in ("parameters", "validation tokens", "tokens per parameter", "GB", "GFLOP/s (measured)", "not compiled",
-                  "| loss ", "| val loss ", "bits per byte", "tok/s", "of matmul rate", "left"):
+    for words in (
+        "parameters",
+        "validation tokens",
+        "tokens per parameter",
+        "GB",
+        "GFLOP/s (measured)",
+        "not compiled",
+        "| loss ",
+        "| val loss ",
+        "bits per byte",
+        "tok/s",
+        "of matmul rate",
+        "left",
+    ):
         assert words in out, words
 
 
-def test_best_is_the_checkpoint_with_the_lowest_validation_loss_before_a_resume_or_after(start, tmp_path):
+def test_best_is_the_checkpoint_with_the_lowest_validation_loss_before_a_resume_or_after(
+    start, tmp_path
+):
     bad = ["learning_rate=0.3", "eval_interval=1", "min_lr=0.3", "grad_clip=0"]  # on purpose
     for more in (["max_iters=15"], ["max_iters=16", "resume=yes"]):
         assert start(*bad, *more)[0] == 0
-        evaluations = {r["step"]: r["val_loss"] for r in metrics.read_metrics(tmp_path / "run") if "val_loss" in r}
+        evaluations = {
+            r["step"]: r["val_loss"] for r in read_metrics(tmp_path / "run") if "val_loss" in r
+        }
         best = checkpoint.load_named(tmp_path / "run", "best")
         assert best["best_val_loss"] == min(evaluations.values()) == evaluations[best["step"]]
         assert best["step"] < max(evaluations) and best["optimizer"] == {}
 
 
 def test_bits_per_byte_are_of_the_validation_text(start, tmp_path):
-    (tmp_path / "text").write_text("ab" * 900 + "\u00e4\u00f6" * 50, encoding="utf-8")  # bytes: 1800, then 200
+    (tmp_path / "text").write_text(
+        "ab" * 900 + "\u00e4\u00f6" * 50, encoding="utf-8"
+    )  # bytes: 1800, then 200
     prepare([str(tmp_path / "text")], tmp_path / "data", tokenizer="char")
     assert start(f"dataset={tmp_path / 'data'}", "max_iters=1", "warmup_iters=0")[0] == 0
-    evaluation = metrics.read_metrics(tmp_path / "run")[-1]
-    assert evaluation["val_bpb"] == pytest.approx(evaluation["val_loss"] / math.log(2) / 2)  # two bytes per token
+    evaluation = read_metrics(tmp_path / "run")[-1]
+    assert evaluation["val_bpb"] == pytest.approx(
+        evaluation["val_loss"] / math.log(2) / 2
+    )  # two bytes per token
 
 
 def test_evaluation_is_the_mean_over_all_windows(start, tmp_path, data_folder):
-    start("eval_iters=0", "micro_batch_size=8", "dropout=0.5")  # the last micro-batch of windows is not full
+    start(
+        "eval_iters=0", "micro_batch_size=8", "dropout=0.5"
+    )  # the last micro-batch of windows is not full
     state = checkpoint.load_newest(tmp_path / "run")
     model = checkpoint.build_model(checkpoint.model_config(state), state["model"], "cpu").eval()
     data = open_dataset(data_folder / "words")
     starts = train.val_starts(len(data.val), 32, 0)
     assert len(starts) % 8
     with torch.no_grad():
-        losses = [model(*read_windows(data.val, starts[i:i + 1], 32)).item() for i in range(len(starts))]
-    assert metrics.read_metrics(tmp_path / "run")[-1]["val_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+        losses = [
+            model(*read_windows(data.val, starts[i : i + 1], 32)).item() for i in range(len(starts))
+        ]
+    assert read_metrics(tmp_path / "run")[-1]["val_loss"] == pytest.approx(
+        sum(losses) / len(losses), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_before_the_update(start, tmp_path, monkeypatch, bad):
-    forward, calls = Decoder.forward, []
-
-    def poisoned(self, ids, targets=None):
-        loss = forward(self, ids, targets)
-        calls.append(self.training)
-        return loss * bad if calls.count(True) == 6 else loss
-
-    monkeypatch.setattr(Decoder, "forward", poisoned)
+    steps = []
+    loss_times(
+        monkeypatch,
+        lambda model: bad if steps.append(model.training) or steps.count(True) == 6 else 1,
+    )
     code, _, err = start()
     assert code == 3
     assert "at step 6: stopped before the update" in err and "ckpt_00000004.pt" in err
     assert [step for step, _ in checkpoint.all_in(tmp_path / "run")] == [4]
-    monkeypatch.undo()
 
 
 def test_a_gradient_that_is_not_finite_stops_too(start, monkeypatch):
-    clip = train.clip_gradients
-    monkeypatch.setattr(train, "clip_gradients", lambda *a: clip(*a) * float("nan"))
+    gradient_times(monkeypatch, float("nan"), 1)
     code, _, err = start()
     assert code == 3 and "at step 1: stopped" in err and "none yet" in err
 
@@ -283,7 +390,9 @@ def test_a_signal_during_the_last_evaluation_does_not_lose_it(start, tmp_path, m
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_reader_that_left_with_ctrl_c_does_not_count_as_a_second_signal(start, tmp_path, monkeypatch):
+def test_a_reader_that_left_with_ctrl_c_does_not_count_as_a_second_signal(
+    start, tmp_path, monkeypatch
+):
     reader_leaves(monkeypatch, at="step 6/")
     signal_after(monkeypatch, 6, signal.SIGINT)
     assert start()[0] == 130
@@ -291,18 +400,22 @@ def test_a_reader_that_left_with_ctrl_c_does_not_count_as_a_second_signal(start,
 
 
 def test_a_validation_loss_that_is_not_finite_is_not_success(start, monkeypatch):
-    forward = Decoder.forward
-    monkeypatch.setattr(Decoder, "forward", lambda self, *a, **k: forward(self, *a, **k) * (
-        1.0 if self.training else float("nan")))
+    loss_times(monkeypatch, lambda model: 1 if model.training else float("nan"))
     assert start()[0] == 3
 
 
 def test_a_sample_prompt_the_vocabulary_lacks_is_told_and_left_out(start, monkeypatch):
     planned = []
-    monkeypatch.setattr(train, "without_cudnn_attention", planned.append)
-    code, out, _ = start("sample_prompt=class X#", "sample_tokens=3", "max_iters=2", "eval_interval=0")
-    assert code == 0 and "starts from nothing, not with sample_prompt" in out and "--- sample ---\n" in out
-    code, out, _ = start("sample_prompt=the cat", "sample_tokens=3", "max_iters=2", "eval_interval=0", out="other")
+    monkeypatch.setattr("sample.disable_cudnn_attention", planned.append)
+    code, out, _ = start(
+        "sample_prompt=class X#", "sample_tokens=3", "max_iters=2", "eval_interval=0"
+    )
+    assert code == 0
+    assert "starts from nothing, not with sample_prompt" in out
+    assert "--- sample ---\n" in out
+    code, out, _ = start(
+        "sample_prompt=the cat", "sample_tokens=3", "max_iters=2", "eval_interval=0", out="other"
+    )
     assert code == 0 and "--- sample ---\nthe cat" in out
     assert planned == ["cpu"] * 2  # before the sample, and only then
 
@@ -316,7 +429,7 @@ def test_an_automatic_dtype_is_checked_again_on_a_resume_and_can_be_named(start,
             raise ValueError("dtype=bfloat16 needs a newer device")
         return choose(wanted, device)
 
-    monkeypatch.setattr("run.choose_dtype", older)
+    monkeypatch.setattr("run.setup.choose_dtype", older)
     code, _, err = start("dtype=auto", "resume=yes", "max_iters=8")
     assert code == 2 and "needs a newer device" in err
     assert start("dtype=float32", "resume=yes", "max_iters=8")[0] == 0
@@ -340,19 +453,20 @@ def test_a_finished_run_has_nothing_to_do(start, tmp_path):
 def test_a_resume_with_another_model_is_refused_and_one_with_another_rate_is_told(start):
     start("max_iters=4")
     code, _, err = start("resume=yes", "n_layer=3", "seed=5", "max_iters=8")
-    assert code == 2 and "n_layer: checkpoint=2, now=3" in err and "seed: checkpoint=1337, now=5" in err
+    assert code == 2
+    assert "n_layer: checkpoint=2, now=3" in err
+    assert "seed: checkpoint=1337, now=5" in err
     code, out, _ = start("resume=yes", "max_iters=8", "learning_rate=1e-4")
     assert code == 0
     assert "resuming with learning_rate: checkpoint=0.001, now=0.0001" in out
     assert "resuming with max_iters: checkpoint=4, now=8" in out
 
 
-def test_a_resume_on_changed_data_is_refused(start, data_folder, tmp_path, monkeypatch):
+def test_a_resume_on_changed_data_is_refused(start, data_folder, tmp_path):
     start("max_iters=4")
     (tmp_path / "words.txt").write_text((data_folder / "words.txt").read_text()[:-1] + "h")
     prepare([str(tmp_path / "words.txt")], tmp_path / "words", tokenizer="char")
-    monkeypatch.setattr("run.DATA", tmp_path)
-    code, _, err = start("resume=yes", "max_iters=8")
+    code, _, err = start("resume=yes", "max_iters=8", f"dataset={tmp_path / 'words'}")
     assert code == 2 and "data content_sha256: checkpoint=" in err
 
 
@@ -374,6 +488,7 @@ def test_a_save_that_fails_does_not_stop_the_training_but_the_last_one_counts(st
             if state["step"] in fails:
                 raise RuntimeError("unexpected pos")
             save(state, file)
+
         monkeypatch.setattr(torch, "save", write)
 
     full_disk(fails=(4, 5))
@@ -383,33 +498,71 @@ def test_a_save_that_fails_does_not_stop_the_training_but_the_last_one_counts(st
     code, _, err = start(out="other")
     *_, last = err.splitlines()
     assert code == 1 and "Traceback" not in err
-    assert re.search(r"^error: .*ckpt_00000012.pt could not be saved \(unexpected pos\). Last good .*00000008.pt", last)
+    reason = r"^error: .*ckpt_00000012.pt could not be saved \(unexpected pos\)"
+    assert re.search(reason + r". Last good .*00000008.pt", last)
 
 
-def test_a_compiler_that_is_missing_means_eager_with_a_line(start, monkeypatch):
-    class Broken(torch.nn.Module):
-        def forward(self, *_):
-            raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ compiler"), None)
+def broken_compiler(*_):
+    raise torch._dynamo.exc.BackendCompilerFailed(
+        lambda: None, RuntimeError("no C++ compiler"), None
+    )
 
-    monkeypatch.setattr(torch, "compile", lambda model, **_: Broken())
+
+def test_a_compiler_that_is_missing_means_eager_with_a_line(start, tmp_path, monkeypatch):
+    compiled_to(monkeypatch, broken_compiler)
     code, out, _ = start("compile=true")
     assert code == 0 and "torch.compile does not work here, going on without" in out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["compile"] is False
+
+
+def small_card(model, x, y):
+    if len(x) > 2:
+        raise torch.cuda.OutOfMemoryError("out of memory")
+    return model(x, y)
 
 
 def test_too_little_gpu_memory_halves_the_micro_batch(start, tmp_path, monkeypatch):
-    step = train.train_step
-
-    def small_card(run):
-        if run.config.micro_batch_size > 2:
-            raise torch.cuda.OutOfMemoryError("out of memory")
-        return step(run)
-
-    monkeypatch.setattr(train, "train_step", small_card)
-    code, out, _ = start()
-    assert code == 0 and "out of GPU memory with micro_batch_size=8: trying 4" in out and "trying 2" in out
-    assert checkpoint.load_newest(tmp_path / "run")["config"]["micro_batch_size"] == 2
-    code, out, _ = start("resume=yes", "max_iters=14", "micro_batch_size=8")  # with an optimizer that has a state
+    compiled_to(monkeypatch, small_card)
+    code, out, _ = start("compile=true", "eval_interval=0", "max_iters=4")
+    assert code == 0 and "out of GPU memory with micro_batch_size=8: trying 4" in out
+    assert out.index("trying 2") < out.index("in micro-batches of 2")  # told before it is used
+    for config in (
+        checkpoint.load_newest(tmp_path / "run")["config"],
+        json.loads((tmp_path / "run" / "config.json").read_text()),
+    ):
+        assert config["micro_batch_size"] == 2
+    code, out, _ = start("compile=true", "resume=yes", "max_iters=6", "micro_batch_size=8")
     assert code == 0 and "trying 2" in out
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_warm_up_fills_the_memory_as_the_second_step_does(start, monkeypatch, optimizer):
+    """Weights, moments and activations, counted by what is alive in the middle of a forward."""
+    alive = {}
+
+    def count(model, x, y):
+        gc.collect()
+        matrices = [
+            t
+            for t in gc.get_objects()
+            if type(t) in (torch.Tensor, torch.nn.Parameter) and t.ndim == 2
+        ]
+        alive.setdefault(len(alive), sum(t.numel() for t in matrices))
+        return model(x, y)
+
+    compiled_to(monkeypatch, count)
+    code, _, _ = start("compile=true", "eval_interval=0", "max_iters=3", f"optimizer={optimizer}")
+    warm_up, first, second, _ = (alive[i] for i in range(4))
+    assert code == 0 and warm_up == second > first
+
+
+def test_the_warm_up_changes_nothing(start, tmp_path, monkeypatch):
+    knobs = ["dropout=0.1", "optimizer=muon"]
+    start(*knobs, out="without")
+    compiled_to(monkeypatch, lambda model, x, y: model(x, y))  # so there is one, but nothing else
+    _, out, _ = start(*knobs, "compile=true")
+    assert "compiled in" in out
+    assert_same_run(tmp_path / "without", tmp_path / "run")
 
 
 def test_too_little_gpu_memory_in_an_update_is_not_mended(start, monkeypatch):
@@ -437,13 +590,23 @@ def test_a_finished_run_keeps_what_it_says_of_itself(start, tmp_path):
     start()
     before = (tmp_path / "run" / "config.json").read_bytes()
     code, out, _ = start("resume=yes", "learning_rate=0.5")
-    assert code == 0 and "nothing to do" in out and (tmp_path / "run" / "config.json").read_bytes() == before
+    assert code == 0
+    assert "nothing to do" in out
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
 def test_the_best_of_other_windows_is_not_compared_with(start, tmp_path):
     start("max_iters=8", "eval_interval=4", "learning_rate=1e-2")
-    start("max_iters=12", "eval_interval=4", "eval_iters=2", "learning_rate=1", "warmup_iters=0", "resume=yes")
-    assert checkpoint.load_named(tmp_path / "run", "best")["step"] == 12  # worse, but the only one over these
+    start(
+        "max_iters=12",
+        "eval_interval=4",
+        "eval_iters=2",
+        "learning_rate=1",
+        "warmup_iters=0",
+        "resume=yes",
+    )
+    # It is worse, but the only one over these windows.
+    assert checkpoint.load_named(tmp_path / "run", "best")["step"] == 12
 
 
 def test_a_best_checkpoint_whose_run_cannot_go_on_is_not_written_over(start, tmp_path):
@@ -453,8 +616,11 @@ def test_a_best_checkpoint_whose_run_cannot_go_on_is_not_written_over(start, tmp
         path.unlink()
     before = {path: path.read_bytes() for path in folder.iterdir()}
     code, _, err = start("resume=auto")
-    assert code == 2 and (
-        f"has best.pt but no checkpoint to go on from any more: name another out_dir; init_from={folder}/") in err
+    assert code == 2
+    assert (
+        f"has best.pt but no checkpoint to go on from any more: name another out_dir; "
+        f"init_from={folder}/"
+    ) in err
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     code, *_ = start("resume=auto", "save_interval=20")  # as after a kill before the first save
     assert code == 0
@@ -464,7 +630,11 @@ def test_automatic_choices_stay_what_they_were_on_a_resume(start, tmp_path, monk
     start("micro_batch_size=4", "dtype=bfloat16", "max_iters=4")
     start("micro_batch_size=0", "dtype=auto", "compile=auto", "max_iters=8", "resume=yes")
     config = checkpoint.load_newest(tmp_path / "run")["config"]
-    assert (config["micro_batch_size"], config["dtype"], config["compile"]) == (4, "bfloat16", False)
+    assert (config["micro_batch_size"], config["dtype"], config["compile"]) == (
+        4,
+        "bfloat16",
+        False,
+    )
 
 
 def test_a_reader_that_leaves_ends_the_run_with_everything_saved(start, tmp_path, monkeypatch):
@@ -484,10 +654,10 @@ def test_a_tracker_that_fails_does_not_stop_the_training(start, tmp_path, monkey
 
         return send
 
-    monkeypatch.setitem(metrics.TRACKERS, "wandb", server)
+    monkeypatch.setitem(log.TRACKERS, "wandb", server)
     code, _, err = start("tracker=wandb")
     assert code == 0 and "tracker failed and is left alone" in err and len(sent) == 3
-    assert len(metrics.read_metrics(tmp_path / "run")) == 15
+    assert len(read_metrics(tmp_path / "run")) == 15
 
 
 def test_a_tracker_that_is_not_installed_is_named(start, tmp_path, monkeypatch):
@@ -502,7 +672,9 @@ def test_a_padded_vocabulary_is_allowed_and_a_short_one_refused(start):
     assert code == 2 and "vocab_size=10 is below the 16 tokens of data/words" in err
 
 
-def test_the_python_data_set_is_prepared_when_it_is_missing(start, tmp_path, monkeypatch, data_folder):
+def test_the_python_data_set_is_prepared_when_it_is_missing(
+    start, tmp_path, monkeypatch, data_folder
+):
     import shutil
 
     asked = []
@@ -511,31 +683,40 @@ def test_the_python_data_set_is_prepared_when_it_is_missing(start, tmp_path, mon
         asked.append(sources)
         shutil.copytree(data_folder / "words", out)
 
-    monkeypatch.setattr("run.prepare", prepare)
-    monkeypatch.setattr("run.DATA", tmp_path / "empty")
+    monkeypatch.setattr("run.setup.prepare", prepare)
+    monkeypatch.setattr("run.setup.DATA", tmp_path / "empty")
     assert start("dataset=python")[0] == 0 and asked == [["python"]]
     assert start("dataset=python", "resume=auto")[0] == 0 and len(asked) == 1
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["dataset=missing"], "no such data set; make it with: python data/prepare.py"),  # row 13
-    (["block_size=100000"], "tokens, needs at least block_size + 1"),  # 17
-    (["n_embd=1000000", "n_head=2", "n_layer=700"], "billion parameters need about"),  # 10
-    (["device=cdua"], "device=cdua is not on this machine; it has cpu"),  # 52
-    (["device=cuda:7"], "is not on this machine"), (["dtype=float16"], "dtype=float16 needs a CUDA device"),  # 53
-    (["out_dir=/proc/nothing/here"], "/proc/nothing"),  # 30
-    (["out_dir={file}"], "is a file: name a folder"),
-    (["learing_rate=1"], "did you mean learning_rate?"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["dataset=missing"], "no such data set; make it with: python data/prepare.py"),  # row 13
+        (["block_size=100000"], "tokens, needs at least block_size + 1"),  # 17
+        (["n_embd=1000000", "n_head=2", "n_layer=700"], "billion parameters need about"),  # 10
+        (["device=cdua"], "device=cdua is not on this machine; it has cpu"),  # 52
+        (["device=cuda:7"], "is not on this machine"),
+        (["dtype=float16"], "dtype=float16 needs a CUDA device"),  # 53
+        (["out_dir=/proc/nothing/here"], "/proc/nothing"),  # 30
+        (["out_dir={file}"], "is a file: name a folder"),
+        (["learing_rate=1"], "did you mean learning_rate?"),
+    ],
+)
 def test_bad_input_is_one_line_and_leaves_nothing(start, tmp_path, arguments, words):
     (tmp_path / "file").touch()
     code, out, err = start(*(a.format(file=tmp_path / "file") for a in arguments))
     assert code == 2
-    assert err.startswith("error: ") and words in err and err.count("\n") == 1 and "Traceback" not in err
+    assert err.startswith("error: ")
+    assert words in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 with a GradScaler needs a CUDA device")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="float16 with a GradScaler needs a CUDA device"
+)
 def test_float16_resumes_with_its_scaler(start, tmp_path, monkeypatch):
     knobs = ["device=cuda", "dtype=float16"]
     start(*knobs, out="whole")
@@ -547,39 +728,25 @@ def test_float16_resumes_with_its_scaler(start, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def spikes_at(monkeypatch, *steps, factor=1e3):
-    """The gradient of these optimizer steps is `factor` times too large."""
-    clip = train.clip_gradients
-    calls = []
-
-    def spiked(parameters, most):
-        parameters = list(parameters)
-        calls.append(1)
-        if len(calls) in steps:
-            for parameter in parameters:
-                parameter.grad *= factor
-        return clip(parameters, most)
-
-    monkeypatch.setattr(train, "clip_gradients", spiked)
-
-
-LONG = ["max_iters=60", "eval_interval=0", "save_interval=10", "keep=9", "warmup_iters=0", "grad_clip=0"]
+LONG = [
+    "max_iters=60",
+    "eval_interval=0",
+    "save_interval=10",
+    "keep=9",
+    "warmup_iters=0",
+    "grad_clip=0",
+]
 
 
 def test_a_spike_is_left_out_where_that_is_wanted(start, tmp_path, monkeypatch):
-    weights, step = {}, train.train_step
-
-    def noted(run):
-        done = step(run)
-        weights[run.step] = run.model.embed.weight.detach().clone()
-        return done
-
-    monkeypatch.setattr(train, "train_step", noted)
-    spikes_at(monkeypatch, 5, 50)
-    code, _, err = start(*LONG, "skip_spikes=6")
-    assert code == 0 and err.count("its update is skipped") == 1 and "step 50: the gradient norm" in err
-    assert torch.equal(weights[49], weights[50]) and not torch.equal(weights[50], weights[51])
-    monkeypatch.undo()
+    gradient_times(monkeypatch, 1e3, 5, 50)
+    code, _, err = start(*LONG, "skip_spikes=6", "save_interval=1", "keep=12")
+    assert code == 0 and err.count("update skipped") == 1 and "step 50: gradient norm" in err
+    weights = [
+        checkpoint.load_named(tmp_path / "run", f"{s}")["model"]["embed.weight"]
+        for s in (49, 50, 51)
+    ]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
 
 def test_a_run_without_spikes_is_the_same_with_the_rule(start, tmp_path):
@@ -591,70 +758,57 @@ def test_a_run_without_spikes_is_the_same_with_the_rule(start, tmp_path):
 
 def test_a_resumed_run_knows_a_spike_by_the_norms_before_it(start, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        spikes_at(patch, 50)
+        gradient_times(patch, 1e3, 50)
         start(*LONG, "skip_spikes=6", out="whole")
     with monkeypatch.context() as patch:
         signal_after(patch, 47)
         start(*LONG, "skip_spikes=6")
-    with monkeypatch.context() as patch:
-        spikes_at(patch, 3)
-        assert "step 50: the gradient norm" in start(*LONG, "skip_spikes=6", "resume=yes")[2]
+    gradient_times(monkeypatch, 1e3, 3)
+    assert "step 50: gradient norm" in start(*LONG, "skip_spikes=6", "resume=yes")[2]
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_a_folder_that_vanished_is_made_again(start, tmp_path, monkeypatch):
     start(out="whole")
-    batch = train.batch
-
-    def vanish(data, at, *rest):
-        if at == 6:
-            shutil.rmtree(tmp_path / "run")
-        return batch(data, at, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "batch", vanish)
-        code, _, err = start()
+    during_step(monkeypatch, 7, lambda: shutil.rmtree(tmp_path / "run"))
+    code, _, err = start()
     assert code == 0 and f"warning: {tmp_path / 'run'} has vanished and is made again" in err
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     assert {"config.json", "tokenizer.json"} <= {p.name for p in (tmp_path / "run").iterdir()}
 
 
-def test_data_that_change_while_they_are_read_end_the_run(start, tmp_path, monkeypatch, data_folder):
-    shutil.copytree(data_folder / "words", tmp_path / "data" / "words")
-    batch = train.batch
-
-    def touch(data, at, *rest):
-        if at == 6:
-            os.utime(tmp_path / "data" / "words" / "train.bin", (1, 1))
-        return batch(data, at, *rest)
-
-    monkeypatch.setattr("run.DATA", tmp_path / "data")
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "batch", touch)
-        code, _, err = start()
-    assert code == 1 and re.fullmatch(r"error: .*train.bin was changed while .* Last good .*00000004.pt.\n", err)
+def test_data_that_change_while_they_are_read_end_the_run(
+    start, tmp_path, monkeypatch, data_folder
+):
+    words = tmp_path / "data" / "words"
+    shutil.copytree(data_folder / "words", words)
+    during_step(monkeypatch, 7, lambda: os.utime(words / "train.bin", (1, 1)))
+    code, _, err = start(f"dataset={words}")
+    text = r"error: .*train.bin was changed while .* Last good .*00000004.pt.\n"
+    assert code == 1 and re.fullmatch(text, err)
 
 
-def test_a_signal_that_ends_the_compiler_is_not_taken_for_a_broken_one(start, tmp_path, monkeypatch, no_code):
+def test_a_signal_that_ends_the_compiler_is_not_taken_for_a_broken_one(
+    start, tmp_path, monkeypatch, no_code
+):
     start("compile=true", "max_iters=4", out="whole")
 
-    class Killed(torch.nn.Module):
-        def forward(self, *_):
-            os.kill(os.getpid(), signal.SIGINT)
-            raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("killed"), None)
+    def killed(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        broken_compiler(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "compile", lambda model, **_: Killed())
+        compiled_to(patch, killed)
         code, out, _ = start("compile=true", "max_iters=4")
-    assert code == 130 and "saved at step 0" in out and "does not work here" not in out
-    assert start("compile=auto", "max_iters=4", "resume=auto")[0] == 0
+    assert code == 130 and "does not work here" not in out and not (tmp_path / "run").exists()
+    assert start("compile=true", "max_iters=4", "resume=auto")[0] == 0
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_before_the_first_step_leaves_nothing(start, tmp_path, monkeypatch, number):
     handlers = signal.getsignal(number)
-    monkeypatch.setattr("run.fit_to_machine", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr("run.setup.resolve", lambda *_: os.kill(os.getpid(), number))
     assert start()[0] == 128 + number
     assert not (tmp_path / "run").exists() and signal.getsignal(number) == handlers
 
@@ -683,18 +837,20 @@ def test_two_runs_never_write_into_one_folder(start, tmp_path):
 def test_too_little_disk_for_the_checkpoints_is_told_before_the_first_step(start, monkeypatch):
     assert "warning" not in start("max_iters=2")[1]
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**5))
-    assert re.search(r"warning: the checkpoints of this run need up to 0.001 GB, the disk of .* has 0.000 GB for",
-                     start("max_iters=2", out="other")[1])
+    warning = r"warning: the checkpoints of this run need up to 0.001 GB, the disk of .* has 0.000"
+    assert re.search(warning, start("max_iters=2", out="other")[1])
 
 
-def test_a_signal_while_the_sample_is_printed_ends_at_once_and_leaves_the_run(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "show_sample", lambda run: os.kill(os.getpid(), signal.SIGINT))
+def test_a_signal_while_the_sample_is_printed_ends_at_once_and_leaves_the_run(
+    start, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "print_sample", lambda run: os.kill(os.getpid(), signal.SIGINT))
     assert start()[0] == 130
     assert checkpoint.load_newest(tmp_path / "run")["step"] == 12
 
 
 def test_the_sample_at_the_end_stops_where_its_text_ends(start, monkeypatch):
-    monkeypatch.setattr(train, "load_tokenizer", lambda folder: ByteTokenizer())
-    monkeypatch.setattr(train, "generate", lambda *_, **__: iter([[ord("Q")], [256], [ord("Z")]]))
+    monkeypatch.setattr("sample.load_tokenizer", lambda folder: ByteTokenizer())
+    monkeypatch.setattr("sample.generate", lambda *_, **__: iter([[ord("Q")], [256], [ord("Z")]]))
     code, out, _ = start("sample_tokens=3", "sample_prompt=x")
     assert code == 0 and out.endswith("--- sample ---\nxQ\n")

@@ -1,24 +1,35 @@
-"""A look into the model: that it sees what is there, that nobody notices, and that it can be drawn."""
+"""A look into the model: that it sees what is there, and that nobody notices."""
 
 import json
 import math
-import sys
 
 import pytest
 import torch
 
-import checkpoint
 import train
-import watch
-from device import autocast
-from metrics import FILE, flat, has_evaluation, plot_losses, read_metrics
 from model import Decoder, ModelConfig, rotate
+from run import watch as recording
+from run.log import flat_numbers
+from run.machine import autocast
+from run.metrics import METRICS_FILE, has_evaluation, plot_losses, read_metrics
+from weights import checkpoint
 
-TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, n_hidden=24, block_size=8, vocab_size=11, dropout=0.3)
+TINY = dict(
+    n_layer=2,
+    n_head=4,
+    n_kv_head=2,
+    n_embd=16,
+    n_hidden=24,
+    block_size=8,
+    vocab_size=11,
+    dropout=0.3,
+)
 
 
 def model_and_batch(**changes):
-    """A model whose matrices and gains are all of them far from where they start, and a batch [3, 8] for it."""
+    """A model whose matrices and gains are all of them far from where they start, and a batch [3,
+    8] for it.
+    """
     model = Decoder(ModelConfig(**TINY | changes))
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -46,69 +57,87 @@ def records_of(folder):
     return [r for r in read_metrics(folder) if "watch" in r]
 
 
-@pytest.mark.parametrize("changes", [{}, {"norm": "layernorm"}, {"norm_pos": "post"}, {"norm": "dyt"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"norm": "layernorm"}, {"norm_pos": "post"}, {"norm": "dyt"}], ids=str
+)
 def test_the_residual_stream_is_measured_before_each_block_and_after_the_last(changes):
     model, *batch = model_and_batch(**changes)
-    seen, x = watch.observe(model, *batch), streams(model, batch[0])
+    seen, x = recording.observe(model, *batch), streams(model, batch[0])
     assert seen["residual_rms"] == pytest.approx([root_mean_square(h) for h in x])
     assert seen["residual_mean_share"] == pytest.approx(
-        [root_mean_square(h.mean(-1)) / root_mean_square(h) for h in x])
+        [root_mean_square(h.mean(-1)) / root_mean_square(h) for h in x]
+    )
 
 
 def test_a_stream_that_is_all_mean_has_a_share_of_one_and_a_centred_one_of_none():
     model, *batch = model_and_batch()
     with torch.no_grad():
         model.embed.weight.fill_(3.0)
-    assert watch.observe(model, *batch)["residual_mean_share"][0] == pytest.approx(1)
+    assert recording.observe(model, *batch)["residual_mean_share"][0] == pytest.approx(1)
     with torch.no_grad():
         model.embed.weight[:, ::2] = -3.0
-    assert watch.observe(model, *batch)["residual_mean_share"][0] == 0
+    assert recording.observe(model, *batch)["residual_mean_share"][0] == 0
 
 
-@pytest.mark.parametrize("at_once", [watch.LOGITS_AT_ONCE, 300, 1], ids=["whole", "3 rows", "row by row"])
-def test_the_largest_attention_logit_is_what_brute_force_finds(monkeypatch, at_once):
-    monkeypatch.setattr(watch, "LOGITS_AT_ONCE", at_once)
+def test_the_largest_attention_logit_is_what_brute_force_finds():
     model, *batch = model_and_batch()
     largest = []
     for block, x in zip(model.blocks, streams(model, batch[0]), strict=False):
         h = block.attn_norm(x)
-        q, k = (rotate(linear(h).view(3, 8, -1, 4).transpose(1, 2), model.cos[:8], model.sin[:8])
-                for linear in (block.attn.q, block.attn.k))  # [B, H, T, D] and [B, K, T, D]
-        largest.append(max(abs((q[b, head, t] @ k[b, head // 2, s]).detach()).item() / math.sqrt(4)
-                           for b in range(3) for head in range(4) for t in range(8) for s in range(t + 1)))
-    assert watch.observe(model, *batch)["attn_logit_max"] == pytest.approx(largest)
+        q, k = (
+            rotate(linear(h).view(3, 8, -1, 4).transpose(1, 2), model.cos[:8], model.sin[:8])
+            for linear in (block.attn.q, block.attn.k)
+        )  # [B, H, T, D] and [B, K, T, D]
+        largest.append(
+            max(
+                abs((q[b, head, t] @ k[b, head // 2, s]).detach()).item() / math.sqrt(4)
+                for b in range(3)
+                for head in range(4)
+                for t in range(8)
+                for s in range(t + 1)
+            )
+        )
+    assert recording.observe(model, *batch)["attn_logit_max"] == pytest.approx(largest)
 
 
-@pytest.mark.parametrize("at_once", [watch.LOGITS_AT_ONCE, 1])
-def test_a_large_logit_of_a_key_in_the_future_does_not_count_and_a_negative_one_does(monkeypatch, at_once):
-    monkeypatch.setattr(watch, "LOGITS_AT_ONCE", at_once)
+@pytest.mark.parametrize("at_once", [recording.LOGITS_AT_ONCE, 8, 1])
+def test_a_large_logit_of_a_key_in_the_future_does_not_count_and_a_negative_one_does(at_once):
     q, k = torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4)
     q[0, 0, 1, 0], k[0, 0, 2, 0], k[0, 0, 1, 0] = 1.0, 100.0, -6.0
-    assert watch.largest_logit(q, k).item() == 3.0
+    assert recording.largest_logit(q, k, at_once).item() == 3.0
 
 
 def test_logits_are_those_after_the_norm_of_queries_and_keys():
     model, *batch = model_and_batch(qk_norm=True)
-    before = watch.observe(model, *batch)["attn_logit_max"]
+    before = recording.observe(model, *batch)["attn_logit_max"]
     with torch.no_grad():
         model.blocks[0].attn.q_norm.gain *= 2
-    after = watch.observe(model, *batch)["attn_logit_max"]
+    after = recording.observe(model, *batch)["attn_logit_max"]
     assert after[0] == pytest.approx(2 * before[0])
 
 
 def test_the_feed_forward_is_measured_where_down_reads():
     model, *batch = model_and_batch()
-    seen, inside = watch.observe(model, *batch)["ffn_rms"], []
+    seen, inside = recording.observe(model, *batch)["ffn_rms"], []
     for block in model.blocks:
-        block.ffn.down.register_forward_pre_hook(lambda _, inputs: inside.append(root_mean_square(inputs[0])))
+        block.ffn.down.register_forward_pre_hook(
+            lambda _, inputs: inside.append(root_mean_square(inputs[0]))
+        )
     streams(model, batch[0])
     assert seen == pytest.approx(inside)
 
 
 def test_gains_go_by_the_path_of_their_norm():
     model, *batch = model_and_batch(qk_norm=True, norm_pos="sandwich")
-    seen = watch.observe(model, *batch)
-    blocks = {"attn_norm", "attn.q_norm", "attn.k_norm", "ffn_norm", "attn_norm_out", "ffn_norm_out"}
+    seen = recording.observe(model, *batch)
+    blocks = {
+        "attn_norm",
+        "attn.q_norm",
+        "attn.k_norm",
+        "ffn_norm",
+        "attn_norm_out",
+        "ffn_norm_out",
+    }
     assert {name.rpartition("_gain_")[0] for name in seen if "_gain_" in name} == blocks | {"norm"}
     for role in blocks:
         gains = [block.get_submodule(role).gain for block in model.blocks]
@@ -121,41 +150,59 @@ def test_gains_go_by_the_path_of_their_norm():
 @pytest.mark.parametrize("norm", ["none", "rmsnorm_noparam"])
 def test_norms_without_gains_have_none(norm):
     model, *batch = model_and_batch(norm=norm)
-    assert not [name for name in watch.observe(model, *batch) if "gain" in name or name == "norm_grad_norm"]
+    assert not [
+        name
+        for name in recording.observe(model, *batch)
+        if "gain" in name or name == "norm_grad_norm"
+    ]
 
 
 def test_the_scale_of_the_embedding_is_no_norm():
     model, *batch = model_and_batch(norm="dyt")
-    seen = watch.observe(model, *batch)
-    assert "norm_gain_mean" in seen and "embed_scale_grad_norm" in seen and "embed_scale_gain_mean" not in seen
+    seen = recording.observe(model, *batch)
+    assert "norm_gain_mean" in seen
+    assert "embed_scale_grad_norm" in seen
+    assert "embed_scale_gain_mean" not in seen
 
 
 @pytest.mark.parametrize("dtype, scale", [("float32", 1.0), ("float32", 1024.0), ("bfloat16", 1.0)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradient_norms_are_those_of_a_backward_by_hand(dtype, scale, tied):
     model, *batch = model_and_batch(tie_embeddings=tied)
-    seen = watch.observe(model, *batch, dtype, scale)
+    seen = recording.observe(model, *batch, dtype, scale)
     model.eval()
     with autocast("cpu", dtype):
         loss = model(*batch)
     loss.backward()
-    parts = {"embed": [model.embed], "blocks": model.blocks, "norm": [model.norm], "head": [model.head]}
+    parts = {
+        "embed": [model.embed],
+        "blocks": model.blocks,
+        "norm": [model.norm],
+        "head": [model.head],
+    }
     if tied:
         del parts["head"]
     for name, modules in parts.items():
-        by_hand = [math.sqrt(sum(p.grad.double().square().sum() for p in module.parameters())) for module in modules]
+        by_hand = [
+            math.sqrt(sum(p.grad.double().square().sum() for p in module.parameters()))
+            for module in modules
+        ]
         assert seen[f"{name}_grad_norm"] == pytest.approx(by_hand, rel=1e-5)
-    assert {name for name in seen if name.endswith("grad_norm")} == {f"{name}_grad_norm" for name in parts}
+    assert {name for name in seen if name.endswith("grad_norm")} == {
+        f"{name}_grad_norm" for name in parts
+    }
 
 
 def test_activation_checkpointing_is_kept_and_changes_no_number(monkeypatch):
     import model as model_module
 
     model, *batch = model_and_batch()
-    plain, calls, checkpoint_ = watch.observe(model, *batch), [], model_module.checkpoint
-    monkeypatch.setattr(model_module, "checkpoint", lambda *a, **k: (calls.append(1), checkpoint_(*a, **k))[1])
+    plain, calls, checkpoint_ = recording.observe(model, *batch), [], model_module.checkpoint
+    monkeypatch.setattr(
+        model_module, "checkpoint", lambda *a, **k: (calls.append(1), checkpoint_(*a, **k))[1]
+    )
     model.activation_checkpointing = True
-    assert watch.observe(model, *batch) == plain and len(calls) == 2
+    assert recording.observe(model, *batch) == plain and len(calls) == 2
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -165,56 +212,79 @@ def test_a_look_leaves_no_trace(training):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     weights, random = [p.clone() for p in model.parameters()], torch.get_rng_state()
-    watch.observe(model, *batch)
-    assert all(torch.equal(p, w) and (p.grad == 1).all() for p, w in zip(model.parameters(), weights, strict=True))
+    recording.observe(model, *batch)
+    assert all(
+        torch.equal(p, w) and (p.grad == 1).all()
+        for p, w in zip(model.parameters(), weights, strict=True)
+    )
     assert torch.equal(random, torch.get_rng_state())
-    assert all(module.training == training and not module._forward_hooks for module in model.modules())
+    assert all(
+        module.training == training and not module._forward_hooks for module in model.modules()
+    )
 
 
-def test_a_look_that_fails_leaves_no_trace_either(monkeypatch):
+def raise_at(module, error, when):
+    """The module raises the error if when(its first input)."""
+
+    def act(_, inputs):
+        if when(inputs[0]):
+            raise error
+
+    return module.register_forward_pre_hook(act)
+
+
+def test_a_look_that_fails_leaves_no_trace_either():
     model, *batch = model_and_batch()
-    monkeypatch.setattr(watch, "largest_logit", lambda q, k: 1 / 0)
+    hook = raise_at(model.blocks[1].ffn, ZeroDivisionError(), lambda x: True)
     with pytest.raises(ZeroDivisionError):
-        watch.observe(model, *batch)
+        recording.observe(model, *batch)
+    hook.remove()
     assert all(module.training and not module._forward_hooks for module in model.modules())
 
 
-def test_too_little_gpu_memory_means_fewer_sequences(monkeypatch):
+def test_too_little_gpu_memory_means_fewer_sequences():
     model, ids, targets = model_and_batch()
-    one, look = watch.observe(model, ids[:1], targets[:1]), watch.look
-
-    def small_card(model, ids, *rest):
-        if len(ids) > room:
-            raise torch.cuda.OutOfMemoryError("out of memory")
-        return look(model, ids, *rest)
-
-    monkeypatch.setattr(watch, "look", small_card)
-    room = 1
-    assert watch.observe(model, ids, targets) == one
-    room = 0
+    one, full = recording.observe(model, ids[:1], targets[:1]), torch.cuda.OutOfMemoryError("full")
+    hook = raise_at(model, full, lambda ids: len(ids) > 1)
+    assert recording.observe(model, ids, targets) == one
+    hook.remove()
+    raise_at(model, full, lambda ids: True)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        watch.observe(model, ids, targets)
+        recording.observe(model, ids, targets)
 
 
-@pytest.mark.parametrize("knobs", [
-    [], ["norm=layernorm", "tie_embeddings=true"], ["n_kv_head=1", "activation_checkpointing=true"],
-    ["dtype=bfloat16", "optimizer=muon", "qk_norm=true"], ["norm=none", "learning_rate=1e-4"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        [],
+        ["norm=layernorm", "tie_embeddings=true"],
+        ["n_kv_head=1", "activation_checkpointing=true"],
+        ["dtype=bfloat16", "optimizer=muon", "qk_norm=true"],
+        ["norm=none", "learning_rate=1e-4"],
+    ],
+    ids=" ".join,
+)
 def test_a_watched_run_is_bitwise_the_same_run(start, tmp_path, knobs):
     knobs = ["dropout=0.1", "micro_batch_size=2", "log_interval=2", *knobs]
     assert start(*knobs)[0] == 0
     assert start(*knobs, "watch=true", out="watched")[0] == 0
-    losses = [[(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(tmp_path / name) if "loss" in r]
-              for name in ("run", "watched")]
+    losses = [
+        [
+            (r["step"], r["loss"], r["grad_norm"])
+            for r in read_metrics(tmp_path / name)
+            if "loss" in r
+        ]
+        for name in ("run", "watched")
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == 7
     plain, watched = (checkpoint.load_newest(tmp_path / name) for name in ("run", "watched"))
-    assert [name for name, weight in plain["model"].items() if not torch.equal(weight, watched["model"][name])] == []
+    assert [
+        name
+        for name, weight in plain["model"].items()
+        if not torch.equal(weight, watched["model"][name])
+    ] == []
     assert plain["best_val_loss"] == watched["best_val_loss"]
     assert not records_of(tmp_path / "run") and records_of(tmp_path / "watched")
-
-
-def test_nothing_is_watched_unasked(start, monkeypatch):
-    monkeypatch.setattr(watch, "observe", lambda *_: 1 / 0)
-    assert start()[0] == 0
 
 
 def test_records_come_with_the_log_lines_and_tell_of_the_weights_before_the_step(start, tmp_path):
@@ -222,7 +292,9 @@ def test_records_come_with_the_log_lines_and_tell_of_the_weights_before_the_step
     records = read_metrics(tmp_path / "run")
     steps = [r["step"] for r in records if "loss" in r]
     assert steps == [r["step"] for r in records if "watch" in r] == [1, 5, 10, 12]
-    for step in steps:  # the same batch and the same weights: without dropout even the same gradient
+    for (
+        step
+    ) in steps:  # the same batch and the same weights: without dropout even the same gradient
         scales = next(r["watch"] for r in records if r["step"] == step and "watch" in r)
         parts = [x for name, values in scales.items() if name.endswith("grad_norm") for x in values]
         whole = next(r["grad_norm"] for r in records if r["step"] == step and "loss" in r)
@@ -232,9 +304,12 @@ def test_records_come_with_the_log_lines_and_tell_of_the_weights_before_the_step
 
 
 def test_only_the_first_micro_batch_is_looked_at(start, monkeypatch):
-    sizes, observe = [], watch.observe
-    monkeypatch.setattr(watch, "observe", lambda m, x, y, *rest: (sizes.append((x.shape, y.shape)),
-                                                                 observe(m, x, y, *rest))[1])
+    sizes, observe = [], recording.observe
+    monkeypatch.setattr(
+        recording,
+        "observe",
+        lambda m, x, y, *rest: (sizes.append((x.shape, y.shape)), observe(m, x, y, *rest))[1],
+    )
     start("watch=true", "micro_batch_size=2", "max_iters=2")
     assert sizes == [((2, 32), (2, 32))] * 2
 
@@ -265,7 +340,13 @@ def test_a_resumed_run_has_each_record_once(start, tmp_path, monkeypatch):
         patch.setattr(train, "train_step", lambda run: die() if run.step == 11 else step(run))
         with pytest.raises(KeyboardInterrupt):
             start(*knobs)
-    assert [r["step"] for r in records_of(tmp_path / "run")] == [1, 3, 6, 9, 12]  # 12 was seen, but not done
+    assert [r["step"] for r in records_of(tmp_path / "run")] == [
+        1,
+        3,
+        6,
+        9,
+        12,
+    ]  # 12 was seen, but not done
     assert start(*knobs, "resume=yes")[0] == 0  # from step 8
     assert records_of(tmp_path / "run") == records_of(tmp_path / "whole")
 
@@ -282,65 +363,24 @@ def test_nan_is_recorded_as_null_and_still_stops_the_run(start, tmp_path, monkey
     monkeypatch.setattr(train, "train_step", damage)
     code, _, err = start("watch=true", "eval_interval=0")
     assert code == 3 and "at step 6: stopped before the update" in err
-    lines = (tmp_path / "run" / FILE).read_text().splitlines()
+    lines = (tmp_path / "run" / METRICS_FILE).read_text().splitlines()
     last = [json.loads(line, parse_constant=pytest.fail) for line in lines][-1]
     assert last["step"] == 6 and last["watch"]["blocks_grad_norm"] == [None, None]
-    assert None not in last["watch"]["residual_rms"][:2] and last["watch"]["residual_rms"][2] is None
-    assert watch.main([str(tmp_path / "run")]) == 0
+    assert None not in last["watch"]["residual_rms"][:2]
+    assert last["watch"]["residual_rms"][2] is None
 
 
 def test_trackers_get_numbers_alone(start, monkeypatch):
-    import metrics
+    from run import log as metrics
 
-    assert flat({"step": 3, "loss": 2.0}) == {"step": 3, "loss": 2.0}
-    assert flat({"step": 3, "watch": {"rms": [1.0, None, 5.0]}}) == {"step": 3, "watch/rms/0": 1.0, "watch/rms/2": 5.0}
+    assert flat_numbers({"step": 3, "loss": 2.0}) == {"step": 3, "loss": 2.0}
+    assert flat_numbers({"step": 3, "watch": {"rms": [1.0, None, 5.0]}}) == {
+        "step": 3,
+        "watch/rms/0": 1.0,
+        "watch/rms/2": 5.0,
+    }
     sent = []
     monkeypatch.setitem(metrics.TRACKERS, "tensorboard", lambda folder, knobs: sent.append)
     assert start("watch=true", "tracker=tensorboard", "max_iters=2")[0] == 0
     assert any("watch/residual_rms/2" in record for record in sent)
     assert all(isinstance(value, (int, float)) for record in sent for value in record.values())
-
-
-def test_the_picture_of_one_run_lies_in_its_folder_that_of_several_where_it_is_asked(start, tmp_path, capsys):
-    start("watch=true", "max_iters=1", "warmup_iters=0", "norm=rmsnorm_noparam")
-    start("watch=true", "n_layer=1", "qk_norm=true", out="other")
-    assert watch.main([str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'run' / 'watch.png'}\n"
-    assert (tmp_path / "run" / "watch.png").read_bytes().startswith(b"\x89PNG")
-    both = tmp_path / "both.png"
-    assert watch.main([str(tmp_path / "run"), str(tmp_path / "other"), f"out={both}"]) == 0
-    assert both.read_bytes().startswith(b"\x89PNG") and not (tmp_path / "other" / "watch.png").exists()
-    for name in ("$x_{$", "\udcff"):
-        (tmp_path / "run").rename(tmp_path / name)
-        watch.plot([tmp_path / name], both)
-        (tmp_path / name).rename(tmp_path / "run")
-
-
-def test_what_was_watched_is_read_back_by_step_and_layer(tmp_path):
-    (tmp_path / FILE).write_text('{"step": 1, "watch": {"rms": [1.0, 2.0]}}\n{"step": 1, "loss": 3.0}\n'
-                                 '{"step": 5, "watch": {"rms": [null, 4.0]}}\n')
-    steps, values = watch.watched(tmp_path)
-    assert steps.tolist() == [1, 5]
-    assert values["rms"][0].tolist() == [1, 2] and math.isnan(values["rms"][1, 0]) and values["rms"][1, 1] == 4
-
-
-@pytest.mark.parametrize("arguments, words", [
-    ([], "name the folder of a run"), (["{0}/missing"], "missing has no metrics.jsonl"),
-    (["{0}"], "was not watched: train it with watch=true"), (["{0}", "uot=x.png"], "did you mean out?")])
-def test_a_mistake_is_one_line(tmp_path, capsys, arguments, words):
-    (tmp_path / FILE).write_text('{"step": 1, "loss": 2.0}\n')
-    with pytest.raises(SystemExit) as stop:
-        watch.main([a.format(tmp_path) for a in arguments])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and words in err and err.count("\n") == 1
-
-
-def test_matplotlib_that_is_missing_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SystemExit) as stop:
-        watch.main([str(tmp_path)])
-    assert stop.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
-
-
-def test_help_needs_no_run(capsys):
-    assert watch.main(["--help"]) == 0 and "out=FILE.png" in capsys.readouterr().out

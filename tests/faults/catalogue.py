@@ -1,7 +1,5 @@
-"""All faults, in the order of the table: importing a module registers its faults."""
+"""All faults, in the order of the table: to import a module is to register its faults."""
 
-from . import resume, kill, writers, signals, disk, rot, finite, hostile, fuzz, soak, launched  # noqa: I001
+# ruff: noqa: F401, I001
+from . import resume, kill, writers, signals, disk, rot, finite, hostile, fuzz, soak, launched
 from .harness import FAULTS
-
-__all__ = ["FAULTS", "disk", "finite", "fuzz", "hostile", "kill", "launched", "resume", "rot", "signals", "soak",
-           "writers"]

@@ -1,11 +1,12 @@
-"""A disk that is full, read-only or gone costs what could not be written, never what is there, and never the run.
+"""A disk that is full, read-only or gone may cost what could not be written, but never what is
+there already, and never the run.
 
-A save that fails is named in one line and training goes on; only the last one decides the exit code.
+A save that fails must be named in one line, and training goes on. Only the last save decides the
+exit code.
 """
 
 import ctypes
 import errno
-import json
 import os
 import random
 import resource
@@ -13,20 +14,38 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from conftest import largest_file
 
-import checkpoint
 import data.prepare
-import metrics
 import train
 from data.corpus import Corpus, Piece
+from run.log import Log
+from run.metrics import METRICS_FILE
+from weights import checkpoint
 
-from .harness import ROOT, Child, Report, command, curve, difference, fault, run, state_hash, traceback_in, words
+from .harness import (
+    ROOT,
+    Ended,
+    Report,
+    Silent,
+    at_batch,
+    bad_end,
+    bad_resume,
+    checkpoints,
+    curve,
+    difference,
+    fault,
+    state_hash,
+    train_child,
+    uncut,
+    untidy,
+)
 
 KNOBS = {"keep": 3}  # saves at steps 4, 8 and 12, the best one at 5, 10 and 12
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
@@ -38,71 +57,34 @@ def sizes(most: int, count: int) -> list[int]:
     return [round((most - 1) ** (i / max(1, count - 1))) for i in range(count)]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.glob("*.pt")}
+def other_state(whole: Path, out: Path) -> str:
+    """How the final state differs, as a failure. Records that found no room may be missing."""
+    return "" if state_hash(whole) == state_hash(out) else Silent("the final state differs")
 
 
-def untidy(folder: Path) -> str:
-    """What is wrong with the files of a run, as a failure: each is whole, and none is temporary."""
-    if not folder.exists():
-        return ""
-    left = [p.name for p in folder.glob(".*") if p.name != ".lock"]
-    if left:
-        return f"left behind: {', '.join(left)}"
-    for path in folder.glob("*.pt"):
-        try:
-            checkpoint.load(path)
-        except ValueError as error:
-            return str(error)
-    return broken_records(folder)
+# A save
 
-
-def broken_records(folder: Path) -> str:
-    path = folder / metrics.FILE
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        try:
-            if not line.endswith(b"\n"):
-                raise ValueError("no end of line")
-            json.loads(line)
-        except ValueError as error:
-            return f"{path.name} has a broken line: {line!r} ({error})"
-    return ""
-
-
-def ended(result: tuple[int, str], code: int, errors: int) -> str:
-    """How a child ended otherwise than with this code and so many `error:` lines and no traceback, as a failure."""
-    said = [line for line in result[1].splitlines() if line.startswith("error:")]
-    if traceback_in(result[1]):
-        return traceback_in(result[1])
-    return "" if (result[0], len(said)) == (code, errors) else f"exit code {result[0]}, {said}: {result[1][-400:]}"
-
-
-# --- the save
 
 @fault("full disk in a save", whole=20, few=2)
-def full_in_a_save(tries: int, folder: Path) -> Report:
-    """From step 6 on; in every second try there is room again for the last save."""
-    report, data_sets, whole = Report(), words(folder), folder / "whole"
-    assert run(command(whole, **KNOBS), data_sets)[0] == 0
+def full_in_a_save(report: Report, tries: int, folder: Path) -> None:
+    """From step 6 on. In every second try there is room again for the last save."""
+    whole = uncut(folder / "whole", **KNOBS)
     for i, size in enumerate(sizes((whole / "ckpt_00000008.pt").stat().st_size, tries)):
         out, aside, last_fits = folder / f"run{i}", folder / f"aside{i}", i % 2 == 0
-        before = partial(no_room, size, range(6, 12 if last_fits else 13), aside)
-        result = run(command(out, **KNOBS), data_sets, before)
-        failure = ended(result, 0 if last_fits else 1, 0 if last_fits else 1) or untidy(out)
-        failure = failure or unlike(aside, out) or unsaid(result[1], out / "ckpt_00000008.pt")
-        if not failure and curve(out) != curve(whole):
-            failure = "training did not go on as it should have"
-        if not failure and not last_fits:
-            result = run(command(out, resume="auto", **KNOBS), data_sets)
-            failure = ended(result, 0, 0)
-        report.count(failure and f"{size} bytes: {failure}" or difference(whole, out))
+        ended = train_child(out, partial(no_room, size, last_fits, aside), **KNOBS)
+        failure = bad_save(ended, out, aside, last_fits)
+        if curve(out) != curve(whole):
+            failure = failure or "training did not go on as it should have"
+        if not last_fits:
+            failure = failure or bad_resume(whole, out, **KNOBS)
+        report.count(f"{size} bytes", failure or difference(whole, out))
     report.note = "a limit from 1 byte to one byte less than a checkpoint"
-    return report
 
 
-def no_room(size: int, steps: range, aside: Path) -> None:
-    """In a child: a checkpoint of one of these steps meets a full disk; what was there before is copied `aside`."""
-    save = checkpoint.save
+def no_room(size: int, last_fits: bool, aside: Path) -> None:
+    """In a child: the checkpoints from step 6 on, perhaps without the last, meet a disk that is
+    full after `size` bytes. What was there before is copied `aside`."""
+    save, steps = checkpoint.save, range(6, 12 if last_fits else 13)
 
     def limited(path: Path, state: dict) -> None:
         if state["step"] not in steps:
@@ -116,86 +98,89 @@ def no_room(size: int, steps: range, aside: Path) -> None:
     checkpoint.save = limited
 
 
-def unlike(before: Path, after: Path) -> str:
-    """Which of the numbered checkpoints that were there is not there any more, bit for bit, as a failure."""
-    old, new = contents(before), contents(after)
-    changed = [name for name in old if name.startswith("ckpt_") and new.get(name) != old[name]]
-    return f"no longer as before: {', '.join(changed)}" if changed or not old else ""
+def bad_save(ended: Ended, out: Path, aside: Path, last_fits: bool) -> str:
+    """What is wrong after no_room, as a failure. The exit code must tell of the last save. Numbered
+    checkpoints that were there must still be there, bit for bit. One warning must say what could
+    not be saved, and why."""
+    before, after = checkpoints(aside), checkpoints(out)
+    numbered = [name for name in before if name.startswith("ckpt_")]
+    changed = [name for name in numbered if after.get(name) != before[name]]
+    failure = bad_end(ended, 0 if last_fits else 1) or untidy(out)
+    if changed or not numbered:
+        failure = failure or f"no longer as before: {', '.join(changed)}"
+    start = f"warning: {out / 'ckpt_00000008.pt'} could not be saved ("
+    said = [line for line in ended.text.splitlines() if line.startswith(start)]
+    if len(said) != 1 or "()" in said[0] or not said[0].endswith("training goes on"):
+        failure = failure or f"not one clear warning: {ended.text[-500:]}"
+    return failure
 
 
-def unsaid(text: str, path: Path) -> str:
-    """A failure unless one warning says that the path could not be saved, and why."""
-    said = [line for line in text.splitlines() if line.startswith(f"warning: {path} could not be saved (")]
-    good = len(said) == 1 and "()" not in said[0] and said[0].endswith("training goes on")
-    return "" if good else f"not one warning about {path.name} but {said}: {text[-400:]}"
+# metrics.jsonl and the printed lines
 
-
-# --- metrics.jsonl and the log
 
 @fault("full disk under metrics.jsonl", whole=20, few=1)
-def full_under_metrics(tries: int, folder: Path) -> Report:
-    """A few records find no room: they are missing and that is said; the others and the training are as ever."""
-    report, data_sets, whole = Report(), words(folder), folder / "whole"
-    assert run(command(whole), data_sets)[0] == 0
+def full_under_metrics(report: Report, tries: int, folder: Path) -> None:
+    """A few records find no room. They are missing and a warning says so; the other records and the
+    training must be as ever."""
+    whole = uncut(folder / "whole")
     for i in range(tries):
         pick, out = random.Random(i), folder / f"run{i}"
         first = pick.randint(1, 10)
         steps, room = range(first, first + pick.randint(1, 3)), pick.randint(0, 60)
-        result = run(command(out), data_sets, partial(no_room_for_records, steps, room))
-        failure = ended(result, 0, 0) or untidy(out)
-        wanted = [line for line in curve(whole) if int(line.split()[0].removeprefix("step=")) not in steps]
-        if not failure and curve(out) != wanted:
-            failure = "other records are missing"
-        if not failure and result[1].count("warning: metrics.jsonl failed") < len(steps):
-            failure = f"it is not said: {result[1][-400:]}"
-        if not failure and state_hash(whole) != state_hash(out):
-            failure = "the final state differs"
-        report.count(failure and f"steps {list(steps)}, {room} bytes: {failure}")
-    return report
+        ended = train_child(out, partial(no_room_for_records, steps, room))
+        failure = bad_end(ended) or untidy(out)
+        missing = tuple(f"step={step} " for step in steps)
+        if curve(out) != [line for line in curve(whole) if not line.startswith(missing)]:
+            failure = failure or "other records are missing"
+        if ended.text.count("warning: metrics.jsonl failed") < len(steps):
+            failure = failure or f"it is not said: {ended.text[-400:]}"
+        failure = failure or other_state(whole, out)
+        report.count(f"steps {list(steps)}, {room} bytes", failure)
 
 
 def no_room_for_records(steps: range, room: int) -> None:
-    """In a child: metrics.jsonl can grow by `room` bytes, less than a record, when a record of these steps comes."""
-    append = train.Log._to_file
+    """In a child: metrics.jsonl can grow by only `room` bytes, less than a record, when a record of
+    one of these steps comes."""
+    append = Log._append
 
     def limited(self, record: dict) -> None:
-        if record["step"] not in steps:
-            append(self, record)
-            return
-        with largest_file((self.folder / metrics.FILE).stat().st_size + room):
+        size = (self.folder / METRICS_FILE).stat().st_size
+        with largest_file(size + room if record["step"] in steps else resource.RLIM_INFINITY):
             append(self, record)
 
-    train.Log._to_file = limited
+    Log._append = limited
 
 
 @fault("full disk under the printed log", whole=10, few=1)
-def full_under_the_log(tries: int, folder: Path) -> Report:
-    """Its lines are lost, and nothing else."""
-    report, data_sets, whole = Report(), words(folder), folder / "whole"
-    assert run(command(whole), data_sets)[0] == 0
+def full_under_the_log(report: Report, tries: int, folder: Path) -> None:
+    """Its lines are lost, and nothing else may be."""
+    whole = uncut(folder / "whole")
     for i in range(tries):
-        out = folder / f"run{i}"
-        code, text = run(command(out), data_sets, partial(no_room_for_lines, random.Random(i).randint(0, 40)))
-        failure = f"exit code {code}: {text[-300:]}" if code else traceback_in(text) or untidy(out)
-        report.count(failure or difference(whole, out))
-    return report
+        out, room = folder / f"run{i}", random.Random(i).randint(0, 40)
+        ended = train_child(out, partial(no_room_for_lines, room))
+        failure = bad_end(ended) or untidy(out)
+        report.count(f"{room} bytes", failure or difference(whole, out))
 
 
 def no_room_for_lines(room: int) -> None:
-    """In a child: the file that it prints to can grow by `room` bytes at each line, from the second record on."""
-    line = train.Log.line
+    """In a child: from the second record on, the file that it prints to can grow by only `room`
+    bytes at each line."""
+    line = Log.line
 
-    def limited(self, text: str, file=None) -> None:
-        with largest_file(os.fstat(1).st_size + room if self.steps_timed > 1 else resource.RLIM_INFINITY):
-            line(self, text, file)
+    def limited(self, *arguments) -> None:
+        size = os.fstat(1).st_size + room
+        with largest_file(size if len(self.records) > 1 else resource.RLIM_INFINITY):
+            line(self, *arguments)
 
-    train.Log.line = limited
+    Log.line = limited
 
 
-# --- a full file system
+# A full file system
+
 
 def own_mounts() -> None:
-    """In a child: mounts that only it sees, which takes no privilege where the kernel allows it. OSError otherwise."""
+    """In a child: mounts that only it sees, which takes no privilege where the kernel allows it.
+    OSError otherwise."""
     library, user, group = ctypes.CDLL(None, use_errno=True), os.geteuid(), os.getegid()
     if library.unshare(CLONE_NEWUSER | CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare")
@@ -207,18 +192,17 @@ def own_mounts() -> None:
 
 def mount(source: str | Path, target: Path, kind: str, flags: int = 0, options: str = "") -> None:
     library = ctypes.CDLL(None, use_errno=True)
-    words = [os.fsencode(word) for word in (source, target, kind)]
-    if library.mount(*words, ctypes.c_ulong(flags), os.fsencode(options)):
+    names = [os.fsencode(name) for name in (source, target, kind)]
+    if library.mount(*names, ctypes.c_ulong(flags), os.fsencode(options)):
         raise OSError(ctypes.get_errno(), f"mount of {target}")
 
 
-@lru_cache
+@cache
 def no_mounts() -> str:
-    """Why a child cannot have mounts of its own; empty if it can."""
+    """Why a child cannot have mounts of its own; '' if it can."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        code, text = run(command(folder / "run"), folder, partial(try_mounts, folder))
-    return "" if code == 7 else text.strip().splitlines()[-1]
+        code, text = train_child(Path(name) / "run", partial(try_mounts, Path(name)))
+    return "" if code == 7 else f"no mounts here: {text.strip().splitlines()[-1]}"
 
 
 def try_mounts(folder: Path) -> None:
@@ -228,7 +212,8 @@ def try_mounts(folder: Path) -> None:
 
 
 def small_disk(size: int, disk: Path, aside: Path) -> None:
-    """In a child: `disk` is a file system of `size` bytes, and all that the run has put on it is copied aside."""
+    """In a child: `disk` is a file system of `size` bytes. All that the run has put on it is copied
+    `aside` at the end."""
     own_mounts()
     mount("none", disk, "tmpfs", options=f"size={size}")
     main = train.main
@@ -243,58 +228,57 @@ def small_disk(size: int, disk: Path, aside: Path) -> None:
 
 
 @fault("full file system", whole=20, few=1)
-def full_file_system(tries: int, folder: Path) -> Report:
-    """From a fraction of a checkpoint to room for all; what could be saved is resumed where there is room. If that is
-    best.pt alone, which a fresh start would overwrite, the run is refused and best.pt stays."""
+def full_file_system(report: Report, tries: int, folder: Path) -> None:
+    """From a fraction of a checkpoint to room for all. What could be saved must be resumed where
+    there is room. If that is best.pt alone, which a fresh start would overwrite, the run must be
+    refused and best.pt must stay."""
     if no_mounts():
-        return Report(tries, tries, note=f"not tried, no mounts here: {no_mounts()}")
-    report, data_sets, whole, codes = Report(), words(folder), folder / "whole", {}
-    assert run(command(whole), data_sets)[0] == 0
+        return report.not_tried(no_mounts())
+    whole, codes, disk = uncut(folder / "whole"), Counter(), folder / "disk"
     all_of_it = 5 * (whole / "ckpt_00000012.pt").stat().st_size
-    disk = folder / "disk"
     disk.mkdir()
     for i in range(tries):
         size, aside = 4096 + all_of_it * (i + 1) // (tries + 1), folder / f"aside{i}"
-        result = run(command(disk / "run"), data_sets, partial(small_disk, size, disk, aside))
-        code = result[0]
-        codes[code] = codes.get(code, 0) + 1
-        failure = ended(result, code if code in (0, 1, 2) else 0, 1 if code else 0) or untidy(aside / "run")
-        if not failure and code == 0:
-            failure = difference(whole, aside / "run")
+        ended = train_child(disk / "run", partial(small_disk, size, disk, aside))
+        out, codes[ended.code] = aside / "run", codes[ended.code] + 1
+        failure = bad_end(ended, ended.code if ended.code in (0, 1, 2) else 0) or untidy(out)
+        if not failure and ended.code == 0:
+            failure = difference(whole, out)
         elif not failure:
-            before = contents(aside / "run")
-            lone = "best.pt" in before and not any(name.startswith("ckpt_") for name in before)
-            result = run(command(aside / "run", resume="auto"), data_sets)
-            failure = ended(result, 2, 1) if lone else ended(result, 0, 0)
-            if lone and contents(aside / "run") != before:
-                failure = "a run with best.pt alone was touched"
-            elif not failure and not lone and state_hash(whole) != state_hash(aside / "run"):
-                failure = "the final state differs"  # records that found no room are missing
-        report.count(failure and f"{size} bytes: {failure}")
-    report.note = "exit codes " + ", ".join(f"{code}: {n} times" for code, n in sorted(codes.items()))
-    return report
+            before = checkpoints(out)
+            only_best = list(before) == ["best.pt"]
+            failure = bad_end(train_child(out, resume="auto"), 2 if only_best else 0)
+            if only_best and checkpoints(out) != before:
+                failure = failure or "a run with best.pt alone was touched"
+            if not only_best:
+                failure = failure or other_state(whole, out)
+        report.count(f"{size} bytes", failure)
+    times = (f"{code}: {count} times" for code, count in sorted(codes.items()))
+    report.note = f"exit codes {', '.join(times)}"
 
 
-# --- the preparation of data
+# The preparation of data
+
 
 @fault("full disk while train.py prepares its data", whole=10, few=1)
-def full_while_preparing(tries: int, folder: Path) -> Report:
+def full_while_preparing(report: Report, tries: int, folder: Path) -> None:
+    """One line, and nothing is left behind."""
     if no_mounts():
-        return Report(tries, tries, note=f"not tried, no mounts here: {no_mounts()}")
-    report, disk = Report(), folder / "disk"
+        return report.not_tried(no_mounts())
+    disk = folder / "disk"
     disk.mkdir()
     for i, size in enumerate(sizes(100_000, tries)):
         aside, out = folder / f"aside{i}", folder / f"run{i}"
         before = partial(small_disk_for_data, max(4096, size), disk, aside)
-        result = run(command(out, dataset="python"), disk, before)
-        left = [str(p.relative_to(aside)) for p in aside.rglob("*")] + [str(p) for p in [out] if p.exists()]
-        report.count(ended(result, 2, 1) or (f"left behind: {left}" if left else ""))
-    return report
+        ended = train_child(out, before, data=disk, dataset="python")
+        left = [*aside.rglob("*"), *([out] if out.exists() else [])]
+        report.count(f"{size} bytes", bad_end(ended, 2) or (f"left behind: {left}" if left else ""))
 
 
 def small_disk_for_data(size: int, disk: Path, aside: Path) -> None:
     small_disk(size, disk, aside)
-    data.prepare.open_corpus = lambda sources: Corpus("python", "a text", text_of_100_kb, tokenizer="byte")
+    corpus = Corpus("python", "a text", text_of_100_kb, tokenizer="byte")
+    data.prepare.open_corpus = lambda sources: corpus
 
 
 def text_of_100_kb() -> Iterator[Piece]:
@@ -303,38 +287,47 @@ def text_of_100_kb() -> Iterator[Piece]:
 
 
 @fault("full disk in data/prepare.py", whole=20, few=1)
-def full_in_prepare(tries: int, folder: Path) -> Report:
-    """A limit from 1 byte to one byte less than train.bin needs."""
-    report, text, out = Report(), folder / "text.txt", folder / "words"
+def full_in_prepare(report: Report, tries: int, folder: Path) -> None:
+    """A limit from 1 byte to one byte less than train.bin needs. One line must say so, and nothing
+    is left behind."""
+    text = folder / "text.txt"
     text.write_text("the cat sat on a mat\n" * 5000)
-    script = "import sys, data.prepare as p; p.__file__ = sys.argv[1]; sys.exit(p.main(sys.argv[2:]))"
+    # The script makes its data sets beside itself, so it must believe to be in our folder.
+    script = "import sys, data.prepare as p; p.__file__ = sys.argv[1]; "
+    script += "sys.exit(p.main(sys.argv[2:]))"
     for i, size in enumerate(sizes(94_500, tries)):
         tokenizer = ("byte", "char", "sentencepiece")[i % 3]
-        few = resource.RLIMIT_FSIZE, (size if tokenizer != "sentencepiece" else min(size, 8_000),) * 2
-        done = subprocess.run([sys.executable, "-c", script, str(folder / "p.py"), str(text), f"tokenizer={tokenizer}",
-                               "name=words"], cwd=ROOT, capture_output=True, text=True,
-                              preexec_fn=partial(resource.setrlimit, *few))
-        failure = ended((done.returncode, done.stdout + done.stderr), 2, 1)
-        left = [p.name for p in folder.iterdir() if p != text]
-        if not failure and left:
-            failure = f"left behind: {', '.join(left)}"
-        report.count(failure and f"{size} bytes, {tokenizer}: {failure}")
-        for path in folder.iterdir():
-            if path != text:
-                shutil.rmtree(path, ignore_errors=True)
-    assert not out.exists()
-    return report
+        most = min(size, 8_000) if tokenizer == "sentencepiece" else size
+        arguments = [folder / "p.py", text, f"tokenizer={tokenizer}", "name=words"]
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most)),
+        )
+        failure = bad_end(Ended(done.returncode, done.stdout + done.stderr), 2)
+        left = [path for path in folder.iterdir() if path != text]
+        failure = failure or (f"left behind: {left}" if left else "")
+        report.count(f"{size} bytes, {tokenizer}", failure)
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
 
 
-# --- out_dir
+# The folder of the run
+
 
 @fault("read-only or vanished out_dir, EIO", whole=20, few=3)
-def without_out_dir(tries: int, folder: Path) -> Report:
-    """At a random step; what is lost is made again, what cannot be written is named."""
-    report, data_sets, whole = Report(), words(folder), folder / "whole"
-    assert run(command(whole, **KNOBS), data_sets)[0] == 0
-    faults: list[tuple[Callable[..., None], int]] = [(vanish, 0), (vanish_with_parent, 1), (failing_writes, 0),
-                                                     (failing_writes_to_the_end, 1)]
+def without_out_dir(report: Report, tries: int, folder: Path) -> None:
+    """At step 5, 6 or 7. What is lost must be made again, and what cannot be written must be
+    named."""
+    whole = uncut(folder / "whole", **KNOBS)
+    faults: list[tuple[Callable[[Path], None], int]] = [  # with the exit code
+        (vanish, 0),
+        (vanish_with_parent, 1),
+        (failing_writes, 0),
+        (failing_writes_to_the_end, 1),
+    ]
     if not no_mounts():
         faults.append((read_only, 1))
     if os.geteuid():  # root may write wherever it likes
@@ -343,34 +336,26 @@ def without_out_dir(tries: int, folder: Path) -> Report:
         (happen, code), at = faults[i % len(faults)], random.Random(i).randint(5, 7)
         out = folder / f"parent{i}" / "run"
         out.mkdir(parents=True)
-        child = Child(command(out, **KNOBS), data_sets, partial(happen_at, at, happen, out), folder / f"run{i}.log")
-        result = child.wait(), child.text()
+        before = partial(happen_at, at, happen, out)
+        ended = train_child(out, before, output=folder / f"run{i}.log", **KNOBS)
         if happen is not_permitted:
             out.chmod(0o755)
-        failure = ended(result, code, code) or (untidy(out) if out.exists() else "")
-        if not failure and "warning: " not in result[1]:
-            failure = f"it is not said: {result[1][-400:]}"
-        if not failure and "step 12/12 |" not in result[1]:
-            failure = f"training did not go on: {result[1][-400:]}"
-        if not failure and code == 0 and state_hash(whole) != state_hash(out):
-            failure = "the final state differs"
-        report.count(failure and f"{happen.__name__} at step {at}: {failure}")
+        failure = bad_end(ended, code) or untidy(out)
+        if "warning: " not in ended.text:
+            failure = failure or f"it is not said: {ended.text[-400:]}"
+        if "step 12/12 |" not in ended.text:
+            failure = failure or f"training did not go on: {ended.text[-400:]}"
+        if code == 0:
+            failure = failure or other_state(whole, out)
+        report.count(f"{happen.__name__} at step {at}", failure)
     report.note = ", ".join(happen.__name__.replace("_", " ") for happen, _ in faults)
-    return report
 
 
 def happen_at(step: int, happen: Callable[[Path], None], out: Path) -> None:
-    """In a child: calls happen(out) just before the batch of this step is read."""
+    """In a child: happen(out) comes just before the batch of this step."""
     if happen is read_only:
         own_mounts()
-    batch = train.batch
-
-    def read(data_set, at: int, *rest):
-        if at == step:
-            happen(out)
-        return batch(data_set, at, *rest)
-
-    train.batch = read
+    at_batch(step, partial(happen, out))
 
 
 def vanish(out: Path) -> None:
@@ -392,7 +377,7 @@ def read_only(out: Path) -> None:
 
 
 def failing_writes(out: Path, saves: int = 1) -> None:
-    """The disk fails in the middle of the next numbered save."""
+    """The disk fails in the middle of the next numbered save, or of the next `saves`."""
     save, failing = torch.save, [saves]
 
     def failed(state: dict, file) -> None:

@@ -1,12 +1,14 @@
-"""The same faults against nanoGPT's train.py, to stand beside ours; no part of `make faults`.
+"""The same faults against nanoGPT's train.py, to stand beside ours. It is no part of `make faults`:
 
-PYTHONPATH=.:tests python -m faults.nanogpt PATH_TO_NANOGPT [words of a name ...]
+    PYTHONPATH=.:tests python -m faults.nanogpt PATH_TO_NANOGPT [words of a name ...]
 
-Its programs run unmodified, in a copy of their folder made for each row, with a small data set in their format. A run
-is a child forked from a server that has imported torch; train.py is the child's main program (runpy), its knobs are
-its own --key=value. What a fault needs inside the process is a patch of torch made before train.py starts. The signals
-are sent to an ordinary `python train.py`. A row passes where ours would. "Silently wrong" is a run that ended with
-exit code 0, or a checkpoint that loaded, with something wrong in it and no line that said so.
+Its programs run unmodified, in a copy of their folder for each row, with a small data set in their
+format. A run is a child forked from a server that has imported torch, and train.py is the main
+program of the child. What a fault needs inside the process is a patch of torch, made before
+train.py starts. Only the signals go to an ordinary `python train.py`.
+
+A row passes where ours would. It is silently wrong if a run ended with exit code 0, or a checkpoint
+loaded, with something wrong in it and no line that said so.
 """
 
 import itertools
@@ -32,15 +34,17 @@ import numpy as np
 import torch
 
 from .__main__ import table
-from .harness import SERVER, Child, Report
+from .harness import SERVER, Before, Child, Ended, Report, Silent, words
 from .rot import KINDS, damage, same
 
-SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 8, "gradient_accumulation_steps": 1,
-         "max_iters": 40, "warmup_iters": 2, "lr_decay_iters": 100, "learning_rate": 0.001, "eval_interval": 4,
-         "eval_iters": 2, "log_interval": 1, "dataset": "words", "device": "cpu", "dtype": "float32",
-         "compile": False, "always_save_checkpoint": True, "out_dir": "out"}
-HEAVY = {"n_embd": 384, "batch_size": 2, "block_size": 16, "eval_interval": 2, "eval_iters": 1}  # saves 42 MB
-USED = ("model", "optimizer", "model_args", "iter_num", "best_val_loss")  # all that train.py reads of a checkpoint
+MODEL = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8)
+LOOP = dict(max_iters=40, warmup_iters=2, lr_decay_iters=100, learning_rate=0.001)
+LOOP |= dict(gradient_accumulation_steps=1, eval_interval=4, eval_iters=2, log_interval=1)
+REST = dict(dataset="words", device="cpu", dtype="float32", compile=False, out_dir="out")
+SMALL = MODEL | LOOP | REST | dict(always_save_checkpoint=True)
+HEAVY = dict(n_embd=384, batch_size=2, block_size=16, eval_interval=2, eval_iters=1)  # saves 42 MB
+# All that train.py reads of a checkpoint.
+USED = ("model", "optimizer", "model_args", "iter_num", "best_val_loss")
 BASE = 20  # the step of the checkpoint that `trained` makes
 
 
@@ -58,26 +62,26 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def measured(source: Path, row: tuple[str, int, Callable[[int, Path], Report]]) -> dict:
-    begin, (name, tries, function) = time.monotonic(), row
+def measured(source: Path, row: tuple[str, int, Callable]) -> dict:
+    begin, report, (name, tries, function) = time.monotonic(), Report(), row
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder, "nanoGPT")
         shutil.copytree(source, tree, ignore=shutil.ignore_patterns(".git", "assets"))
         prepare(tree / "data" / "words")
-        report = function(tries, tree).row()
-    print(f"{name}: {report['passed']} of {report['tries']}, {time.monotonic() - begin:.0f} s", flush=True)
-    return report | {"name": name}
+        function(report, tries, tree)
+    seconds = time.monotonic() - begin
+    print(f"{name}: {report.passed} of {report.tries}, {seconds:.0f} s", flush=True)
+    return report.row() | {"name": name}
 
 
 def prepare(folder: Path) -> None:
-    """Made-up prose, a token per character, in the files that its prepare.py for Shakespeare writes."""
-    pick = random.Random(0)
-    text = " ".join(pick.choice("the cat sat on a mat and saw the rat run to its hole".split()) for _ in range(5000))
+    """Our made-up prose, a token per character, in the files that their prepare.py writes."""
+    text = words().with_suffix(".txt").read_text()
     stoi = {c: i for i, c in enumerate(sorted(set(text)))}
     ids = np.array([stoi[c] for c in text], dtype=np.uint16)
     folder.mkdir(parents=True)
-    ids[:len(ids) * 9 // 10].tofile(folder / "train.bin")
-    ids[len(ids) * 9 // 10:].tofile(folder / "val.bin")
+    ids[: len(ids) * 9 // 10].tofile(folder / "train.bin")
+    ids[len(ids) * 9 // 10 :].tofile(folder / "val.bin")
     meta = {"vocab_size": len(stoi), "itos": {i: c for c, i in stoi.items()}, "stoi": stoi}
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
 
@@ -86,7 +90,7 @@ def arguments(**knobs: object) -> list[str]:
     return [f"--{key}={value}" for key, value in (SMALL | knobs).items()]
 
 
-def _child(tree: Path, argv: list[str], output: Path, before: Callable[[], None] | None) -> None:
+def _in_child(tree: Path, argv: list[str], output: Path, before: Before) -> None:
     os.chdir(tree)
     sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(sink, 1)
@@ -101,20 +105,20 @@ def _child(tree: Path, argv: list[str], output: Path, before: Callable[[], None]
     runpy.run_path("train.py", run_name="__main__")
 
 
-class Run(Child):
-    """train.py with these knobs in `tree`, in a process of its own; `before` is called in it first."""
+class NanoRun(Child):
+    """train.py with these knobs in `tree`, in a process of its own. `before` is called in it
+    first."""
 
-    def __init__(self, tree: Path, before: Callable[[], None] | None = None, config: str = "", **knobs: object):
+    def __init__(self, tree: Path, before: Before = None, config: str = "", **knobs: object):
         self.output = tree / f"{time.monotonic_ns()}.log"
         argv = [config] * bool(config) + arguments(**knobs)
-        self.process = SERVER.Process(target=_child, args=(tree, argv, self.output, before))
+        self.process = SERVER.Process(target=_in_child, args=(tree, argv, self.output, before))
         self.process.start()
 
 
-def run(tree: Path, before: Callable[[], None] | None = None, **knobs: object) -> tuple[int, str]:
-    """A run from start to end: (exit code, all it printed)."""
-    child = Run(tree, before, **knobs)
-    return child.wait(), child.text()
+def run(tree: Path, before: Before = None, **knobs: object) -> Ended:
+    """A run from its start to its end."""
+    return NanoRun(tree, before, **knobs).end()
 
 
 def trained(tree: Path) -> Path:
@@ -133,7 +137,8 @@ def last_line(text: str) -> str:
 
 
 def load(path: Path) -> dict | None:
-    """What train.py reads of a checkpoint, loaded as train.py and sample.py load it; None if that is an error."""
+    """What train.py reads of a checkpoint, loaded as train.py and sample.py load it; None if that
+    is an error."""
     try:
         state = torch.load(path, map_location="cpu")
         return {key: state[key] for key in USED}
@@ -141,8 +146,16 @@ def load(path: Path) -> dict | None:
         return None
 
 
+def start_as(saved: Path) -> dict[str, str]:
+    return {"init_from": "resume" if saved.exists() else "scratch"}
+
+
+# Resuming
+
+
 def spy(path: Path) -> None:
     """Writes the places of each training batch, and the bits of each training loss, to a file."""
+
     def noted(function: Callable, shown: Callable) -> Callable:
         def call(*a, **k):
             result = function(*a, **k)
@@ -150,45 +163,51 @@ def spy(path: Path) -> None:
                 with path.open("a") as file:
                     file.write(f"{function.__name__} {shown(result)}\n")
             return result
+
         return call
 
-    torch.randint = noted(torch.randint, lambda places: places.tolist())
-    torch.nn.functional.cross_entropy = noted(torch.nn.functional.cross_entropy, lambda loss: loss.item().hex())
+    functional = torch.nn.functional
+    torch.randint = noted(torch.randint, torch.Tensor.tolist)
+    functional.cross_entropy = noted(functional.cross_entropy, lambda loss: loss.item().hex())
 
 
 def spied(path: Path) -> tuple[list[str], list[str]]:
-    """(the batches, the losses) of a run."""
+    """(the batches, the losses) of a run; the file is removed."""
     lines = path.read_text().splitlines()
-    return [x for x in lines if x.startswith("randint")], [x for x in lines if x.startswith("cross_entropy")]
+    path.unlink()
+    batches = [line for line in lines if line.startswith("randint")]
+    return batches, [line for line in lines if line.startswith("cross_entropy")]
 
 
-def resume(tries: int, tree: Path) -> Report:
-    report, again = Report(), 0
+def resume(report: Report, tries: int, tree: Path) -> None:
+    again, whole, rest = 0, tree / "whole", tree / "rest"
     cuts = [(cut, dropout) for cut in (2, *range(4, 40, 4)) for dropout in (0.0, 0.1)]
     for cut, dropout in cuts[:tries]:
-        whole, rest, knobs = tree / "whole", tree / "rest", {"dropout": dropout, "eval_interval": min(cut, 4)}
-        for book in (whole, rest):
-            book.unlink(missing_ok=True)
-        run(tree, partial(spy, whole), out_dir="uncut", **knobs)  # its last checkpoint is that of its last step
+        knobs = {"dropout": dropout, "eval_interval": min(cut, 4)}
+        # The last checkpoint of this one is that of its last step.
+        run(tree, partial(spy, whole), out_dir="uncut", **knobs)
         run(tree, out_dir="cut", max_iters=cut, **knobs)
         code, text = run(tree, partial(spy, rest), out_dir="cut", init_from="resume", **knobs)
         (batches, losses), (drawn, then) = spied(whole), spied(rest)
-        again += drawn == batches[:len(drawn)]
-        exact = same(load(tree / "uncut" / "ckpt.pt"), load(tree / "cut" / "ckpt.pt"))
-        report.count(last_line(text) if code else "losses differ" if then != losses[cut:] else
-                     "" if exact else "the final state differs")
+        again += drawn == batches[: len(drawn)]
+        failure = last_line(text) if code else ""
+        if then != losses[cut:]:
+            failure = failure or "losses differ"
+        if not same(load(tree / "uncut" / "ckpt.pt"), load(tree / "cut" / "ckpt.pt")):
+            failure = failure or "the final state differs"
+        report.count("", failure)
     report.note = f"{again} of {tries} drew the batches of the run's first steps once more"
-    return report
 
 
-def evaluating(tries: int, tree: Path) -> Report:
-    report = Report()
+def evaluating(report: Report, tries: int, tree: Path) -> None:
     run(tree, partial(spy, tree / "every4"))
+    usual = spied(tree / "every4")
     for interval in (1, 2, 3, 5, 8)[:tries]:
         run(tree, partial(spy, tree / "other"), eval_interval=interval)
-        report.count("" if spied(tree / "other") == spied(tree / "every4") else "other batches and losses")
-        (tree / "other").unlink()
-    return report
+        report.count("", "" if spied(tree / "other") == usual else "other batches and losses")
+
+
+# Kills and signals
 
 
 def mark_saves() -> None:
@@ -200,51 +219,62 @@ def mark_saves() -> None:
     torch.save = marked
 
 
-def kills(tries: int, tree: Path) -> Report:
-    """Each run is killed up to 10 times, and each time then asked for one more step, after which it ends by itself."""
-    report, inside, steps, saved = Report(), 0, 0, tree / "out" / "ckpt.pt"
+def kills(report: Report, tries: int, tree: Path) -> None:
+    """Each run is killed up to 10 times. Each time it is then asked for one more step, after which
+    it ends by itself."""
+    inside, steps, saved = 0, 0, tree / "out" / "ckpt.pt"
     for i in range(tries):
-        victim = Run(tree, mark_saves, init_from="resume" if saved.exists() else "scratch", **HEAVY, max_iters=10**6)
+        victim = NanoRun(tree, mark_saves, **start_as(saved), **HEAVY, max_iters=10**6)
         time.sleep(random.Random(i).uniform(0, 3))
         victim.signal(signal.SIGKILL)
-        victim.wait()
-        done = steps_done(victim.text()) or steps
-        inside += victim.text().rfind("[save begins]") > victim.text().rfind("[save ended]")
+        text = victim.end().text
+        done = steps_done(text) or steps
+        inside += text.rfind("[save begins]") > text.rfind("[save ended]")
         begin = time.monotonic()
-        restart = Run(tree, init_from="resume" if saved.exists() else "scratch", **HEAVY, max_iters=0)
-        restart.wait_for(lambda: steps_done(restart.text()))  # noqa: B023 - used up before the loop goes on
-        recovery, broken = time.monotonic() - begin, restart.wait() != 0
-        steps = 0 if broken else steps_done(restart.text()) - 1
-        report.count(last_line(restart.text()) if broken else "", lost=done - steps,
-                     recovery=None if broken else recovery)
-        if broken or i % 10 == 9:
+        restart = NanoRun(tree, **start_as(saved), **HEAVY, max_iters=0)
+        restart.wait_for(lambda: steps_done(restart.text()))  # noqa: B023 - waited for at once
+        recovery = time.monotonic() - begin
+        code, text = restart.end()
+        steps = 0 if code else steps_done(text) - 1
+        recovery = None if code else recovery
+        failure = last_line(text) if code else ""
+        report.count("", failure, done - steps, recovery)
+        if code or i % 10 == 9:
             shutil.rmtree(saved.parent)
             steps = 0
-    report.note = f"{inside} kills inside a save; the one checkpoint was lost in {tries - report.passed}"
-    return report
+    lost = tries - report.passed
+    report.note = f"{inside} kills inside a save; the one checkpoint was lost in {lost}"
 
 
-def signals(tries: int, tree: Path) -> Report:
-    report, codes, log = Report(), set(), tree / "log"
+def signals(report: Report, tries: int, tree: Path) -> None:
+    codes, log = set(), tree / "log"
     for i in range(tries):
         number, step = (signal.SIGTERM, signal.SIGINT)[i % 2], random.Random(i).randrange(12, 48)
         argv = arguments(out_dir=f"out{i}", eval_interval=10, max_iters=10**6, n_embd=192)
         with log.open("w") as sink:
-            process = subprocess.Popen([sys.executable, "-u", "train.py", *argv], cwd=tree, stdout=sink, stderr=sink,
-                                       env=os.environ | {"OMP_NUM_THREADS": "1"})
+            process = subprocess.Popen(
+                [sys.executable, "-u", "train.py", *argv],
+                cwd=tree,
+                stdout=sink,
+                stderr=sink,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
         end = time.monotonic() + 120
         while steps_done(log.read_text()) < step and time.monotonic() < end:
             time.sleep(0.002)
         process.send_signal(number)
         codes.add(f"{process.wait(120)} after {number.name}")
         lost = steps_done(log.read_text()) - load(tree / f"out{i}" / "ckpt.pt")["iter_num"]
-        report.count("ended at once, without a save" if lost else "", lost=lost)
+        report.count("", "ended at once, without a save" if lost else "", lost)
     report.note = "exit code " + ", ".join(sorted(codes))
-    return report
+
+
+# The disk
 
 
 def limit(size: int) -> None:
-    """The first save may make no file longer than `size`, as on a disk that is full; later ones may."""
+    """The first save may make no file longer than `size`, as on a full disk; later ones may."""
+
     def cut(*a, save: Callable = torch.save, **k):
         torch.save, hard = save, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -256,39 +286,44 @@ def limit(size: int) -> None:
     torch.save = cut
 
 
-def full_disk(tries: int, tree: Path) -> Report:
-    report, base, lost = Report(), trained(tree), 0
+def full_disk(report: Report, tries: int, tree: Path) -> None:
+    base, lost = trained(tree), 0
     content = base.read_bytes()
     for i in range(tries):
         base.write_bytes(content)
         size = len(content) * (i + 1) // (tries + 1)
         code, text = run(tree, partial(limit, size), out_dir="base", init_from="resume", n_embd=64)
-        lost += load(base) is None
-        report.count("the run ended: " + last_line(text) if code else "", lost=BASE if load(base) is None else 0)
+        gone = load(base) is None
+        lost += gone
+        failure = f"the run ended: {last_line(text)}" if code else ""
+        report.count("", failure, BASE * gone)
     report.note = f"the one checkpoint was lost in {lost}"
-    return report
 
 
-def bit_rot(tries: int, tree: Path) -> Report:
-    report, path, silent = Report(), trained(tree), Counter()
+def bit_rot(report: Report, tries: int, tree: Path) -> None:
+    path, tried, silent = trained(tree), Counter(), Counter()
     content, good = path.read_bytes(), load(path)
     for i in range(tries):
         kind = KINDS[i % len(KINDS)]
         path.write_bytes(damage(content, kind, random.Random(i)))
         state = load(path)
         wrong = state is not None and names(state) == names(good) and not same(state, good)
+        tried[kind] += 1
         silent[kind] += wrong
-        report.count(f"{kind}: loaded with other values" if wrong else "", silent=wrong)
-    of = Counter(KINDS[i % len(KINDS)] for i in range(tries))
-    report.note = "loaded with other values: " + ", ".join(f"{silent[k]} of {n:,} {k}" for k, n in of.items())
-    return report
+        report.count(kind, Silent("loaded with other values") if wrong else "")
+    shares = [f"{silent[kind]} of {number:,} {kind}" for kind, number in tried.items()]
+    report.note = f"loaded with other values: {', '.join(shares)}"
 
 
 def names(value: object) -> object:
-    """Names and shapes, without values: where they are others, load_state_dict or AdamW would say so."""
+    """Names and shapes, without values. If they are others, load_state_dict or AdamW would say
+    so."""
     if isinstance(value, torch.Tensor):
         return list(value.shape)
     return {key: names(v) for key, v in value.items()} if isinstance(value, dict) else None
+
+
+# NaN, two writers, code in files, changed data
 
 
 def poison(step: int, what: str) -> None:
@@ -306,36 +341,45 @@ def poison(step: int, what: str) -> None:
     torch.nn.functional.cross_entropy = poisoned
 
 
-def nan(tries: int, tree: Path) -> Report:
-    report, ruined = Report(), Counter()
+def nan(report: Report, tries: int, tree: Path) -> None:
+    ruined = Counter()
     for i in range(tries):
-        what, always, step = ("loss", "gradient")[i % 2], i % 4 < 2, random.Random(i).randrange(6, 30)
-        code, text = run(tree, partial(poison, step, what), out_dir=f"out{i}", always_save_checkpoint=always)
+        what, always, step = (
+            ("loss", "gradient")[i % 2],
+            i % 4 < 2,
+            random.Random(i).randrange(6, 30),
+        )
+        knobs = {"out_dir": f"out{i}", "always_save_checkpoint": always}
+        code, text = run(tree, partial(poison, step, what), **knobs)
         weights = load(tree / f"out{i}" / "ckpt.pt")["model"].values()
         bad = not all(tensor.isfinite().all() for tensor in weights)
         ruined[always] += bad
-        report.count("trained on to the end with NaN, exit code 0" if code == 0 else "ckpt.pt has NaN" if bad else "",
-                     silent=bad and "nan" not in text, lost=step if bad else None)
-    report.note = (f"ckpt.pt full of NaN in {ruined[True]} of {tries // 2}, with always_save_checkpoint=False in "
-                   f"{ruined[False]} of {tries // 2}; the log has loss nan")
-    return report
+        failure = "ckpt.pt has NaN" if bad else ""
+        if code == 0:
+            failure = "trained on to the end with NaN, exit code 0"
+        if bad and "nan" not in text:
+            failure = Silent(failure)
+        report.count("", failure, step if bad else None)
+    report.note = (
+        f"ckpt.pt full of NaN in {ruined[True]} of {tries // 2}, with always_save_checkpoint=False "
+        f"in {ruined[False]} of {tries // 2}; the log has loss nan"
+    )
 
 
-def two_writers(tries: int, tree: Path) -> Report:
-    report, left, knobs = Report(), Counter(), {"n_embd": 128, "eval_interval": 2, "eval_iters": 1}
+def two_writers(report: Report, tries: int, tree: Path) -> None:
+    left, saved = Counter(), tree / "out" / "ckpt.pt"
+    knobs = {"n_embd": 128, "eval_interval": 2, "eval_iters": 1}
     rates, states = (0.001, 0.002), []
     for rate in rates:
         run(tree, learning_rate=rate, **knobs)
-        states.append(load(tree / "out" / "ckpt.pt"))
+        states.append(load(saved))
     for _ in range(tries):
-        pair = [Run(tree, learning_rate=rate, **knobs) for rate in rates]
-        codes = [child.wait() for child in pair]
-        state = load(tree / "out" / "ckpt.pt")
-        left["not loadable" if state is None else "of one of them" if any(same(state, s) for s in states) else
-             "of neither"] += 1
-        report.count("both ran to the end, exit code 0" if codes == [0, 0] else "", silent=codes == [0, 0])
+        pair = [NanoRun(tree, learning_rate=rate, **knobs) for rate in rates]
+        codes, state = [child.end().code for child in pair], load(saved)
+        whose = "of one of them" if any(same(state, s) for s in states) else "of neither"
+        left["not loadable" if state is None else whose] += 1
+        report.count("", "" if any(codes) else Silent("both ran to the end, exit code 0"))
     report.note = "ckpt.pt then: " + ", ".join(f"{number} {what}" for what, number in left.items())
-    return report
 
 
 class Code:
@@ -348,54 +392,67 @@ class Code:
         return os.mkdir, (str(self.sentinel),)
 
 
-def code_in_files(tries: int, tree: Path) -> Report:
-    report, saved, config, ran = Report(), tree / "out" / "ckpt.pt", tree / "config.py", []
+def code_in_files(report: Report, tries: int, tree: Path) -> None:
+    saved, config, ran = tree / "out" / "ckpt.pt", tree / "config.py", []
     saved.parent.mkdir()
     for kind in ("zip", "legacy", "pickle", "a config file", "meta.pkl")[:tries]:
         sentinel = tree / f"ran {kind}"
         config.write_text(f"os.mkdir({str(sentinel)!r})" if kind == "a config file" else "")
         if kind in ("zip", "legacy"):
-            torch.save({"model": Code(sentinel)}, saved, _use_new_zipfile_serialization=kind == "zip")
+            model = {"model": Code(sentinel)}
+            torch.save(model, saved, _use_new_zipfile_serialization=kind == "zip")
         elif kind in ("pickle", "meta.pkl"):
             path = saved if kind == "pickle" else tree / "data" / "words" / kind
             path.write_bytes(pickle.dumps(Code(sentinel)))
-        resumes = kind in ("zip", "legacy", "pickle")
-        Run(tree, config=config.name, init_from="resume" if resumes else "scratch", max_iters=1).wait()
+        start = "resume" if kind in ("zip", "legacy", "pickle") else "scratch"
+        run(tree, config=config.name, init_from=start, max_iters=1)
         ran += [kind] * sentinel.exists()
-        report.count(f"code in {kind} ran" if sentinel.exists() else "")
-    report.note = f"it ran from {' and '.join(ran)}; torch.load refuses it in ckpt.pt" if ran else ""
-    return report
+        report.count("", f"code in {kind} ran" if sentinel.exists() else "")
+    report.note = f"it ran from {' and '.join(ran)}; torch.load refuses it in ckpt.pt"
+
+
+def scattered(ids: np.ndarray) -> np.ndarray:
+    return np.where(np.arange(len(ids)) % 1000 == 500, 1000, ids).astype(ids.dtype)
+
+
+CHANGES = {  # what becomes of the ids in train.bin
+    "other tokens": lambda ids: ids[::-1],
+    "half": lambda ids: ids[: len(ids) // 2],
+    "empty": lambda ids: ids[:0],
+    "shorter than a block": lambda ids: ids[:20],
+    "an odd byte": lambda ids: np.append(ids.view(np.uint8), np.uint8(0)),
+    "32-bit ids": lambda ids: ids.astype(np.uint32),
+    "each id too large": lambda ids: ids + np.uint16(1000),
+    "each 1,000th id too large": lambda ids: scattered(ids),
+}
+CASES = [*CHANGES, "other tokens, in flight", "half, in flight"]
 
 
 def change(kind: str, path: Path) -> None:
+    """Puts another file in the place of train.bin."""
     ids = np.fromfile(path, dtype=np.uint16)
-    scattered = np.where(np.arange(len(ids)) % 1000 == 500, 1000, ids).astype(np.uint16)
-    new = {"other tokens": ids[::-1], "half": ids[:len(ids) // 2], "empty": ids[:0], "shorter than a block": ids[:20],
-           "an odd byte": ids, "32-bit ids": ids.astype(np.uint32), "each id too large": ids + 1000,
-           "each 1,000th id too large": scattered}[kind.removesuffix(", in flight")]
-    path.with_name("new").write_bytes(new.tobytes() + b"\0" * (kind == "an odd byte"))
+    new = CHANGES[kind.removesuffix(", in flight")](ids)
+    path.with_name("new").write_bytes(new.tobytes())
     os.replace(path.with_name("new"), path)
 
 
-def data(tries: int, tree: Path) -> Report:
-    report, path, noticed = Report(), tree / "data" / "words" / "train.bin", []
+def data(report: Report, tries: int, tree: Path) -> None:
+    path, noticed = tree / "data" / "words" / "train.bin", []
     trained(tree)
     good = path.read_bytes()
-    kinds = ("other tokens", "half", "empty", "shorter than a block", "an odd byte", "32-bit ids", "each id too large",
-             "each 1,000th id too large", "other tokens, in flight", "half, in flight")
-    for kind in kinds[:tries]:
+    knobs = dict(out_dir="base", init_from="resume", n_embd=64, eval_interval=500)
+    for kind in CASES[:tries]:
+        in_flight = kind.endswith("in flight")
         path.write_bytes(good)
-        if "in flight" not in kind:
+        if not in_flight:
             change(kind, path)
-        child = Run(tree, out_dir="base", init_from="resume", n_embd=64, eval_interval=500,
-                    max_iters=1000 if "in flight" in kind else BASE + 20)
-        if "in flight" in kind and child.wait_for(lambda: steps_done(child.text())):  # noqa: B023 - used up here
+        child = NanoRun(tree, **knobs, max_iters=1000 if in_flight else BASE + 20)
+        if in_flight and child.wait_for(lambda: steps_done(child.text())):  # noqa: B023 - at once
             change(kind, path)
-        code = child.wait()
+        code = child.end().code
         noticed += [kind] * (code != 0)
-        report.count("" if code else f"{kind}: trained on", silent=code == 0)
+        report.count(kind, "" if code else Silent("trained on"))
     report.note = f"an error for: {', '.join(noticed)}"
-    return report
 
 
 ROWS = (
@@ -408,7 +465,8 @@ ROWS = (
     ("NaN in a loss or a gradient: it stops, nothing of it is saved", 20, nan),
     ("two runs write to one folder: one is refused", 10, two_writers),
     ("code in a checkpoint, a config or a data set does not run", 5, code_in_files),
-    ("train.bin changed before a resume or while a run reads it: noticed", 10, data))
+    ("train.bin changed before a resume or while a run reads it: noticed", 10, data),
+)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,7 @@
-"""A run that was stopped and resumed is the run that was not: the same batches, losses, weights and optimizer state,
-bit for bit. And what only looks at a run, or writes it down, changes nothing about it."""
+"""A run that is stopped and resumed must be the run that was never stopped: the same batches,
+losses, weights and optimizer state, bit for bit. And what only looks at a run, or writes it down,
+must change nothing about it.
+"""
 
 import hashlib
 import itertools
@@ -10,115 +12,132 @@ import signal
 from functools import partial
 from pathlib import Path
 
-import checkpoint
 import train
 
-from .harness import Report, command, difference, fault, run, state_hash, words
+from .harness import (
+    Report,
+    Silent,
+    after_call,
+    bad_end,
+    difference,
+    fault,
+    last_saved,
+    state_hash,
+    train_child,
+    uncut,
+)
 
 STEPS, SAVE_INTERVAL, CUTS = 24, 5, 20
-COMBINATIONS = [
-    {"micro_batch_size": 8 // accumulation, "dropout": dropout, "dtype": dtype, "eval_interval": interval,
-     "optimizer": optimizer}
-    for accumulation, dropout, dtype, interval, optimizer in itertools.product(
-        (1, 4), (0, 0.1), ("float32", "bfloat16"), (0, 3), ("adamw", "muon"))]
-SIGNALS = [(signal.SIGTERM,), (signal.SIGKILL,), (signal.SIGTERM, signal.SIGTERM), (signal.SIGKILL, signal.SIGTERM)]
+CHOICES = dict(micro_batch_size=(8, 2), dropout=(0, 0.1), dtype=("float32", "bfloat16"))
+CHOICES |= dict(eval_interval=(0, 3), optimizer=("adamw", "muon"))
+WAYS = [dict(zip(CHOICES, way, strict=True)) for way in itertools.product(*CHOICES.values())]
+SIGNALS = [
+    (signal.SIGTERM,),
+    (signal.SIGKILL,),
+    (signal.SIGTERM, signal.SIGTERM),
+    (signal.SIGKILL, signal.SIGTERM),
+]
 
 
-@fault("stopped at a random step, then resumed", whole=len(COMBINATIONS) * CUTS, few=6)
-def exact_resume(tries: int, folder: Path) -> Report:
-    data, report, stopped = words(folder), Report(), 0
+@fault("stopped at a random step, then resumed", whole=len(WAYS) * CUTS, few=6)
+def exact_resume(report: Report, tries: int, folder: Path) -> None:
+    """A run is stopped once or twice, by SIGTERM or kill -9. All of it must be bitwise equal to the
+    run that was not, and a kill may cost no more than the steps since the last save."""
+    stopped = 0
     for i in range(tries):
-        at = i * 11 % len(COMBINATIONS)  # an order in which a few of them have every value of every knob
-        knobs = COMBINATIONS[at] | {"n_layer": 1, "max_iters": STEPS, "save_interval": SAVE_INTERVAL}
-        whole, cut = folder / f"whole{at}", folder / f"cut{i}"
-        if not whole.exists():
-            code, text = run(command(whole, **knobs), data, partial(witness, book_of(whole)))
-            assert code == 0 and len(read_book(whole)) == 2 * STEPS, text
-        stops = stops_of(at, i // len(COMBINATIONS))
-        failure, lost = stop_and_resume(cut, knobs, data, stops)
-        wrong = "" if failure else difference(whole, cut) or first_other_step(whole, cut)
-        report.count(f"{knobs}, stopped at {stops}: {failure or wrong}" if failure or wrong else "",
-                     silent=bool(wrong), lost=lost)
+        way = i * 11 % len(WAYS)  # in this order, few tries have every value of every knob
+        knobs = WAYS[way] | {"n_layer": 1, "max_iters": STEPS, "save_interval": SAVE_INTERVAL}
+        whole, cut = folder / f"whole{way}", folder / f"cut{i}"
+        uncut(whole, partial(witness, book_of(whole)), **knobs)
+        assert len(read_book(whole)) == 2 * STEPS
+        stops = stops_of(way, i // len(WAYS))
+        failure, lost = stop_and_resume(cut, knobs, stops)
+        failure = failure or difference(whole, cut) or first_other_step(whole, cut)
+        report.count(f"{knobs}, stopped at {stops}", failure, lost)
         stopped += len(stops)
         shutil.rmtree(cut)
-    report.note = f"{stopped:,} stops in {min(tries, len(COMBINATIONS))} ways to train"
-    return report
+    report.note = f"{stopped:,} stops in {min(tries, len(WAYS))} ways to train"
 
 
-def stops_of(combination: int, number: int) -> list[tuple[int, int]]:
-    """(step, signal) of the one or two stops of a combination's try `number`; the first is at another step in each."""
-    first = random.Random(combination).sample(range(STEPS), CUTS)[number]
+def stops_of(way: int, number: int) -> list[tuple[int, int]]:
+    """(step, signal) of the one or two stops of try `number` of a way to train. The first stop is
+    at another step in each try."""
+    first = random.Random(way).sample(range(STEPS), CUTS)[number]
     second = random.Random(first).randint(first, STEPS) + 1
-    return list(zip((first, second), SIGNALS[(combination + number) % len(SIGNALS)], strict=False))
+    return list(zip((first, second), SIGNALS[(way + number) % len(SIGNALS)], strict=False))
 
 
-def stop_and_resume(out: Path, knobs: dict, data: Path, stops: list[tuple[int, int]]) -> tuple[str, int]:
-    """(failure, most steps lost at a stop) of a run in `out` that is stopped and started again until it is done."""
+def stop_and_resume(out: Path, knobs: dict, stops: list[tuple[int, int]]) -> tuple[str, int]:
+    """(failure, most steps lost at a stop) of a run that is stopped, and started again until it is
+    done."""
     lost = 0
     for step, number in stops:
-        code, text = run(command(out, resume="auto", **knobs), data, partial(witness, book_of(out), step, number))
+        stopping = partial(witness, book_of(out), step, number)
+        ended = train_child(out, stopping, resume="auto", **knobs)
         if step >= STEPS:  # it was done before
             break
-        if code != (-number if number == signal.SIGKILL else 128 + number):
-            return f"exit code {code} after signal {number}: {text[-500:]}", lost
-        saved = max((s for s, _ in checkpoint.all_in(out)), default=0)
-        done = step if number == signal.SIGKILL else step + 1  # asked to stop, it first ends and saves the step
-        if not 0 <= done - saved <= (SAVE_INTERVAL - 1 if number == signal.SIGKILL else 0):
+        killed = number == signal.SIGKILL
+        if failure := bad_end(ended, -number if killed else 128 + number):
+            return failure, lost
+        # A run that is asked to stop ends the step first, and saves it.
+        done, saved = step + (not killed), last_saved(out)
+        if not 0 <= done - saved <= (SAVE_INTERVAL - 1 if killed else 0):
             return f"{done} steps done, {saved} saved after signal {number}", lost
         lost = max(lost, done - saved)
-    code, text = run(command(out, resume="auto", **knobs), data, partial(witness, book_of(out)))
-    return ("" if code == 0 else f"exit code {code} of the resumed run: {text[-500:]}"), lost
+    return bad_end(train_child(out, partial(witness, book_of(out)), resume="auto", **knobs)), lost
 
 
 @fault("other intervals of evaluating, saving and looking", whole=40, few=2)
-def looking_changes_nothing(tries: int, folder: Path) -> Report:
-    data, report, plain = words(folder), Report(), {"eval_interval": 0, "save_interval": 0}
-    base = [{"dropout": 0.1, "micro_batch_size": 2, "optimizer": optimizer} for optimizer in ("adamw", "muon")]
-    for i, knobs in enumerate(base):
-        whole = folder / f"plain{i}"
-        code, text = run(command(whole, **knobs, **plain), data, partial(witness, book_of(whole)))
-        assert code == 0, text
+def looking_changes_nothing(report: Report, tries: int, folder: Path) -> None:
+    """Runs that evaluate, save, watch, log and sample at other steps must have the batches, the
+    losses and the final weights of a run that does none of it."""
     for i in range(tries):
-        pick = random.Random(i)
-        looking = {"eval_interval": pick.randint(1, 5), "save_interval": pick.randint(1, 5), "keep": pick.randint(1, 3),
-                   "eval_iters": pick.choice((0, 1, 7)), "watch": pick.choice(("true", "false")),
-                   "log_interval": pick.randint(1, 9), "sample_tokens": pick.choice((0, 5))}
-        whole, other = folder / f"plain{i % 2}", folder / f"other{i}"
-        code, text = run(command(other, **base[i % 2], **looking), data, partial(witness, book_of(other)))
-        wrong = "" if code else first_other_step(whole, other) or (
-            "the final weights differ" if len({state_hash(f, but="best_val_loss") for f in (whole, other)}) > 1 else "")
-        report.count(f"{looking}: {wrong or text[-500:]}" if code or wrong else "", silent=bool(wrong))
+        pick, base, other = random.Random(i), folder / f"plain{i % 2}", folder / f"other{i}"
+        way = {"dropout": 0.1, "micro_batch_size": 2, "optimizer": ("adamw", "muon")[i % 2]}
+        uncut(base, partial(witness, book_of(base)), **way, eval_interval=0, save_interval=0)
+        looking = {
+            "eval_interval": pick.randint(1, 5),
+            "save_interval": pick.randint(1, 5),
+            "keep": pick.randint(1, 3),
+            "eval_iters": pick.choice((0, 1, 7)),
+            "watch": pick.choice(("true", "false")),
+            "log_interval": pick.randint(1, 9),
+            "sample_tokens": pick.choice((0, 5)),
+        }
+        ended = train_child(other, partial(witness, book_of(other)), **way, **looking)
+        failure = bad_end(ended) or first_other_step(base, other)
+        if len({state_hash(run, but="best_val_loss") for run in (base, other)}) > 1:
+            failure = failure or Silent("the final weights differ")
+        report.count(str(looking), failure)
         shutil.rmtree(other)
-    return report
 
 
 def book_of(out: Path) -> Path:
-    """Where `witness` writes about the run in `out`."""
+    """The file in which `witness` writes about the run in `out`."""
     return Path(f"{out}.book")
 
 
 def witness(book: Path, stop: int | None = None, number: int = 0) -> None:
-    """In a child: a line in `book` for the batch of each step, and one for its loss. Step `stop` is counted from 0; in
-    the middle of it the process sends itself the signal `number`."""
-    make_batch, train_step, file = train.batch, train.train_step, open(book, "ab", buffering=0)
+    """In a child: writes a line into `book` for the batch of each step, and one for its loss. In
+    the middle of step `stop`, counted from 0, the process sends itself the signal `number`."""
+    file = open(book, "ab", buffering=0)
 
-    def batch(data, step, *rest):
-        x, y = make_batch(data, step, *rest)
-        file.write(f"batch {step} {hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()}\n".encode())
+    def write_batch(made, data, step, *_):
+        digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in made))
+        file.write(f"batch {step} {digest.hexdigest()}\n".encode())
         if step == stop:
             os.kill(os.getpid(), number)
-        return x, y
 
-    def step(run):
-        result = train_step(run)
-        file.write(f"loss {run.step - 1} {result[0].hex()}\n".encode())
-        return result
+    def write_loss(done, run):
+        file.write(f"loss {run.step - 1} {done[0].hex()}\n".encode())
 
-    train.batch, train.train_step = batch, step
+    after_call(train, "batch", write_batch)
+    after_call(train, "train_step", write_loss)
 
 
 def read_book(out: Path) -> dict[str, set[str]]:
-    """{"batch 0": {hash}, "loss 0": {number}, ...}: a step that was done again, and not in the same way, has two."""
+    """{"batch 0": {hash}, "loss 0": {number}, ...}. A step that was repeated in another way has two
+    in its set."""
     seen: dict[str, set[str]] = {}
     for line in book_of(out).read_text().splitlines() if book_of(out).exists() else ():
         key, _, value = line.rpartition(" ")
@@ -127,6 +146,7 @@ def read_book(out: Path) -> dict[str, set[str]]:
 
 
 def first_other_step(whole: Path, cut: Path) -> str:
-    """The first batch or loss that is not the same in both runs, as a failure; empty if there is none."""
+    """The first batch or loss that two runs do not have in common, as a failure."""
     ours, others = read_book(whole), read_book(cut)
-    return next((f"{key} differs" for key in ours | others if ours.get(key) != others.get(key)), "")
+    odd = (key for key in ours | others if ours.get(key) != others.get(key))
+    return next((Silent(f"{key} differs") for key in odd), "")

@@ -1,0 +1,402 @@
+"""Hugging Face folders in and out. USAGE shows both commands.
+
+Reading order: the commands; import; export, which refuses what Llama cannot be; the files of the
+exported folder.
+"""
+
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+if not __package__:  # run as a file: the imports below would not be found
+    print(
+        "error: run it as a module, from the repository's root: python -m exchange.hf",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+from config.command import help_text, print_help, split_arguments, user_errors
+from config.schema import knobs_of, parse_knobs
+from data.files import new_folder, write_atomically
+from data.tokenizer import Tokenizer, load_tokenizer
+from exchange.tokenizer import json_bytes, tokenizer_files
+from model import ModelConfig, knob, parameter_count
+from run.machine import versions
+from run.metrics import read_metrics
+from weights import checkpoint
+from weights.hf_folder import hf_name, is_hf_folder, read_hf, weight_shapes
+from weights.lock import Lock
+from weights.open import Weights, check_exists, open_weights
+
+USAGE = """\
+python -m exchange.hf import DIR out_dir=out/x   a Hugging Face folder becomes a run
+python -m exchange.hf export out/small DIR       a run becomes a folder for transformers"""
+LLAMA_NORMS = ("rmsnorm", "rmsnorm1p", "rmsnorm_noparam")  # those that RMSNorm with a gain can be
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """Where the imported model goes."""
+
+    out_dir: str = knob("out/imported", "folder of the run that is made")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What is exported, and how it is stored."""
+
+    checkpoint: str = knob("latest", "latest, best or a step")
+    dtype: Literal["float32", "bfloat16", "float16"] = knob(
+        "float32", "of the weights in the files"
+    )
+    shard_gb: float = knob(5.0, "largest size of one safetensors file, in 10^9 bytes")
+
+    def __post_init__(self):
+        if self.shard_gb <= 0:
+            raise ValueError(f"shard_gb must be above 0, got {self.shard_gb}")
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0 done; the user's errors leave with 2."""
+    if {"-h", "--help"} & set(argv):
+        print_help(USAGE, help_text("import:", ImportOptions), help_text("export:", ExportOptions))
+        return 0
+    with user_errors():
+        words, pairs = split_arguments(argv)
+        match words:
+            case ["import", source]:
+                knobs = parse_knobs(pairs, knobs_of(ImportOptions), "command line")
+                import_folder(Path(source), ImportOptions(**knobs))
+            case ["export", run, out]:
+                knobs = parse_knobs(pairs, knobs_of(ExportOptions), "command line")
+                export_run(Path(run), Path(out), ExportOptions(**knobs))
+            case _:
+                raise ValueError(
+                    f"got {' '.join(words) or 'no command'}: write python -m exchange.hf import "
+                    f"DIR out_dir=out/x, or python -m exchange.hf export RUN DIR"
+                )
+    return 0
+
+
+# Import
+
+
+def import_folder(source: Path, options: ImportOptions) -> None:
+    """Makes a run at step 0 of a Hugging Face folder. The run has no knobs but those of its model.
+    ValueError or OSError if something is in the way; then nothing is left behind.
+    """
+    config, weights, tokenizer = read_source(source)
+    folder = Path(options.out_dir)
+    about = {"versions": versions(), "parameters": parameter_count(config), "source": str(source)}
+    files = {
+        "config.json": (json.dumps(asdict(config) | about, indent=1) + "\n").encode(),
+        tokenizer.file: tokenizer.content(),
+    }
+    state = {
+        "step": 0,
+        "model": weights,
+        "optimizer": {},
+        "scaler": {},
+        "config": asdict(config),
+        "data": {"tokenizer_sha256": tokenizer.sha256, "source": str(source)},
+        "base": {},
+        "best_val_loss": math.inf,
+        "grad_norms": [],
+    }
+    with Lock(folder):
+        taken = [name for name in files if (folder / name).exists()]
+        taken += [path.name for path in folder.glob("*.pt")]
+        if taken:
+            raise ValueError(
+                f"{folder} holds {', '.join(sorted(taken)[:3])} already: name another out_dir"
+            )
+        try:
+            for name, content in files.items():
+                write_atomically(folder / name, lambda file, content=content: file.write(content))
+            checkpoint.save(checkpoint.path_of(folder, 0), state)
+        except BaseException:
+            for name in files:
+                (folder / name).unlink(missing_ok=True)
+            raise
+    name = shlex.quote(str(folder))
+    print(
+        f"{folder}: {describe_model(config)}\n"
+        f"sample   python sample.py {name} prompt='...'\n"
+        f"tune     python train.py config/finetune.py init_from={name} dataset=TEXT "
+        f"out_dir=out/tuned"
+    )
+
+
+def read_source(source: Path) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer]:
+    """Configuration, weights and tokenizer of a Hugging Face folder. ValueError if it is none, or
+    if they do not belong together.
+    """
+    check_exists(source)
+    if checkpoint.all_in(source):
+        raise ValueError(f"{source} is a run already: train.py and sample.py take it as it is")
+    if not source.is_dir() or not is_hf_folder(source):
+        raise ValueError(
+            f"{source} is not a Hugging Face folder: its config.json does not say model_type"
+        )
+    config, weights = read_hf(source)
+    tokenizer = load_tokenizer(source)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{source}: its tokenizer has {tokenizer.vocab_size} tokens, "
+            f"its model {config.vocab_size}"
+        )
+    return config, weights, tokenizer
+
+
+# Export
+
+
+def export_run(run: Path, out: Path, options: ExportOptions) -> None:
+    """Makes the whole folder `out` of a checkpoint of a run, or, if that fails, nothing."""
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"{out} exists already: name another folder, or remove it")
+    weights = open_weights(run, options.checkpoint)
+    check_llama_can_be(weights.config)
+    tokenizer = weights.tokenizer()
+    tensors = {hf_name(name): tensor for name, tensor in llama_tensors(weights).items()}
+    config = replace(weights.config, block_size=weights.context)
+    with new_folder(out) as folder:
+        write_safetensors(folder, tensors, options)
+        about = config_to_hf(config, tokenizer, options.dtype)
+        files = tokenizer_files(tokenizer) | {
+            "config.json": json_bytes(about, indent=2),
+            "generation_config.json": json_bytes(bos_and_eos(tokenizer), indent=2),
+            "README.md": model_card(weights, tokenizer, options).encode(),
+        }
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        os.rename(folder, out)
+    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    print(
+        f"{out}: {describe_model(weights.config)}, {options.dtype}, {size:,.1f} MB in "
+        f"{', '.join(sorted(os.listdir(out)))}"
+    )
+
+
+def describe_model(config: ModelConfig) -> str:
+    return (
+        f"{parameter_count(config):,} parameters, {config.n_layer} blocks, {config.n_embd} wide, "
+        f"{config.n_head} heads ({config.kv_heads} kv) of {config.head_size}, "
+        f"context {config.block_size:,}"
+    )
+
+
+def check_llama_can_be(config: ModelConfig) -> None:
+    """ValueError, with all reasons, if the model computes what no Llama (or, with qk_norm, no Qwen
+    3) computes.
+    """
+    problems = []
+    if config.norm not in LLAMA_NORMS:
+        problems.append(
+            f"norm={config.norm}: Llama's norms are RMSNorm, so train with norm=rmsnorm (or "
+            f"rmsnorm1p or rmsnorm_noparam, which are exported as RMSNorm exactly)"
+        )
+    if config.norm_pos != "pre":
+        problems.append(
+            f"norm_pos={config.norm_pos}: Llama's norms stand before each branch, norm_pos=pre"
+        )
+    if config.ffn != "swiglu":
+        problems.append(f"ffn={config.ffn}: Llama's feed-forward is ffn=swiglu")
+    if problems:
+        raise ValueError("no Llama computes what this model does: " + "; ".join(problems))
+
+
+def llama_tensors(weights: Weights) -> dict[str, Tensor]:
+    """The weights by our names, with a gain for each norm by which Llama multiplies. rmsnorm1p
+    multiplies by 1 + gain. rmsnorm_noparam multiplies by nothing, so its gains become 1.
+    """
+    norm, tensors = weights.config.norm, {}
+    for name, shape in weight_shapes(weights.config).items():
+        if name.endswith(".gain") and norm == "rmsnorm_noparam":
+            tensors[name] = torch.ones(shape)
+        elif name.endswith(".gain") and norm == "rmsnorm1p":
+            tensors[name] = 1 + weights.tensors[name]
+        else:
+            tensors[name] = weights.tensors[name]
+    return tensors
+
+
+# The files of the exported folder
+
+
+def config_to_hf(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+    """config.json, as both transformers 4 and 5 and llama.cpp's converter read it."""
+    family = ("Qwen3ForCausalLM", "qwen3") if config.qk_norm else ("LlamaForCausalLM", "llama")
+    scaling = None
+    if config.rope_scaling == "llama3":
+        scaling = {
+            "rope_type": "llama3",
+            "factor": config.rope_factor,
+            "low_freq_factor": config.rope_low_freq,
+            "high_freq_factor": config.rope_high_freq,
+            "original_max_position_embeddings": config.rope_original_context,
+        }
+    return {
+        "architectures": [family[0]],
+        "model_type": family[1],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.hidden_size,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.block_size,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": config.tie_embeddings,
+        "torch_dtype": dtype,
+    } | bos_and_eos(tokenizer)
+
+
+def bos_and_eos(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The ids of bos and eos. If there is none, they are null: a file that leaves them out would
+    mean 1 and 2. With several eos, a text ends at any of them.
+    """
+    ends = sorted(tokenizer.end_ids)
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+    }
+
+
+def write_safetensors(folder: Path, tensors: dict[str, Tensor], options: ExportOptions) -> None:
+    """Writes model.safetensors, or several files of at most shard_gb and their index. A tensor that
+    is larger than shard_gb gets a file of its own.
+    """
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ValueError(
+            "exporting needs the package safetensors: pip install -e '.[hf]'"
+        ) from None
+    dtype = getattr(torch, options.dtype)
+    shards = split_by_size(tensors, dtype.itemsize, options.shard_gb * 1e9)
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    for file, shard in zip(files, shards, strict=True):
+        stored = {name: tensors[name].to(dtype).contiguous() for name in shard}
+        for name, tensor in stored.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"{name} does not fit into {options.dtype}: use dtype=bfloat16 or float32"
+                )
+        try:
+            save_file(stored, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{file} could not be written ({error!s:.200})") from error
+        (folder / file).chmod(0o644)  # save_file makes it readable for this user only
+    if len(shards) > 1:
+        size = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+        file_of = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": size}, "weight_map": file_of}
+        (folder / "model.safetensors.index.json").write_bytes(json_bytes(index, indent=2))
+
+
+def split_by_size(tensors: dict[str, Tensor], itemsize: int, most: float) -> list[list[str]]:
+    """The names in groups, in order, each of at most `most` bytes or of one tensor."""
+    groups: list[list[str]] = []
+    room = 0.0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * itemsize
+        if not groups or size > room:
+            groups.append([])
+            room = most
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def model_card(weights: Weights, tokenizer: Tokenizer, options: ExportOptions) -> str:
+    """README.md: what the model is, how to use it, how well it did, and all knobs of its run."""
+    state, data = weights.state, weights.data
+    run, step = state.get("config", {}), state.get("step", 0)
+    rows = {
+        "shape": describe_model(weights.config),
+        "weights": options.dtype,
+        "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens",
+    }
+    if "name" in data:
+        rows["data"] = f"{data['name']}, {data['tokens']['train']:,} training tokens"
+        rows["steps"] = f"{step:,}"
+        rows |= last_evaluation(weights.folder, step)
+    if run.get("init_from"):
+        lora = f", LoRA of rank {run['lora_rank']}" if run["lora_rank"] else ""
+        rows["fine-tuned from"] = run["init_from"] + lora
+    if "source" in data:
+        rows["from"] = data["source"]
+    knobs = {f"`{name}`": f"`{value}`" for name, value in (run or asdict(weights.config)).items()}
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [llama, rootllama]
+---
+# {weights.folder.resolve().name}
+
+A Llama, {"trained" if step else "exported"} with Rootllama.
+
+{two_columns("", "", rows.items())}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = (kind.from_pretrained(".") for kind in (AutoModelForCausalLM, AutoTokenizer))
+ids = tokenizer("Once", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
+```
+
+## All knobs
+
+{two_columns("knob", "value", knobs.items())}
+"""
+
+
+def last_evaluation(folder: Path, step: int) -> dict[str, str]:
+    """A row of the card: what the run's log says of the last evaluation up to this step. Empty if
+    there was none.
+    """
+    evaluations = [
+        record
+        for record in read_metrics(folder)
+        if record["step"] <= step
+        and all(isinstance(record.get(name), float) for name in ("val_loss", "val_bpb"))
+    ]
+    if not evaluations:
+        return {}
+    last = evaluations[-1]
+    perplexity = math.exp(min(last["val_loss"], 700))  # exp overflows above 709
+    return {
+        f"validation at step {last['step']:,}": f"loss {last['val_loss']:.4f} nats per token, "
+        f"perplexity {perplexity:.2f}, {last['val_bpb']:.4f} bits per byte"
+    }
+
+
+def two_columns(left: str, right: str, rows: Iterable[tuple[str, str]]) -> str:
+    """A Markdown table with these two heads."""
+    lines = [f"| {left} | {right} |", "|---|---|"]
+    return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,579 @@
+"""python -m lab.compare: norms, or any other knobs, compared on equal terms.
+
+Order: main; the plan, which is what the command line asks for; the cells of the plan and their
+results; the processes in which cells are trained; and Lab, which does what the plan says.
+"""
+
+import gc
+import hashlib
+import itertools
+import json
+import os
+import queue
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started as a file, so Python would not find the imports below
+    hint = "run it as a module, from the root of the repository: python -m lab.compare"
+    print(f"error: {hint}", file=sys.stderr)
+    sys.exit(2)
+
+import torch
+from tqdm import tqdm
+
+import norm
+import train
+from config.command import help_text, print_help, training_help, user_errors
+from config.schema import Config, knobs_of, parse_value
+from data.files import write_atomically
+from lab.measure import (
+    as_arguments,
+    fresh_run,
+    in_turn,
+    read_options,
+    seconds_of_step,
+    values_in_turn,
+)
+from lab.report import Study, best_cells, speed_section, write_report
+from lab.verdict import time_ratio
+from model import ModelConfig, knob
+from run.machine import processor, versions
+from run.metrics import read_metrics
+from run.setup import read_config
+from run.signals import Interrupts
+from train import NOT_FINITE, warm_up
+from weights.checkpoint import NEVER_COMPARED, all_in
+from weights.lock import Lock
+
+USAGE = """\
+Compare norms, or any other knobs, on equal terms.
+
+python -m lab.compare [config/PRESET.py] [knob=A,B,...] [learning_rate=X,Y,...] [key=value ...]
+python -m lab.compare --list        every norm in one line
+
+An arm is one combination of the listed knobs, without the learning rate; the first arm is the
+reference. A cell is one arm at one learning rate with one seed, trained by train.py in a process of
+its own. All arms of a seed share the order of the data and the initial weights. Everything is
+written to out_dir (out/compare-PRESET), and the same command goes on where it was stopped.
+
+Options:"""
+KNOBS = "Every knob of a run can be set, and every knob that is not a text can be a list."
+
+# Decided once and then given to every cell, so that no two cells can differ in them.
+AUTOMATIC = ("device", "dtype", "compile")
+# An arm with these knobs has no norm at all: it is only timed, to know what the norms cost.
+CONTROL = {"norm": "none", "norm_pos": "pre", "qk_norm": "false", "norm_impl": "eager"}
+UNTIMED = 4  # rounds of steps before the rounds that are timed
+Knobs = dict[str, str]  # name -> value, as text of a command line
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """The options of `lab.compare`; every knob of a run can be set, too."""
+
+    seeds: int = knob(5, "seeds of each arm and learning rate; 0 = only time the arms")
+    jobs: int = knob(1, "cells trained at once, which share the threads")
+    steps: int = knob(30, "training steps timed of each arm, in turn, when nothing else runs")
+    equal_time: bool = knob(
+        True, "train each arm that is faster or slower for the reference's time, too"
+    )
+
+    def __post_init__(self):
+        for name, least in (("seeds", 0), ("jobs", 1), ("steps", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line asks for."""
+
+    options: CompareOptions
+    preset: list[str]  # its path, or nothing for the default
+    folder: Path
+    fixed: Knobs  # knobs with one value for all arms
+    arms: dict[str, Knobs]  # by label; the first is the reference
+    rates: list[str]
+    first_seed: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of the comparison."""
+
+    arm: str
+    knobs: Knobs  # as on train.py's command line
+    config: Config  # what the preset and the knobs come to
+
+    @property
+    def key(self) -> str:
+        """Equal for two cells exactly if they are the same run by the same code."""
+        knobs = {k: v for k, v in self.config.flat().items() if k not in NEVER_COMPARED}
+        return json.dumps(knobs | {"code": versions()["code"]}, sort_keys=True)
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        words = f"{self.arm}-lr{self.config.learning_rate:g}-seed{self.config.seed}"
+        digest = hashlib.sha256(self.key.encode()).hexdigest()[:8]
+        return f"{re.sub('[^a-zA-Z0-9_.-]+', '-', words)}-{digest}"
+
+
+class CellFailed(Exception):
+    """A cell ended with an error; the text has the end of its log."""
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0, 1 if a cell failed, 2 for the user's error, 130 and 143 after
+    Ctrl-C and SIGTERM."""
+    if {"-h", "--help"} & set(argv):
+        print_help(help_text(USAGE, CompareOptions), training_help(KNOBS))
+        return 0
+    if argv == ["--list"]:
+        for kind, function in norm.EAGER.items():
+            print(f"{kind:18}{function.__doc__.splitlines()[0]}")
+        return 0
+    with user_errors():
+        plan = read_plan(argv)
+        lock = Lock(plan.folder)
+    with lock:
+        with user_errors():
+            lab = Lab(plan, shlex.join(["python", "-m", "lab.compare", *argv]))
+        with lab.interrupts:
+            try:
+                lab.run()
+                return 0
+            except SystemExit as stop:  # after a signal
+                reason, code = "stopped", stop.code
+            except CellFailed as error:
+                reason, code = str(error), 1
+            hint = "finished cells are kept, and the same command goes on from here"
+            print(f"{reason}\n{hint}", file=sys.stderr)
+            return code
+
+
+# -- The plan --------------------------------------------------------------------------------------
+
+
+def read_plan(argv: list[str]) -> Plan:
+    """The command line, checked as far as possible before there are cells. Raises ValueError."""
+    options, preset, knobs = read_options(CompareOptions, argv)
+    lists = read_lists(knobs)
+    first_of_each = knobs | {name: values[0] for name, values in lists.items()}
+    base = read_config([*preset, *as_arguments(first_of_each)])
+    if "/" in base.dataset or Path(base.dataset).is_file():
+        raise ValueError(
+            f"dataset={base.dataset} may change between two cells: "
+            f"python data/prepare.py TEXT name=NAME first"
+        )
+    stem = Path(preset[0]).resolve().name.removesuffix(".py") if preset else "small"
+    rates = lists.pop("learning_rate", [knobs.get("learning_rate", repr(base.learning_rate))])
+    arms = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    return Plan(
+        options=options,
+        preset=preset,
+        folder=Path(knobs.get("out_dir", f"out/compare-{stem}")),
+        fixed={name: text for name, text in knobs.items() if name not in lists},
+        arms={label(arm) or stem: arm for arm in arms},
+        rates=rates,
+        first_seed=base.seed,
+    )
+
+
+def read_lists(knobs: Knobs) -> dict[str, list[str]]:
+    """The values of each knob that is a list. ValueError if it must not be one, or has a value
+    twice."""
+    meanings = {
+        "seed": "the first seed, seeds=N says how many",
+        "out_dir": "the folder of the whole comparison",
+    }
+    for name, meaning in meanings.items():
+        if "," in knobs.get(name, ""):
+            raise ValueError(f"{name}={knobs[name]} cannot be a list: it is {meaning}")
+    if "resume" in knobs:
+        raise ValueError(
+            "resume is not for a comparison, which always goes on where it was stopped: "
+            "leave it out"
+        )
+    lists = {}
+    for name, (kind, _) in knobs_of(Config, ModelConfig).items():
+        if kind is not str and "," in knobs.get(name, ""):
+            values = knobs[name].split(",")
+            if len({parse_value(name, value, kind) for value in values}) < len(values):
+                raise ValueError(f"{name}={knobs[name]} has a value twice: keep one")
+            lists[name] = values
+    return {name: lists[name] for name in knobs if name in lists}  # as the command line has them
+
+
+def label(knobs: Knobs) -> str:
+    """'rmsnorm, dropout=0.1': a word speaks for itself, any other value needs its knob's name."""
+
+    def is_word(text: str) -> bool:
+        return bool(re.fullmatch("[a-z][a-z0-9_]*", text)) and text not in booleans
+
+    booleans = ("true", "false", "yes", "no")
+    return ", ".join(text if is_word(text) else f"{name}={text}" for name, text in knobs.items())
+
+
+# -- Cells and their results -----------------------------------------------------------------------
+
+
+def cell_of(plan: Plan, arm: str, rate: str, seed: int, **more: str) -> Cell:
+    """The ValueError of knobs that do not go together names the cell."""
+    knobs = plan.fixed | plan.arms[arm] | {"learning_rate": rate, "seed": str(seed)} | more
+    try:
+        return Cell(arm, knobs, read_config([*plan.preset, *as_arguments(knobs)]))
+    except ValueError as error:
+        raise ValueError(f"{arm}, learning_rate={rate}, seed={seed}: {error}") from error
+
+
+def grid(plan: Plan) -> list[Cell]:
+    """Every cell at equal steps, seed by seed and every other seed backwards, so that a machine
+    whose speed drifts drifts for all arms alike."""
+    pairs = list(itertools.product(plan.arms, plan.rates))
+    in_order = in_turn(pairs, plan.options.seeds)
+    return [
+        cell_of(plan, arm, rate, plan.first_seed + i // len(pairs))
+        for i, (arm, rate) in enumerate(in_order)
+    ]
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Cell.key -> the record of each finished cell. A last line that a kill cut short is cut off
+    the file, too."""
+    content = path.read_bytes() if path.exists() else b""
+    whole_lines = content[: content.rfind(b"\n") + 1]
+    if whole_lines != content:
+        os.truncate(path, len(whole_lines))
+    try:
+        records = [json.loads(line) for line in whole_lines.splitlines()]
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete the bad line, and its cell is trained again"
+        ) from error
+    return {json.dumps(record["knobs"], sort_keys=True): record for record in records}
+
+
+def result_of(cell: Cell, folder: Path, exit_code: int) -> dict[str, Any]:
+    """The record of a finished cell; its curves stay in its metrics.jsonl."""
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    records = read_metrics(folder)
+    steps = [record for record in records if "loss" in record]
+    val_loss = val_bpb = None
+    if exit_code == 0:
+        last = [record for record in records if "val_loss" in record][-1]
+        val_loss, val_bpb = last["val_loss"], last["val_bpb"]
+    # step_ms of a record is a mean over the steps since the record before.
+    before = [0, *(record["step"] for record in steps)]
+    milliseconds = sum((r["step"] - b) * r["step_ms"] for r, b in zip(steps, before, strict=False))
+    return {
+        "cell": folder.name,
+        "arm": cell.arm,
+        "learning_rate": cell.config.learning_rate,
+        "seed": cell.config.seed,
+        "val_loss": val_loss,
+        "val_bpb": val_bpb,
+        "diverged": val_loss is None or val_loss > steps[0]["loss"],
+        "steps": steps[-1]["step"] if steps else 0,
+        "max_iters": cell.config.max_iters,
+        "train_seconds": milliseconds / 1000,
+        "peak_memory_mb": max((record["peak_memory_mb"] for record in steps), default=0.0),
+        **{name: about[name] for name in AUTOMATIC},
+        **{name: about[name] for name in ("micro_batch_size", "parameters", "versions")},
+        "knobs": json.loads(cell.key),
+    }
+
+
+# -- The processes in which cells are trained ------------------------------------------------------
+
+
+class CellInterrupts(Interrupts):
+    """Passes Ctrl-C and SIGTERM on to the cells that are running, which save and end. While no cell
+    is running, a signal ends this process."""
+
+    def __init__(self):
+        super().__init__()
+        self.processes: dict[str, subprocess.Popen] = {}  # by the name of their cell
+
+    def note(self, number: int, frame: Any = None) -> None:
+        for process in self.processes.values():
+            process.send_signal(number)
+        super().note(number, frame)
+        if not self.processes:
+            raise SystemExit(128 + number)
+
+
+def launch(command: list[str], threads: int | None) -> subprocess.Popen:
+    """Starts train.py in a session of its own, so that a terminal's Ctrl-C reaches it only once,
+    through CellInterrupts. If this process is killed, the pipe breaks, and train.py saves and ends.
+    """
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    return subprocess.Popen(
+        [sys.executable, train.__file__, *command],
+        env=environment,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def follow(process: subprocess.Popen, log: Path, ended: queue.SimpleQueue, cell: Cell) -> None:
+    """For a thread: copies what the process prints into the log, and when the process has ended
+    puts (cell, exit code) into the queue `ended`."""
+    try:
+        with process.stdout, open(log, "ab", buffering=0) as file:
+            file.writelines(process.stdout)
+    finally:
+        ended.put((cell, process.wait()))
+
+
+# -- The comparison --------------------------------------------------------------------------------
+
+
+class Lab:
+    """Does what a Plan says, and keeps the results. Raises ValueError before anything is made."""
+
+    def __init__(self, plan: Plan, command: str):
+        self.plan, self.options, self.command = plan, plan.options, command
+        self.interrupts = CellInterrupts()
+        self.cells = grid(plan)
+        self.first = {arm: cell_of(plan, arm, plan.rates[0], plan.first_seed) for arm in plan.arms}
+        self.results_file = plan.folder / "results.jsonl"
+        self.results = read_results(self.results_file)
+        self.threads = max(1, torch.get_num_threads() // self.options.jobs)
+        self.choices = self.choose()
+        self.timed, self.control = self.timed_cells()
+
+    def choose(self) -> dict[str, Any]:
+        """What auto means in this comparison: what it meant for the cells that are finished, else
+        what it means for the reference. Every arm goes through train.py's own checks."""
+        chosen = [self.results[cell.key] for cell in self.cells if cell.key in self.results]
+        for arm in self.plan.arms:
+            try:
+                run = fresh_run(self.first[arm].config)
+            except ValueError as error:
+                raise ValueError(f"{arm}: {error}") from error
+            chosen.append(run.config.flat())
+            self.data = run.data
+        return {name: chosen[0][name] for name in AUTOMATIC}
+
+    def automatic(self, cell: Cell) -> Knobs:
+        """The knobs that the cell leaves to auto, as they were chosen for all cells."""
+        left_open = [name for name in AUTOMATIC if getattr(cell.config, name) == "auto"]
+        return {name: str(self.choices[name]).lower() for name in left_open}
+
+    def folder_of(self, cell: Cell) -> Path:
+        return self.plan.folder / "cells" / cell.name
+
+    def run(self) -> None:
+        """Trains, times and reports. SystemExit after a signal, CellFailed if a cell failed."""
+        self.train(self.cells)
+        timing = self.time_arms()
+        if not self.cells:
+            print(speed_section(self.study(timing, {})))
+            return
+        extra = self.equal_time_cells(timing["seconds"])
+        self.train(list(itertools.chain(*extra.values())))
+        print(f"\n{write_report(self.study(timing, extra))}\n\n{self.plan.folder / 'report.md'}")
+
+    def train(self, cells: list[Cell]) -> None:
+        """Trains the cells that are not finished, `jobs` at once.
+
+        After a signal, or when a cell fails, no other cell is started, and those that are running
+        are told to save and end; then SystemExit or CellFailed is raised."""
+        gc.collect()
+        torch.cuda.empty_cache()  # what checks and timing used here is needed by the cells
+        waiting = [cell for cell in cells if cell.key not in self.results]
+        running, ended, failure = self.interrupts.processes, queue.SimpleQueue(), ""
+        bar = tqdm(
+            total=len(cells),
+            initial=len(cells) - len(waiting),
+            unit="cell",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+        with bar:
+            while True:
+                stopping = failure or self.interrupts.noted
+                if waiting and len(running) < self.options.jobs and not stopping:
+                    self.start(waiting.pop(0), ended)
+                    continue
+                if not running:
+                    break
+                cell, code = ended.get()
+                if code in (0, NOT_FINITE):
+                    bar.write(self.finish(cell, code), file=sys.stdout)
+                    bar.update()
+                elif not failure and not self.interrupts.noted:
+                    failure = self.explain(cell, code)
+                    for process in running.values():
+                        process.terminate()
+                del running[cell.name]
+        if self.interrupts.noted:
+            raise SystemExit(128 + self.interrupts.noted)
+        if failure:
+            raise CellFailed(failure)
+
+    def start(self, cell: Cell, ended: queue.SimpleQueue) -> None:
+        """Starts the cell's process, and a thread that follows it."""
+        folder = self.folder_of(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        own = {"out_dir": str(folder), "resume": "auto", "sample_tokens": "0"}
+        knobs = as_arguments(cell.knobs | self.automatic(cell) | own)
+        threads = self.threads if self.options.jobs > 1 else None
+        process = launch([*self.plan.preset, *knobs], threads)
+        self.interrupts.processes[cell.name] = process
+        threading.Thread(target=follow, args=(process, folder / "log.txt", ended, cell)).start()
+
+    def finish(self, cell: Cell, code: int) -> str:
+        """Keeps the result and then deletes the weights, which are large and can be made again.
+        Returns a line to print."""
+        folder = self.folder_of(cell)
+        result = result_of(cell, folder, code) | {"threads": self.threads}
+        with open(self.results_file, "a", encoding="utf-8") as file:
+            print(json.dumps(result), file=file, flush=True)
+            os.fsync(file.fileno())
+        self.results[cell.key] = result
+        for path in (folder / "best.pt", *(path for _, path in all_in(folder))):
+            path.unlink(missing_ok=True)
+        outcome = "diverged"
+        if not result["diverged"]:
+            outcome = f"val loss {result['val_loss']:.4f} nats per token"
+        rate, seed = cell.config.learning_rate, cell.config.seed
+        return f"{cell.arm}, learning rate {rate:g}, seed {seed}: {outcome}"
+
+    def explain(self, cell: Cell, code: int) -> str:
+        """The end of a failed cell's log, and an error."""
+        log = self.folder_of(cell) / "log.txt"
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+        error = (
+            f"error: the cell {cell.name} ended with exit code {code}; this was the end of {log}"
+        )
+        return "\n".join([*tail, error])
+
+    def timed_cells(self) -> tuple[dict[str, Cell], dict[str, str]]:
+        """(name -> cell of all that is timed, arm -> the name of its control).
+
+        First come the arms, then their controls, which have no norms. All have a learning rate of
+        next to nothing, so that none of them diverges."""
+        arms, controls, control = {}, {}, {}
+        for arm, knobs in self.plan.arms.items():
+            still = {"rate": "1e-6", "min_lr": "0", "seed": self.plan.first_seed}
+            still |= self.automatic(self.first[arm])
+            arms[arm] = cell_of(self.plan, arm, **still)
+            if arms[arm].config.init_from:
+                continue  # weights that were trained with a norm would be nothing without it
+            others = label({name: text for name, text in knobs.items() if name not in CONTROL})
+            control[arm] = f"no norm, {others}" if others else "no norm"
+            controls[control[arm]] = cell_of(self.plan, arm, **still, **CONTROL)
+        return arms | controls, control
+
+    def time_arms(self) -> dict[str, Any]:
+        """Seconds per training step of all arms and controls in turn, while nothing else runs.
+        They are kept in timing.json."""
+        path = self.plan.folder / "timing.json"
+        cells = {name: json.loads(cell.key) for name, cell in self.timed.items()}
+        steps = self.options.steps
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if (saved.get("cells"), saved.get("steps")) == (cells, steps):
+            return saved
+        print(f"timing {steps} steps of each: {'; '.join(self.timed)}")
+        torch._dynamo.reset()
+        runs = {name: fresh_run(cell.config) for name, cell in self.timed.items()}
+        # All of them compile the same Decoder.forward, which has one limit for all.
+        with torch._dynamo.config.patch(recompile_limit=8 * len(runs)):
+            for run in runs.values():
+                warm_up(run)
+            calls = {name: partial(seconds_of_step, run) for name, run in runs.items()}
+            seconds = values_in_turn(calls, UNTIMED + steps)
+        timing = {
+            "seconds": {name: times[UNTIMED:] for name, times in seconds.items()},
+            "micro_batch_size": {name: run.config.micro_batch_size for name, run in runs.items()},
+            "steps": steps,
+            "cells": cells,
+        }
+        write_atomically(path, lambda file: file.write((json.dumps(timing) + "\n").encode()))
+        return timing
+
+    def equal_time_cells(self, seconds: dict[str, list[float]]) -> dict[str, list[Cell]]:
+        """Arm -> its cells at equal wall-clock: at the arm's best learning rate, with as many steps
+        as fit into the reference's training time. Arms that are not faster or slower have none."""
+        reference, *others = self.plan.arms
+        records, extra = self.records(self.cells), {}
+        if not self.options.equal_time or not best_cells(records, reference):
+            return {}
+        for arm in others:
+            config, best = self.first[arm].config, best_cells(records, arm)
+            ratio, low, high = time_ratio(seconds[arm], seconds[reference])
+            steps = max(1, round(self.first[reference].config.max_iters / ratio))
+            if not best or low <= 1 <= high or steps == config.max_iters:
+                continue
+            best_rate, warmup = best[0]["learning_rate"], min(steps, config.warmup_iters)
+            rate = next(text for text in self.plan.rates if float(text) == best_rate)
+            length = {"max_iters": str(steps), "warmup_iters": str(warmup)}
+            extra[arm] = [cell_of(self.plan, arm, rate, cell["seed"], **length) for cell in best]
+        return extra
+
+    def records(self, cells: list[Cell]) -> list[dict[str, Any]]:
+        """The results of cells. Their arm may have had another label when they were trained."""
+        return [self.results[cell.key] | {"arm": cell.arm} for cell in cells]
+
+    def study(self, timing: dict[str, Any], extra: dict[str, list[Cell]]) -> Study:
+        plan = self.plan
+        what = " and ".join(next(iter(plan.arms.values()))) or "one arm"
+        configs = {name: cell.config for name, cell in self.timed.items()}
+        return Study(
+            title=f"Comparison of {what} on {self.data.folder.name}",
+            folder=plan.folder,
+            arms=list(plan.arms),
+            cells=self.records(self.cells),
+            extra={arm: self.records(cells) for arm, cells in extra.items()},
+            equal_time=self.options.equal_time,
+            seconds=timing["seconds"],
+            control=self.control,
+            facts=self.facts(timing) if self.cells else {},
+            tokens={name: c.batch_size * c.model.block_size for name, c in configs.items()},
+        )
+
+    def facts(self, timing: dict[str, Any]) -> dict[str, str]:
+        """How the comparison was made, for a reader who wants to make it again."""
+        plan, options, cell, config = self.plan, self.options, self.cells[0], self.cells[0].config
+        results = self.records(self.cells)
+        minutes = sum(result["train_seconds"] for result in results) / 60
+        device, dtype, compiled = (self.choices[name] for name in AUTOMATIC)
+        micro = " and ".join(map(str, sorted(set(timing["micro_batch_size"].values()))))
+        versions_of = [", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in results]
+        again = as_arguments(cell.knobs | self.automatic(cell) | {"out_dir": "out/again"})
+        weights = shlex.join(["python", "train.py", *plan.preset, *again])
+        return {
+            "command": f"`{self.command}`",
+            "cells": (
+                f"arms {len(plan.arms)} x learning rates {len(plan.rates)} x seeds "
+                f"{options.seeds} from {plan.first_seed}; {minutes:.1f} minutes of training, "
+                f"{options.jobs} at once"
+            ),
+            "data": (
+                f"{config.dataset}: {len(self.data.train):,} training and {len(self.data.val):,} "
+                f"validation tokens; {config.batch_size} x {config.model.block_size} tokens per "
+                f"step"
+            ),
+            "machine": (
+                f"{processor(device)}, threads: {results[0]['threads']} for a cell, "
+                f"{torch.get_num_threads()} for timing, {dtype}, micro-batches of {micro}, "
+                f"{'' if compiled is True else 'not '}compiled"
+            ),
+            "versions": "; ".join(sorted(set(versions_of))),
+            "weights": f"not kept; the first cell's: `{weights}`",
+        }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,420 @@
+"""The report of a comparison: report.md and its plots, made of finished cells.
+
+Order: Study, what a report is made of; the selection of cells; the verdicts in words; the page,
+section by section; last the plots. Losses are in nats per token, and a lower one is better.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lab.verdict import POWER, Difference, judge, time_ratio
+from run.metrics import plot_label, read_metrics
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+COLOURS = "#222222 #0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #8c6d31".split()
+CAVEATS = [
+    "The best learning rate was chosen on the same seeds and the same validation text that are "
+    "reported.",
+    "One size of model, one data set, one length of training: at others the order may differ.",
+    "Intervals of losses and p are Student's, by pairs: an interval is for its arm alone, p is for "
+    "all of them.",
+]
+Cells = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A finished comparison.
+
+    A cell is a dict with arm, cell (the name of its folder), learning_rate, seed, max_iters,
+    parameters, peak_memory_mb, diverged, val_loss (nats per token) and val_bpb (bits per byte); the
+    last two are None where they were not finite."""
+
+    title: str
+    folder: Path  # report.md is written there, and cells/NAME/metrics.jsonl is read
+    arms: list[str]  # the first is the reference
+    cells: Cells  # at equal steps: every arm x learning rate x seed, the seeds in order
+    extra: dict[str, Cells]  # arm -> its cells at equal wall-clock, where it needs cells of its own
+    equal_time: bool  # whether a verdict at equal wall-clock was asked for
+    seconds: dict[str, list[float]]  # arm or control -> seconds per step, round by round
+    control: dict[str, str]  # arm -> the control without norms that it is compared with
+    tokens: dict[str, int]  # arm or control -> tokens per step
+    facts: dict[str, str]  # how the comparison was made: what -> which
+
+
+# -- The selection of cells ------------------------------------------------------------------------
+
+
+def by_seed(cells: Cells) -> dict[int, float]:
+    """Seed -> final validation loss, infinite where the cell diverged."""
+    return {cell["seed"]: math.inf if cell["diverged"] else cell["val_loss"] for cell in cells}
+
+
+def by_rate(cells: Cells, arm: str) -> dict[float, Cells]:
+    """Learning rate, from low to high -> the arm's cells, one per seed."""
+    own = [cell for cell in cells if cell["arm"] == arm]
+    rates = sorted({cell["learning_rate"] for cell in own})
+    return {rate: [cell for cell in own if cell["learning_rate"] == rate] for rate in rates}
+
+
+def mean_loss_of(cells: Cells) -> float:
+    return np.mean(list(by_seed(cells).values()))
+
+
+def best_cells(cells: Cells, arm: str) -> Cells:
+    """The arm's cells at the learning rate with the lowest mean loss, among the rates at which no
+    seed diverged; [] if there is none."""
+    groups = by_rate(cells, arm).values()
+    sound = [group for group in groups if not any(cell["diverged"] for cell in group)]
+    return min(sound, key=mean_loss_of, default=[])
+
+
+# -- The verdicts ----------------------------------------------------------------------------------
+
+
+def verdicts(study: Study) -> tuple[dict[str, Difference], dict[str, Difference]]:
+    """(at equal steps, at equal wall-clock), by arm. The second has only the arms with cells of
+    their own at equal wall-clock."""
+    reference, *others = study.arms
+    base = by_seed(best_cells(study.cells, reference))
+    if not base:
+        return judge({}, {arm: {} for arm in others}), {}
+    at_steps = {arm: by_seed(best_cells(study.cells, arm)) for arm in others}
+    at_time = {arm: by_seed(cells) for arm, cells in study.extra.items()}
+    return judge(base, at_steps), judge(base, at_time)
+
+
+def verdicts_text(study: Study) -> str:
+    """Both verdicts, a paragraph each."""
+    reference, *others = study.arms
+    if not others:
+        return only_arm_sentence(study)
+    at_steps, at_time = verdicts(study)
+    steps = [sentence(arm, reference, at_steps[arm]) for arm in others]
+    clock = ["not asked for (equal_time=false)."]
+    if study.equal_time:
+        clock = [wall_clock_sentence(study, arm, at_steps[arm], at_time.get(arm)) for arm in others]
+    return (
+        f"**At equal steps**, each arm at its best learning rate:\n\n{bullets(steps)}\n\n"
+        f"**At equal wall-clock**:\n\n{bullets(clock)}"
+    )
+
+
+def only_arm_sentence(study: Study) -> str:
+    (arm,) = study.arms
+    start = f"**One arm, `{arm}`**: nothing to compare it with. "
+    cells = best_cells(study.cells, arm)
+    if not cells:
+        return f"{start}It diverged at every learning rate tried."
+    rate, loss = cells[0]["learning_rate"], mean_loss_of(cells)
+    return f"{start}Its best learning rate is {rate:g}: {loss:.4f} nats per token."
+
+
+def sentence(arm: str, reference: str, d: Difference) -> str:
+    """A verdict in words."""
+    numbers = f"95% CI {d.low:+.4f} to {d.high:+.4f}, p {p_text(d.p)}"
+    if d.verdict in ("better", "worse"):
+        return (
+            f"`{arm}` is **{d.verdict}** than `{reference}` by {abs(d.mean):.4f} nats per token "
+            f"({numbers})."
+        )
+    if d.verdict == "diverged":
+        return f"`{arm}` **cannot be judged** against `{reference}`: one of them diverged."
+    if d.verdict == "one seed":
+        return (
+            f"`{arm}` ends {d.mean:+.4f} nats per token from `{reference}`; with **one seed** no "
+            f"test is possible."
+        )
+    return (
+        f"**No difference detected** between `{arm}` and `{reference}` ({d.mean:+.4f} nats per "
+        f"token, {numbers}); a true difference of {d.detectable:.4f} would have been found four "
+        f"times in five."
+    )
+
+
+def wall_clock_sentence(
+    study: Study, arm: str, at_steps: Difference, at_time: Difference | None
+) -> str:
+    """`at_time` is None if the arm has no cells of its own at equal wall-clock."""
+    reference = study.arms[0]
+    ratio, low, high = time_ratio(study.seconds[arm], study.seconds[reference])
+    takes = (
+        f"`{arm}` takes {ratio:.3f} times `{reference}`'s time per step "
+        f"(95% CI {low:.3f} to {high:.3f})"
+    )
+    if at_time is not None:
+        steps = study.extra[arm][0]["max_iters"]
+        return f"{takes} and so gets {steps:,} steps. {sentence(arm, reference, at_time)}"
+    if at_steps.verdict == "diverged":
+        return f"{takes}, and cannot be judged: one of them diverged."
+    why = "the same speed within noise" if low <= 1 <= high else "worth less than one step"
+    return f"{takes}, {why}: the verdict at equal steps holds."
+
+
+# -- The page --------------------------------------------------------------------------------------
+
+
+def write_report(study: Study) -> str:
+    """Writes report.md and its plots; returns the verdicts in words."""
+    drawn = draw_plots(study)
+    picture = {
+        name: f"\n\n![{name.replace('_', ' ')}]({name}.png)" if name in drawn else ""
+        for name in PLOTS
+    }
+    sections = {
+        "Quality at equal steps": equal_steps_section(study) + picture["loss_curves"],
+        "Quality at equal wall-clock": equal_time_section(study),
+        "Speed": speed_section(study) + picture["step_time"],
+        "Loss versus learning rate": rates_section(study) + picture["learning_rate"],
+        "How it was made": bullets([f"{what}: {which}" for what, which in study.facts.items()]),
+        "What to keep in mind": bullets(edge_notes(study) + CAVEATS),
+    }
+    verdict = verdicts_text(study)
+    page = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items())
+    text = f"# {study.title}\n\n{verdict}\n\n{page}\n"
+    (study.folder / "report.md").write_text(text, encoding="utf-8")
+    return verdict
+
+
+def p_text(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
+def bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """The first column is aligned to the left, the others to the right."""
+    lines = [head, [":--"] + ["--:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def quality_table(reference: str, cells_of: dict[str, Cells], found: dict[str, Difference]) -> str:
+    """A row for each arm of `cells_of`; its cells are those of one learning rate, one per seed."""
+    head = ["arm", "learning rate", "steps", "val loss, mean", "sd over seeds", "bits per byte"]
+    head += [f"less `{reference}`", "95% CI", "p (Holm)", "detectable", "verdict"]
+    rows = []
+    for arm, cells in cells_of.items():
+        losses = list(by_seed(cells).values())
+        if not losses or not np.isfinite(losses).all():
+            rows.append([f"`{arm}`", *["-"] * 9, "diverged"])
+            continue
+        rate, steps = f"{cells[0]['learning_rate']:g}", f"{cells[0]['max_iters']:,}"
+        deviation = f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "-"
+        bits = np.mean([cell["val_bpb"] for cell in cells])
+        d = found.get(arm, Difference("reference"))
+        rows.append(
+            [f"`{arm}`", rate, steps, f"{np.mean(losses):.4f}", deviation, f"{bits:.4f}"]
+            + difference_columns(d)
+        )
+    return markdown_table(head, rows)
+
+
+def difference_columns(d: Difference) -> list[str]:
+    """Mean, interval, p, detectable and verdict; '-' for what could not be computed."""
+    mean = "-" if math.isnan(d.mean) else f"{d.mean:+.4f}"
+    if math.isnan(d.p):
+        return [mean, "-", "-", "-", d.verdict]
+    interval, p = f"{d.low:+.4f} to {d.high:+.4f}", p_text(d.p).removeprefix("= ")
+    return [mean, interval, p, f"{d.detectable:.4f}", d.verdict]
+
+
+def equal_steps_section(study: Study) -> str:
+    cells = {arm: best_cells(study.cells, arm) for arm in study.arms}
+    return quality_table(study.arms[0], cells, verdicts(study)[0]) + (
+        f"\n\nFinal validation loss in nats per token, each arm at its best learning rate. The "
+        f"reference's sd over seeds is the noise floor; pairing by seed takes away what the arms "
+        f"share of it. Detectable: the smallest true difference that these seeds find with "
+        f"{POWER:.0%} power."
+    )
+
+
+def equal_time_section(study: Study) -> str:
+    if not study.extra:
+        return "No arm needed cells of its own: see the verdict on top."
+    cells = {study.arms[0]: best_cells(study.cells, study.arms[0])} | study.extra
+    return quality_table(study.arms[0], cells, verdicts(study)[1]) + (
+        "\n\nAs many steps as fit into the time that the reference trains for; the schedule is as "
+        "long as they are. Arms of the same speed are not repeated here."
+    )
+
+
+def speed_section(study: Study) -> str:
+    """Every arm, then the controls."""
+    head = ["arm", "parameters", "ms per step, median", "quartiles", "tokens/s"]
+    head += ["time / reference (95% CI)", "share of the norms (95% CI)", "peak memory, MB"]
+    rows, reference = [], study.arms[0]
+    for name, seconds in study.seconds.items():
+        low, median, high = 1000 * np.quantile(seconds, (0.25, 0.5, 0.75))
+        tokens = 1000 * study.tokens[name] / median
+        ratio, share, parameters, memory = "1", "-", "-", "-"
+        if name != reference:
+            ratio = "{:.3f} ({:.3f} to {:.3f})".format(
+                *time_ratio(seconds, study.seconds[reference])
+            )
+        if name in study.control:
+            control = study.seconds[study.control[name]]
+            middle, most, least = (1 - r for r in time_ratio(control, seconds))
+            share = f"{middle:.1%} ({least:.1%} to {most:.1%})"
+        if cells := [cell for cell in study.cells if cell["arm"] == name]:
+            parameters = f"{cells[0]['parameters']:,}"
+            memory = f"{max(cell['peak_memory_mb'] for cell in cells):,.0f}"
+        times = [f"{median:.2f}", f"{low:.2f} to {high:.2f}", f"{tokens:,.0f}"]
+        rows.append([f"`{name}`", parameters, *times, ratio, share, memory])
+    return markdown_table(head, rows) + (
+        "\n\nWhole training steps, all arms in turn, forwards and backwards: a machine whose speed "
+        "drifts drifts for all. The share of the norms is what a step without any saves; that "
+        "control is for timing only. Peak memory is that of a cell: its tensors on CUDA, else the "
+        "whole process."
+    )
+
+
+def rates_section(study: Study) -> str:
+    rates = sorted({cell["learning_rate"] for cell in study.cells})
+    rows = []
+    for arm in study.arms:
+        best, texts, diverged_at = best_cells(study.cells, arm), [], "-"
+        for rate, cells in by_rate(study.cells, arm).items():
+            text = f"{mean_loss_of(cells):.4f}"
+            if lost := sum(cell["diverged"] for cell in cells):
+                text = f"{lost} of {len(cells)} diverged"
+                diverged_at = f"{rate:g}" if diverged_at == "-" else diverged_at
+            texts.append(f"**{text}**" if cells == best else text)
+        rows.append([f"`{arm}`", *texts, diverged_at])
+    head = ["arm", *(f"{rate:g}" for rate in rates), "diverges from"]
+    return markdown_table(head, rows) + (
+        "\n\nMean final validation loss in nats per token by learning rate, an arm's best in bold. "
+        "Diverged: NaN, Inf or a final validation loss above the first training loss."
+    )
+
+
+def edge_notes(study: Study) -> list[str]:
+    """A line for each arm whose best learning rate is the lowest or the highest that was tried."""
+    rates = sorted({cell["learning_rate"] for cell in study.cells})
+    notes = []
+    for arm in study.arms:
+        best = best_cells(study.cells, arm)
+        if len(rates) > 1 and best and best[0]["learning_rate"] in (rates[0], rates[-1]):
+            notes.append(
+                f"`{arm}` is best at {best[0]['learning_rate']:g}, at an end of the sweep: a wider "
+                f"one may favour it more."
+            )
+    return notes
+
+
+# -- The plots -------------------------------------------------------------------------------------
+
+
+def draw_plots(study: Study) -> list[str]:
+    """Draws the plots and returns their names. Where matplotlib is not installed, there are none,
+    and a line says so."""
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no global state, no display
+    except ImportError:
+        print("the report has no plots, for matplotlib is not installed: pip install -e '.[plot]'")
+        return []
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(study.arms)}
+    one_rate = len(by_rate(study.cells, study.arms[0])) == 1
+    drawn = [name for name in PLOTS if not (one_rate and name == "learning_rate")]
+    for name in drawn:
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        PLOTS[name](study, figure, colours)
+        for axes in figure.axes:
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.3)
+            axes.set_axisbelow(True)
+        figure.savefig(study.folder / f"{name}.png", dpi=150)
+    return drawn
+
+
+def loss_curve(folder: Path, cells: Cells, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps [N], losses [seeds, N]) at the steps of which all cells have a record. Training
+    losses, key='loss', are smoothed by a running mean."""
+    records = [
+        {r["step"]: r[key] for r in read_metrics(folder / "cells" / cell["cell"]) if key in r}
+        for cell in cells
+    ]
+    steps = sorted(set.intersection(*map(set, records)))
+    width = max(1, len(steps) // 25) if key == "loss" else 1
+    window = np.ones(width) / width
+    losses = [np.convolve([own[step] for step in steps], window, "valid") for own in records]
+    return np.array(steps[width - 1 :]), np.array(losses)
+
+
+def plot_loss_curves(study: Study, figure: Any, colours: dict[str, str]) -> None:
+    """On the left the losses; on the right the training loss of each arm less the reference's, on
+    the same batches."""
+    left, right = figure.subplots(1, 2)
+    left.set(xlabel="step", ylabel="loss (nats per token)")
+    left.set_title("lines: training, points: validation")
+    right.set(xlabel="step", ylabel="nats per token", title="training loss less the reference's")
+
+    def draw_line(axes: Any, arm: str, x: np.ndarray, y: np.ndarray) -> None:
+        axes.plot(x, y.mean(0), color=colours[arm], linewidth=1.2, label=plot_label(arm))
+        axes.fill_between(x, y.min(0), y.max(0), color=colours[arm], alpha=0.15, linewidth=0)
+
+    base = None
+    for arm in study.arms:
+        cells = best_cells(study.cells, arm)
+        if not cells:
+            continue
+        points, values = loss_curve(study.folder, cells, "val_loss")
+        left.plot(points, values.mean(0), "o", color=colours[arm], markersize=4)
+        steps, losses = loss_curve(study.folder, cells, "loss")
+        draw_line(left, arm, steps, losses)
+        if arm == study.arms[0]:
+            base = (steps, losses)
+        if base is not None:
+            common, here, there = np.intersect1d(steps, base[0], return_indices=True)
+            draw_line(right, arm, common, losses[:, here] - base[1][:, there])
+    lines, names = left.get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside right upper", title="mean, and\nrange over seeds")
+
+
+def plot_learning_rates(study: Study, figure: Any, colours: dict[str, str]) -> None:
+    """Mean and range over seeds by learning rate; where a seed diverged, a cross at the top."""
+    axes = figure.add_subplot(xscale="log", xlabel="learning rate")
+    axes.set_ylabel("final validation loss (nats per token)")
+    for i, arm in enumerate(study.arms):
+        groups = by_rate(study.cells, arm)
+        losses = {rate: np.array(list(by_seed(cells).values())) for rate, cells in groups.items()}
+        # Each arm is moved a little to the side, so that no arm hides another one.
+        aside = (max(losses) / min(losses)) ** (0.006 * (i - len(study.arms) / 2))
+        sound = {rate * aside: y for rate, y in losses.items() if np.isfinite(y).all()}
+        means = [y.mean() for y in sound.values()]
+        reach = [[y.mean() - y.min() for y in sound.values()]]
+        reach += [[y.max() - y.mean() for y in sound.values()]]
+        style = dict(color=colours[arm], marker="o", markersize=4, linewidth=1.2, capsize=3)
+        axes.errorbar(list(sound), means, reach, label=plot_label(arm), **style)
+        lost = [rate * aside for rate, y in losses.items() if not np.isfinite(y).all()]
+        top = axes.get_xaxis_transform()
+        axes.plot(lost, [0.98] * len(lost), "x", color=colours[arm], transform=top)
+    axes.set_xticks(list(losses), [f"{rate:g}" for rate in losses], minor=False)
+    axes.set_xticks([], minor=True)
+    title = "mean, and range\nover seeds;\nx: a seed diverged"
+    figure.legend(loc="outside right upper", title=title)
+
+
+def plot_step_times(study: Study, figure: Any, colours: dict[str, str]) -> None:
+    """Median step time with quartiles, the reference on top and the controls below."""
+    axes = figure.add_subplot(xlabel="time per training step (ms): median and quartiles")
+    for name, seconds in study.seconds.items():
+        low, median, high = 1000 * np.quantile(seconds, (0.25, 0.5, 0.75))
+        colour, reach = colours.get(name, "#bbbbbb"), [[median - low], [high - median]]
+        bar = dict(xerr=reach, color=colour, alpha=0.8, height=0.6, capsize=3)
+        axes.barh(plot_label(name), median, **bar)
+        axes.text(high, plot_label(name), f"  {median:.2f}", va="center")
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+
+
+PLOTS = {
+    "loss_curves": plot_loss_curves,
+    "step_time": plot_step_times,
+    "learning_rate": plot_learning_rates,
+}

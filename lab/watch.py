@@ -1,0 +1,159 @@
+"""python -m lab.watch: draws what runs with watch=true recorded of the scales inside their model.
+
+Order: main; plot, one column for each run; what a panel shows.
+"""
+
+import sys
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+if not __package__:  # started as a file, so Python would not find the imports below
+    hint = "run it as a module, from the root of the repository: python -m lab.watch"
+    print(f"error: {hint}", file=sys.stderr)
+    sys.exit(2)
+
+import numpy as np
+
+from config.command import split_arguments, user_errors
+from config.schema import parse_knobs
+from run.metrics import METRICS_FILE, plot_label, read_metrics
+
+USAGE = """\
+Draw what runs with watch=true recorded of the scales inside their model, each in a column:
+
+python -m lab.watch RUN_FOLDER [RUN_FOLDER ...] [out=FILE.png]
+
+Without out=, the picture is watch.png in the first folder."""
+
+DEPTH_LINES = 12  # steps drawn in a panel by depth, evenly spread; more lines would hide each other
+PANELS = (  # of each run, from top to bottom: label and scale of the vertical axis
+    ("residual stream: RMS", "log"),
+    ("residual: |mean| / RMS", "linear"),
+    ("gain: mean, min to max", "linear"),
+    ("feed-forward inside: RMS", "linear"),
+    ("largest |attention logit|", "linear"),
+    ("gradient norm", "log"),
+)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0, or 2 for the user's error."""
+    if {"-h", "--help"} & set(argv):
+        print(USAGE)
+        return 0
+    with user_errors():
+        places, pairs = split_arguments(argv)
+        options = parse_knobs(pairs, {"out": (str, None)}, "command line")
+        if not places:
+            raise ValueError("name the folder of a run, or several: python -m lab.watch out/small")
+        file = Path(options.get("out", Path(places[0]) / "watch.png"))
+        plot([Path(place) for place in places], file)
+    print(file)
+    return 0
+
+
+def watched(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The steps [S] at which a run was watched, and for each quantity its values [S, n], where NaN
+    stands for null. ValueError if there are none."""
+    if not (folder / METRICS_FILE).is_file():
+        raise ValueError(
+            f"{folder} has no {METRICS_FILE}: name the folder of a run that was trained with "
+            f"watch=true"
+        )
+    records = [record for record in read_metrics(folder) if "watch" in record]
+    if not records:
+        raise ValueError(f"{folder} was not watched: train it with watch=true")
+    values = {
+        name: np.array([record["watch"][name] for record in records], dtype=float)
+        for name in records[0]["watch"]
+    }
+    return np.array([record["step"] for record in records]), values
+
+
+def plot(folders: list[Path], file: Path) -> None:
+    """Draws what was watched in these runs, one column per run; the panels of a row share a scale.
+
+    ValueError if a run was not watched or matplotlib is missing."""
+    try:
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
+        from matplotlib.figure import Figure  # not pyplot: no global state, no display
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise ValueError("this picture needs matplotlib: pip install matplotlib") from error
+    runs = [watched(folder) for folder in folders]
+    last_step = max(steps[-1] for steps, _ in runs)
+    n_layer = max(values["ffn_rms"].shape[1] for _, values in runs)
+    by_step = ScalarMappable(Normalize(0, last_step), "viridis")
+    by_layer = ScalarMappable(Normalize(1, max(2, n_layer)), "plasma")  # a colour bar has two ends
+    figure = Figure(figsize=(2 + 4 * len(runs), 2.3 * len(PANELS)), layout="constrained")
+    grid = figure.subplots(len(PANELS), len(runs), sharey="row", squeeze=False)
+    for column, folder, (steps, values) in zip(grid.T, folders, runs, strict=True):
+        column[0].set_title(fill(plot_label(folder.resolve().name), 30), fontsize="medium")
+        draw_by_depth(column[0], steps, values["residual_rms"], by_step)
+        draw_by_depth(column[1], steps, values["residual_mean_share"], by_step)
+        draw_gains(column[2], steps[-1], values)
+        draw_by_step(column[3], steps, values["ffn_rms"], by_layer)
+        draw_by_step(column[4], steps, values["attn_logit_max"], by_layer)
+        draw_by_step(column[5], steps, values["blocks_grad_norm"], by_layer)
+        draw_other_gradients(column[5], steps, values)
+    for row, (label, scale) in zip(grid, PANELS, strict=True):
+        row[0].set(ylabel=label, yscale=scale)
+    whole = MaxNLocator(integer=True)
+    figure.colorbar(by_step, ax=grid[:2], label="step", aspect=30)
+    figure.colorbar(by_layer, ax=grid[3:], label="Block", aspect=45, ticks=whole)
+    figure.savefig(file, dpi=120)
+
+
+def draw_by_depth(axes: Any, steps: np.ndarray, values: np.ndarray, colours: Any) -> None:
+    """A line per step, of values [S, depths]."""
+    for i in np.unique(np.linspace(0, len(steps) - 1, DEPTH_LINES).round().astype(int)):
+        axes.plot(values[i], ".-", color=colours.to_rgba(steps[i]), linewidth=1)
+    axes.set_xlabel("Blocks passed")
+    axes.locator_params("x", integer=True)
+    axes.grid(alpha=0.3)
+
+
+def draw_by_step(axes: Any, steps: np.ndarray, values: np.ndarray, colours: Any) -> None:
+    """A line per Block, of values [S, n_layer]."""
+    for layer, line in enumerate(values.T, 1):
+        axes.plot(steps, line, ".-", color=colours.to_rgba(layer), linewidth=1, markersize=3)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+
+
+def draw_gains(axes: Any, step: int, values: dict[str, np.ndarray]) -> None:
+    """The gains at the last step by depth, a line for each kind of norm. The model's last norm
+    stands behind the last Block."""
+    roles = [name.removesuffix("_gain_mean") for name in values if name.endswith("_gain_mean")]
+    n_layer = values["ffn_rms"].shape[1]
+    style = dict(fmt=".-", linewidth=1, capsize=2)
+    for i, role in enumerate(roles):
+        least, mean, most = (values[f"{role}_gain_{part}"][-1] for part in ("min", "mean", "max"))
+        depth = np.array([n_layer + 1]) if role == "norm" else np.arange(1, n_layer + 1)
+        beside = depth + 0.06 * (i - len(roles) / 2)  # so that no kind hides another one
+        axes.errorbar(beside, mean, (mean - least, most - mean), label=role, **style)
+    if roles:
+        above = dict(loc="lower center", bbox_to_anchor=(0.5, 1))
+        axes.legend(**above, ncols=4, fontsize="x-small", frameon=False)
+    else:
+        axes.text(0.5, 0.5, "these norms have no gain", transform=axes.transAxes, ha="center")
+    axes.set_xlabel(f"Block, then the last norm (at step {step})")
+    axes.locator_params("x", integer=True)
+    axes.grid(alpha=0.3)
+
+
+def draw_other_gradients(axes: Any, steps: np.ndarray, values: dict[str, np.ndarray]) -> None:
+    """In grey, the gradients of what is not a Block: embedding, last norm, head."""
+    styles = iter(("--", ":", "-.", "-"))
+    for name in sorted(values):
+        part = name.removesuffix("_grad_norm")
+        if part not in (name, "blocks"):
+            line = values[name][:, 0]
+            axes.plot(steps, line, next(styles), color="grey", linewidth=1, label=part)
+    axes.legend(loc="upper right", fontsize="x-small", framealpha=0.5)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

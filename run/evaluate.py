@@ -1,0 +1,164 @@
+"""The loss of a model over windows of a data set. The windows are always the same.
+
+Reading order: mean_loss, which training also calls; evaluate, for `sample.py eval=`; how the data
+set is found that a model was trained on.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.loader import DATA, Dataset, open_dataset, read_windows, val_starts
+from model import IGNORED, Decoder
+from run.machine import autocast, to_device
+from run.ranks import ALONE, Ranks
+from run.signals import Interrupts
+from weights.open import LONGEST_WINDOW
+
+# If no batch is given, about this many logits are computed at once: 64 MB in fp32. A CPU gains
+# nothing from more.
+LOGITS_AT_ONCE = 2**24
+
+
+@torch.no_grad()
+def mean_loss(
+    forward: Callable[[Tensor, Tensor], Tensor],
+    tokens: np.ndarray,
+    starts: np.ndarray,
+    block_size: int,
+    batch: int,
+    device: str,
+    dtype: str,
+    interrupts: Interrupts | None = None,
+    ranks: Ranks = ALONE,
+) -> float | None:
+    """The mean of forward(x, y), in nats per token, over the windows of `tokens` that begin at
+    `starts`. It is NaN or Inf if the model's loss is, and None if a signal came before the end.
+
+    In each round every rank computes `batch` windows of its own.
+    """
+    total = 0.0
+    for i in range(0, len(starts), batch * ranks.size):
+        if interrupts is not None and interrupts.agreed():
+            return None
+        own = starts[i + ranks.rank * batch :][:batch]
+        # A rank that has no window left still calls forward, because fsdp needs all ranks there.
+        x, y = read_windows(tokens, own if len(own) else starts[:1], block_size)
+        # A compiled model has one graph for each shape, so rows that do not count fill the batch.
+        missing = (0, 0, 0, batch - len(x))
+        x, y = F.pad(x, missing), F.pad(y, missing, value=IGNORED)
+        with autocast(device, dtype):
+            loss = forward(to_device(x, device), to_device(y, device)).item()
+        if len(own):
+            total += loss * len(own)
+    return ranks.sum(total) / len(starts)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss of a model on one split of a data set."""
+
+    split: str
+    loss: float  # nats per token
+    bytes_per_token: float
+    windows: int
+    block_size: int  # tokens of a window
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The loss in a unit that does not depend on the tokenizer."""
+        return self.loss / math.log(2) / self.bytes_per_token
+
+    def __str__(self) -> str:
+        tokens = self.windows * self.block_size
+        return (
+            f"{self.split + ' loss':14}{self.loss:.6f} nats per token\n"
+            f"perplexity    {self.perplexity:.4f}\n"
+            f"bits per byte {self.bits_per_byte:.6f}\n"
+            f"tokens        {tokens:,} in {self.windows:,} windows of {self.block_size:,}\n"
+            f"time          {self.seconds:.2f} s, {tokens / self.seconds:,.0f} tokens/s"
+        )
+
+
+def evaluate(
+    model: Decoder,
+    data: Dataset,
+    split: str,
+    device: str,
+    dtype: str,
+    *,
+    windows: int = 0,
+    block_size: int = 0,
+    batch: int = 0,
+) -> Evaluation:
+    """The loss over `windows` windows of `block_size` tokens, evenly spread over the split. `batch`
+    windows are computed at once.
+
+    windows=0 takes all windows. block_size=0 takes the model's context, but at most LONGEST_WINDOW.
+    batch=0 takes as many windows as give LOGITS_AT_ONCE. ValueError if the split or the context is
+    shorter than a window, FloatingPointError if the loss is not finite.
+    """
+    context = model.config.block_size
+    if block_size > context:
+        raise ValueError(
+            f"block_size={block_size:,} is more than the {context:,} tokens of this model's context"
+        )
+    block_size = block_size or min(context, LONGEST_WINDOW)
+    tokens = getattr(data, split)
+    starts = val_starts(len(tokens), block_size, windows)
+    batch = batch or max(1, LOGITS_AT_ONCE // (block_size * model.config.vocab_size))
+    batch = min(batch, len(starts))
+    begin = time.perf_counter()
+    loss = mean_loss(model.eval(), tokens, starts, block_size, batch, device, dtype)
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss}: the model's weights are damaged, or they are too large for this "
+            f"dtype (then use dtype=float32)"
+        )
+    seconds = time.perf_counter() - begin
+    bytes_per_token = data.bytes_per_token(split)
+    return Evaluation(split, loss, bytes_per_token, len(starts), block_size, seconds)
+
+
+def open_known_dataset(name: str, known: dict[str, Any], place: Path) -> Dataset:
+    """The data set `name`: a folder under data/, or a path with a '/'. If `name` is '', it is the
+    data set that the model in `place` was trained on, as its checkpoint describes it in `known`.
+
+    ValueError if the data set has another tokenizer than the model, or, with name='', if its data
+    have changed.
+    """
+    wanted = name or known.get("name", "")
+    if wanted == "":
+        raise ValueError(
+            f"{place} does not say what it was trained on: name a prepared data set with "
+            f"dataset=NAME"
+        )
+    if not name and (not isinstance(wanted, str) or Path(wanted).name != wanted or wanted == ".."):
+        raise ValueError(
+            f"{place} says it was trained on {wanted!r:.80}, which is no name of a data set"
+        )
+    data = open_dataset(Path(name) if "/" in name else DATA / wanted)
+    if data.meta["tokenizer_sha256"] != known["tokenizer_sha256"]:
+        raise ValueError(
+            f"{data.folder} was not made with the tokenizer of {place}: python data/prepare.py "
+            f"TEXT tokenizer={place} name=NAME makes a data set with it"
+        )
+    if not name and data.meta["content_sha256"] != known.get("content_sha256"):
+        raise ValueError(
+            f"{data.folder} is not the data any more that {place} was trained on: dataset={wanted} "
+            f"evaluates on it all the same"
+        )
+    return data

@@ -1,0 +1,107 @@
+"""What a run writes into its folder, out_dir: config.json and the tokenizer, then checkpoints.
+
+run/log.py writes metrics.jsonl there. weights.lock.Lock keeps other processes from writing there.
+"""
+
+import json
+from pathlib import Path
+
+from config.command import warn
+from data.files import write_atomically
+from data.tokenizer import tokenizer_file
+from model import parameter_count
+from run import sharded
+from run.machine import versions
+from run.parallel import gather_on_main
+from run.setup import Run
+from weights import checkpoint
+
+
+def claim_folder(run: Run) -> None:
+    """Main writes config.json and the tokenizer into out_dir, which also proves that it can. If it
+    cannot, all ranks exit."""
+    with run.ranks.all_or_exit():
+        if run.ranks.is_main:
+            _write_config_and_tokenizer(run)
+
+
+def _write_config_and_tokenizer(run: Run) -> None:
+    run.folder.mkdir(exist_ok=True)  # the lock has made the folder, but it may have vanished since
+    about = {
+        "versions": versions(),
+        "parameters": parameter_count(run.config.model),
+        "data": run.data.fingerprint,
+    }
+    text = json.dumps(run.config.flat() | about, indent=1) + "\n"
+    write_atomically(run.folder / "config.json", lambda file: file.write(text.encode()))
+    tokenizer = tokenizer_file(run.data.folder)
+    content = tokenizer.read_bytes()
+    write_atomically(run.folder / tokenizer.name, lambda file: file.write(content))
+
+
+def save_checkpoint(run: Run, required: bool) -> bool:
+    """Saves a checkpoint that the run can go on from, and removes old ones. Returns whether the
+    checkpoint was saved.
+
+    If the disk fails, this warns and training goes on. But if the checkpoint is `required`, that
+    raises OSError. FloatingPointError if a tensor holds NaN or Inf.
+    """
+    path = checkpoint.path_of(run.folder, run.step)
+    saved = _save(run, path, run.optimizers.state_dict(), required)
+    prune_checkpoints(run)
+    return saved
+
+
+def save_if_best(run: Run, val_loss: float) -> None:
+    """Saves best.pt (a folder if the run is sharded) if val_loss is the lowest so far. It has no
+    optimizer state, because it is for sampling and exporting, not for going on."""
+    if val_loss < run.best_val_loss:
+        before, run.best_val_loss = run.best_val_loss, val_loss
+        if not _save(run, run.folder / "best.pt", optimizer={}, required=False):
+            run.best_val_loss = before
+
+
+def _save(run: Run, path: Path, optimizer: dict, required: bool) -> bool:
+    config, ranks = run.config, run.ranks
+    trained = {n: p.detach() for n, p in run.model.named_parameters() if p.requires_grad}
+    state = {
+        "step": run.step,
+        "model": trained,
+        "optimizer": optimizer,
+        "scaler": run.scaler.state_dict(),
+        "config": config.flat(),
+        "data": run.data.fingerprint,
+        "base": run.base,
+        "best_val_loss": run.best_val_loss,
+        "grad_norms": run.grad_norms,
+    }
+    if config.sharded:
+        path = sharded.folder_of(path, run.step)
+    try:
+        with ranks.all_or_none():
+            if ranks.is_main and not run.folder.is_dir():
+                warn(f"{run.folder} has vanished and is made again")
+                _write_config_and_tokenizer(run)
+        if config.sharded:
+            sharded.save_parts(path, state, ranks)
+        else:
+            whole = gather_on_main(state, ranks)
+            with ranks.all_or_none():
+                if ranks.is_main:
+                    checkpoint.save(path, whole)
+    except OSError as error:
+        first_line = str(error).partition("\n")[0]
+        reason = f"{path} could not be saved ({first_line:.200})"
+        if required:
+            raise OSError(reason) from error
+        if ranks.is_main:
+            warn(f"{reason}; training goes on")
+        return False
+    return True
+
+
+def prune_checkpoints(run: Run) -> None:
+    """Removes the numbered checkpoints up to this step, except the newest `keep` of them."""
+    with run.ranks.all_or_none():
+        if run.ranks.is_main:
+            checkpoint.prune(run.folder, run.config.keep, run.step)

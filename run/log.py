@@ -1,0 +1,341 @@
+"""What a run reports: a summary, then a bar or log lines, metrics.jsonl, and records to a tracker.
+
+Reading order: Log; summary, which is printed first; the trackers.
+"""
+
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from config.command import shell_path, warn
+from data.files import write_atomically
+from model import parameter_count
+from run.machine import flops_per_token, matmul_rate, memory_estimate, peak_memory
+from run.metrics import METRICS_FILE, has_evaluation, read_metrics
+from run.setup import Run
+from run.signals import Interrupts
+from weights import checkpoint
+from weights.lora import adapter_count
+
+Tracker = Callable[[dict[str, Any]], None]
+
+
+def is_finished(run: Run) -> bool:
+    """Whether nothing is left to do: the last step is done, saved and evaluated."""
+    if run.step < run.config.max_iters:
+        return False
+    evaluated = run.ranks.is_main and has_evaluation(read_metrics(run.folder), run.step)
+    return run.ranks.from_main(evaluated)
+
+
+class Log:
+    """The records of one run. All ranks keep them, and only main writes and prints them.
+
+    Once training has begun, no failure here stops it: a file or a tracker that fails is a warning.
+    If the reader of our output has gone (`| head`), the run is asked to save and end, as after a
+    signal.
+    """
+
+    def __init__(self, run: Run, tracker: Tracker | None, interrupts: Interrupts):
+        config, self.ranks = run.config, run.ranks
+        self.folder, self.device = run.folder, config.device
+        self.last_step, self.interval = config.max_iters, config.log_interval
+        self.tracker, self.interrupts = tracker, interrupts
+        self.bytes_per_token = run.data.bytes_per_token("val")
+        self.tokens_per_step = config.batch_size * config.model.block_size
+        self.flops_per_step = self.tokens_per_step * flops_per_token(config.model, config.lora_rank)
+        # FLOP/s of large matrix products on all ranks: the training speed is compared with this.
+        self.matmul_rate = self.ranks.size * matmul_rate(config.device, config.dtype)
+        self.recent: list[float] = []  # seconds of the steps since the last record
+        self.records: list[dict[str, Any]] = []
+        with self.ranks.all_or_exit():
+            if self.ranks.is_main:
+                # Later records are dropped, because a resumed run does their steps once more.
+                before = read_metrics(self.folder) if run.step else []
+                self.records = [r for r in before if r["step"] <= run.step]
+                self._write_all()
+        self.records = self.ranks.from_main(self.records)
+        self.bar = tqdm(
+            total=self.last_step,
+            initial=run.step,
+            disable=not (self.ranks.is_main and sys.stderr.isatty()),
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stderr,
+        )
+        if self.ranks.is_main:
+            self.line(summary(run))
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def line(self, text: str, stream: TextIO | None = None) -> None:
+        """Prints a line above the bar, to stdout unless `stream` is given. Only main prints."""
+        if not self.ranks.is_main:
+            return
+        stream = stream or sys.stdout
+        try:
+            self.bar.write(text, file=stream)
+            stream.flush()
+        except OSError as error:
+            # Python flushes the stream once more at exit. That must not fail, so the stream now
+            # leads to nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if error.errno in (errno.EPIPE, errno.EIO):  # closed pipe or lost terminal
+                self.interrupts.ask_to_stop(signal.SIGPIPE)
+            else:
+                warn(f"the output cannot be written, so nothing more is printed: {error}")
+
+    def fault(self, error: Exception) -> None:
+        """Prints why the training ends, and the checkpoint from which it can go on."""
+        good = checkpoint.all_in(self.folder)
+        newest = good[-1][1].name if good else "none yet"
+        text = f"error: {error}. Last good checkpoint: {newest}."
+        if isinstance(error, FloatingPointError):
+            text += " A lower learning_rate or more warmup_iters is the usual cure."
+        self.line(text, sys.stderr)
+
+    def end(self, step: int) -> None:
+        """Prints the last lines of a run that is complete or stopped by a signal, and saved."""
+        self.line(f"peak memory {peak_memory(self.device) / 1e9:.2f} GB")
+        if self.interrupts.came:
+            name = signal.Signals(self.interrupts.came).name
+            place = shell_path(self.folder)
+            self.line(f"{name}: saved at step {step}; train.py {place} goes on from here")
+
+    def has_evaluation(self, step: int) -> bool:
+        return has_evaluation(self.records, step)
+
+    def is_due(self, step: int) -> bool:
+        """Whether optimizer step `step`, counted from 1, becomes a record."""
+        return step % self.interval == 0 or step in (1, self.last_step)
+
+    def training(self, step: int, loss: float, lr: float, grad_norm: float, seconds: float) -> None:
+        """Called after each optimizer step. If the step is due, it becomes a record, with the mean
+        time of the steps since the last record."""
+        self.recent.append(seconds)
+        self.bar.update(1)
+        if not self.is_due(step):
+            return
+        steps_per_s = len(self.recent) / sum(self.recent)
+        self.recent = []
+        tokens_per_s, step_ms = self.tokens_per_step * steps_per_s, 1000 / steps_per_s
+        share = f"{self.flops_per_step * steps_per_s / self.matmul_rate:.0%} of matmul rate"
+        self.bar.set_postfix_str(
+            f"loss {loss:.4f}, lr {lr:.2e}, {tokens_per_s:,.0f} tok/s, {share}"
+        )
+        if self.bar.disable:
+            self.line(
+                f"step {step}/{self.last_step} | loss {loss:.4f} | lr {lr:.2e} | "
+                f"grad norm {grad_norm:.2f} | {step_ms:.0f} ms | {tokens_per_s:,.0f} tok/s | "
+                f"{share} | {clock((self.last_step - step) / steps_per_s)} left"
+            )
+        self.write(
+            {
+                "step": step,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "step_ms": step_ms,
+                "tok_per_s": tokens_per_s,
+                "peak_memory_mb": peak_memory(self.device) / 2**20,
+            }
+        )
+
+    def evaluation(self, step: int, val_loss: float) -> None:
+        """val_loss is in nats per token. Bits per byte do not depend on the tokenizer."""
+        bits = val_loss / math.log(2) / self.bytes_per_token
+        self.line(
+            f"step {step}/{self.last_step} | val loss {val_loss:.4f} | {bits:.4f} bits per byte | "
+            f"perplexity {math.exp(min(val_loss, 700)):.2f}"
+        )
+        self.write({"step": step, "val_loss": val_loss, "val_bpb": bits})
+
+    def watch(self, step: int, scales: dict[str, list[float]]) -> None:
+        """Records what run/watch.py measured just before optimizer step `step`; only main does."""
+        finite_or_none = {  # JSON has no NaN and no Inf
+            name: [value if math.isfinite(value) else None for value in values]
+            for name, values in scales.items()
+        }
+        self.write({"step": step, "watch": finite_or_none})
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Keeps the record; main also appends it to metrics.jsonl and sends it to the tracker."""
+        self.records.append(record)
+        if not self.ranks.is_main:
+            return
+        try:
+            self._append(record)
+        except OSError as error:  # a full disk is no reason to lose the training
+            warn(f"metrics.jsonl failed, this record is not in it: {error}")
+        if self.tracker is not None:
+            try:
+                self.tracker(flat_numbers(record))
+            except Exception as error:  # each tracker has errors of its own
+                warn(f"tracker failed and is left alone from here on: {error}")
+                self.tracker = None
+
+    def _append(self, record: dict[str, Any]) -> None:
+        """Appends a whole line or nothing. If the file has vanished, writes all records again."""
+        path = self.folder / METRICS_FILE
+        if not path.exists():
+            self._write_all()
+            return
+        line = (json.dumps(record) + "\n").encode()
+        with open(path, "ab", buffering=0) as file:
+            before, written = file.tell(), 0
+            try:
+                written = file.write(line)
+            finally:
+                if written < len(line):
+                    file.truncate(before)
+        if written < len(line):
+            raise OSError(
+                f"only {written} of {len(line)} bytes could be written, is the disk full?"
+            )
+
+    def _write_all(self) -> None:
+        text = "".join(json.dumps(record) + "\n" for record in self.records)
+        write_atomically(self.folder / METRICS_FILE, lambda file: file.write(text.encode()))
+
+
+def flat_numbers(record: dict[str, Any]) -> dict[str, float]:
+    """{"step": 3, "watch": {"rms": [1.0, None]}} -> {"step": 3, "watch/rms/0": 1.0}, because
+    trackers take only numbers."""
+    numbers = {name: value for name, value in record.items() if name != "watch"}
+    for name, values in record.get("watch", {}).items():
+        numbers |= {f"watch/{name}/{i}": v for i, v in enumerate(values) if v is not None}
+    return numbers
+
+
+def clock(seconds: float) -> str:
+    """93 -> '1:33', 7265 -> '2:01:05'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def summary(run: Run) -> str:
+    """A few lines that say what the run will do, and which values each `auto` has become."""
+    config, data, ranks = run.config, run.data, run.ranks
+    model, rate = config.model, matmul_rate(config.device, config.dtype)
+    parameters, adapters = parameter_count(model), adapter_count(model, config.lora_rank)
+    tokens = config.batch_size * model.block_size
+    shards = ranks.size if config.parallel == "fsdp" else 1
+    fixed, activations = memory_estimate(config, config.micro_batch_size, shards)
+
+    frozen = xz = begun = machine = on_each = ""
+    if config.lora_rank:
+        share = f"{adapters / parameters:.2%}"
+        frozen = f", frozen; {adapters:,} parameters of adapters ({share}) are trained"
+    if bits := data.meta.get("val_xz_bits_per_byte"):
+        # A model that needs more bits than a compressor has learned little.
+        xz = f"; xz -9e needs {bits:.3f} bits per byte of the validation text"
+    if ranks.size > 1:
+        machine, on_each = f"{ranks.size} ranks with {config.parallel}, rank 0 on ", "on each rank "
+    if config.init_from:
+        begun = f", begun with the weights of {config.init_from}"
+
+    lines = [
+        f"model    {model.n_layer} blocks, {model.n_embd} wide, {model.n_head} heads "
+        f"({model.kv_heads} kv), feed-forward {model.hidden_size}, {model.norm} "
+        f"({model.norm_impl}), vocab {model.vocab_size:,}: {parameters:,} parameters{frozen}",
+        f"data     {config.dataset}: {len(data.train):,} training and {len(data.val):,} validation "
+        f"tokens of {data.bytes_per_token('train'):.2f} bytes{xz}",
+        f"steps    {config.max_iters:,} of {config.batch_size} x {model.block_size} = {tokens:,} "
+        f"tokens in micro-batches of {config.micro_batch_size}: "
+        f"{config.max_iters * tokens / parameters:.2g} tokens per parameter, "
+        f"{config.max_iters * tokens / len(data.train):.2g} epochs; {config.optimizer}, "
+        f"{config.lr_schedule}",
+        f"memory   {on_each}about {(fixed + activations) / 1e9:.2f} GB: {fixed / 1e9:.2f} weights, "
+        f"gradient and optimizer, {activations / 1e9:.2f} activations",
+        f"machine  {machine}{config.device}, {config.dtype} at {rate / 1e9:,.0f} GFLOP/s "
+        f"(measured), {'compiled' if config.compile else 'not compiled'}",
+        f"out      {config.out_dir} from step {run.step}{begun}",
+    ]
+    if warning := disk_warning(run, adapters or parameters):
+        lines.append(warning)
+    return "\n".join(lines)
+
+
+def disk_warning(run: Run, parameters: int) -> str:
+    """A warning if the disk has too little room for the run's checkpoints, else ''. Checkpoints
+    that are already there count as room, because new ones take their place."""
+    whole = 3 * 4 * parameters  # bytes: weights and two moments in fp32
+    best = whole // 3  # weights alone
+    # While a checkpoint is written, the one that it replaces is still on the disk.
+    needed = (run.config.keep + 1) * whole + 2 * best
+    existing = (*run.folder.glob("*.pt"), *run.folder.glob("*.shards/*"))
+    room = sum(path.stat().st_size for path in existing) + shutil.disk_usage(run.folder).free
+    if room > needed:
+        return ""
+    return (
+        f"warning: the checkpoints of this run need up to {needed / 1e9:.3f} GB, the disk of "
+        f"{run.config.out_dir} has {room / 1e9:.3f} GB for them"
+    )
+
+
+def open_tracker(run: Run) -> Tracker | None:
+    """The function to which main sends each record; None on other ranks and with tracker=none.
+
+    Trackers are optional packages. ValueError says how to install one, or why it does not start.
+    """
+    kind = run.config.tracker
+    with run.ranks.all_or_exit():
+        if kind == "none" or not run.ranks.is_main:
+            return None
+        try:
+            return TRACKERS[kind](run.folder, run.config.flat())
+        except ImportError as error:
+            raise ValueError(
+                f"tracker={kind} needs a package that is not installed: pip install {kind}"
+            ) from error
+        except Exception as error:  # each tracker has errors of its own: no login, no network
+            raise ValueError(f"tracker={kind} could not be started: {error}") from error
+
+
+def tensorboard(folder: Path, knobs: dict[str, Any]) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def send(record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            writer.add_scalar(name, value, record["step"])
+        writer.flush()
+
+    return send
+
+
+def wandb(folder: Path, knobs: dict[str, Any]) -> Tracker:
+    import wandb as package
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "wandb.id"  # with it, a resumed run is the same run for wandb
+    known = file.read_text() if file.exists() else uuid.uuid4().hex
+    run = package.init(
+        project="rootllama",
+        name=folder.name,
+        dir=str(folder),
+        config=knobs,
+        id=known,
+        resume="allow",
+    )
+    file.write_text(known)
+    return lambda record: run.log(record, step=record["step"])
+
+
+TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}

@@ -1,0 +1,240 @@
+"""The optimizers: which parameter gets which rule, Muon, and when a gradient counts as a spike."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from norm import NORM_LEAVES
+from run.machine import choose_dtype
+
+FUSED_ADAMW_DEVICES = ("cuda", "cpu", "mps")
+SPIKE_WINDOW = 128  # how many recent gradient norms tell what is usual
+SPIKE_LEAST = 32  # with fewer recent norms, nothing is called a spike
+# Muon orthogonalises matrices of up to this many elements at once, or one larger matrix. It needs a
+# few times their memory.
+ELEMENTS_AT_ONCE = 2**26
+
+
+def group_of(name: str, parameter: Tensor) -> str:
+    """The optimizer group of a parameter: `hidden` (a Block's matrix, or an adapter's), `head`,
+    `embed`, or `gain` (all that a norm learns). ValueError for a parameter of unknown role."""
+    *_, role, leaf = name.split(".")
+    if leaf in NORM_LEAVES:
+        return "gain"
+    if role in ("embed", "head"):
+        return role
+    if name.startswith("blocks.") and parameter.ndim == 2:
+        return "hidden"
+    raise ValueError(
+        f"no optimizer group is known for the parameter {name}: give it one in optim.group_of()"
+    )
+
+
+class Optimizers:
+    """One or two torch optimizers over one model. Each trained parameter is in exactly one group.
+
+    With optimizer="muon" the Blocks' matrices go to Muon and the rest to AdamW. Gains, biases and
+    the embedding have no weight decay. The learning rate of embedding and head is multiplied by
+    `embed_lr`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: str,
+        weight_decay: float,
+        betas: tuple[float, float],
+        momentum: float,
+        embed_lr: float = 1.0,
+        muon: "type[Muon] | None" = None,
+    ):
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.names = {parameter: name for name, parameter in trained}
+        groups = {
+            "hidden": {"params": [], "weight_decay": weight_decay, "scale": 1.0},
+            "head": {"params": [], "weight_decay": weight_decay, "scale": embed_lr},
+            "embed": {"params": [], "weight_decay": 0.0, "scale": embed_lr},
+            "gain": {"params": [], "weight_decay": 0.0, "scale": 1.0},
+        }
+        for name, parameter in trained:
+            groups[group_of(name, parameter)]["params"].append(parameter)
+        groups = {name: group for name, group in groups.items() if group["params"]}
+
+        self.all: list[torch.optim.Optimizer] = []
+        if optimizer == "muon":
+            self.all.append((muon or Muon)([groups.pop("hidden")], momentum))
+        elif optimizer != "adamw":
+            raise ValueError(f"optimizer={optimizer} is not built here")
+        if groups:  # if Muon trains adapters, which are all `hidden`, nothing is left for AdamW
+            fused = next(model.parameters()).device.type in FUSED_ADAMW_DEVICES
+            self.all.append(torch.optim.AdamW(list(groups.values()), betas=betas, fused=fused))
+        held = [p for o in self.all for g in o.param_groups for p in g["params"]]
+        assert len(held) == len(trained) and set(held) == set(self.names)
+
+    def __iter__(self) -> Iterator[torch.optim.Optimizer]:
+        return iter(self.all)
+
+    def set_lr(self, lr: float) -> None:
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"]
+
+    def zero_grad(self) -> None:
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+
+    def reserve_moments(self) -> list[Tensor]:
+        """Tensors as large as the moments that the first step will make. No tensors after it."""
+        room = []
+        for optimizer in self.all:
+            moments = 1 if isinstance(optimizer, Muon) else 2
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                if parameter not in optimizer.state:
+                    room += [torch.empty_like(parameter) for _ in range(moments)]
+        return room
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """name of a parameter -> its state. By name, because positions shift if a group changes."""
+        return {self.names[p]: dict(state) for o in self.all for p, state in o.state.items()}
+
+    def load_state_dict(self, saved: dict[str, dict[str, Tensor]]) -> None:
+        """Restores what state_dict gave, which is {} before the first step. ValueError if names or
+        shapes are not those of the model."""
+        if not saved:
+            return
+        own = set(self.names.values())
+        if own != saved.keys():
+            raise ValueError(
+                f"the optimizer's state does not fit the model:"
+                f"{list_names(own - saved.keys(), 'missing')}"
+                f"{list_names(saved.keys() - own, 'unknown')}"
+            )
+        for optimizer in self.all:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                name = self.names[parameter]
+                for key, value in saved[name].items():
+                    if value.ndim and value.shape != parameter.shape:
+                        raise ValueError(
+                            f"the optimizer's {key} of {name} is {list(value.shape)}, "
+                            f"the parameter is {list(parameter.shape)}"
+                        )
+                optimizer.state[parameter] = {
+                    key: value.to(parameter.device, copy=True) for key, value in saved[name].items()
+                }
+
+
+def list_names(names: Iterable[str], what: str) -> str:
+    """' 5 missing (a, b, c, ...)', or '' if there are no names."""
+    names = sorted(names)
+    if not names:
+        return ""
+    more = ", ..." if len(names) > 3 else ""
+    return f" {len(names)} {what} ({', '.join(names[:3])}{more})"
+
+
+class Muon(torch.optim.Optimizer):
+    """Each matrix moves by its momentum, made orthogonal (Jordan et al. 2024). The step is scaled
+    to the size of AdamW's, so one learning rate serves both (Liu et al. 2025, arXiv 2502.16982).
+
+    The arithmetic is that of torch.optim.Muon. But matrices of one shape or its transpose are
+    stacked for one product, because one alone is too small to keep a processor busy.
+    """
+
+    def __init__(self, params: Iterable, momentum: float):
+        super().__init__(params, {"lr": 0.0, "momentum": momentum, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            of_one_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    of_one_shape[tuple(sorted(p.shape))].append(p)
+            for (rows, cols), matrices in of_one_shape.items():
+                most = self.matrices_at_once(rows * cols)
+                for i in range(0, len(matrices), most):
+                    self.update(matrices[i : i + most], group)
+
+    def matrices_at_once(self, elements: int) -> int:
+        """How many matrices with this number of elements are orthogonalised together."""
+        return max(1, ELEMENTS_AT_ONCE // elements)
+
+    def update(self, matrices: list[Tensor], group: dict) -> None:
+        """One step for matrices that all have one shape or its transpose."""
+        for p in matrices:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in matrices]
+        gradients, momentum = [p.grad for p in matrices], group["momentum"]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        # Nesterov's momentum: the gradient counts once more.
+        momenta = [g.lerp(b, momentum) for g, b in zip(gradients, buffers, strict=True)]
+        # An orthogonal matrix has an RMS of 1 / sqrt(longer side); AdamW's steps have about 0.2.
+        size = 0.2 * math.sqrt(max(matrices[0].shape))
+        for p, direction in zip(matrices, self.orthogonal_directions(momenta), strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(direction, alpha=-group["lr"] * size)
+
+    def orthogonal_directions(self, momenta: list[Tensor]) -> list[Tensor]:
+        """The momenta, which all have one shape or its transpose, made orthogonal."""
+        stacked = torch.stack([wide(matrix) for matrix in momenta])
+        stacked /= torch.linalg.vector_norm(stacked, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        dtype = getattr(torch, choose_dtype("auto", str(stacked.device)))
+        ready = orthogonalise(stacked.to(dtype)).to(stacked.dtype)
+        pairs = zip(ready, momenta, strict=True)
+        return [one if wide(matrix) is matrix else one.mT for one, matrix in pairs]
+
+
+def wide(matrix: Tensor) -> Tensor:
+    """The matrix, or its transpose if the transpose has fewer rows."""
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+
+
+def orthogonalise(x: Tensor) -> Tensor:
+    """Makes matrices x [n, rows, cols], rows <= cols, nearly orthogonal: the singular vectors stay,
+    and all singular values become about 1. All products are in x's dtype.
+
+    It is five steps of a quintic Newton-Schulz iteration, after Jordan et al. 2024.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def check_finite(loss: float, norm: float, scaler: torch.amp.GradScaler, step: int) -> None:
+    """FloatingPointError if the loss or the gradient's norm of a step is NaN or Inf.
+
+    A float16 gradient may overflow. Then the scaler skips the step and halves its scale, so a norm
+    of NaN or Inf is an error only when the scale is below 1 already.
+    """
+    may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1
+    if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
+        raise FloatingPointError(
+            f"loss {loss}, gradient norm {norm} at step {step}: stopped before the update"
+        )
+
+
+def spike_threshold(recent: list[float], limit: float) -> float:
+    """The gradient norm above which an update is a spike: the mean of the `recent` norms plus
+    `limit` times their standard deviation. inf if limit is 0 or there are too few recent norms.
+
+    The rule is that of OLMo-core's SkipStepOptimizer.
+    """
+    if not limit or len(recent) < SPIKE_LEAST:
+        return math.inf
+    mean = math.fsum(recent) / len(recent)
+    return mean + limit * math.sqrt(math.fsum((norm - mean) ** 2 for norm in recent) / len(recent))
+
+
+def with_norm(recent: list[float], norm: float, threshold: float) -> list[float]:
+    """The recent norms with a new one. A spike is with_norm only as the threshold, so it does not
+    hide the next spike. If the norms have risen for good, the threshold still follows: with limit 6
+    each spike lifts its distance to the mean by about an eighth.
+    """
+    return [*recent, min(norm, threshold)][-SPIKE_WINDOW:]

@@ -1,0 +1,393 @@
+"""How a training run is set up: what the user asks for is checked, then the run is built.
+
+Reading order: Run; set_up and what it calls: read_and_check, which checks on the main rank;
+resolve, which replaces every `auto`; build, which makes model and optimizers on every rank; last
+where the checkpoint, the first weights and the data come from.
+"""
+
+import hashlib
+import math
+import os
+import socket
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from config.command import shell_path
+from config.preset import NOT_DECIDED_BY_WEIGHTS, make_config, read_knobs
+from config.schema import Config
+from data.corpus import open_corpus
+from data.loader import DATA, Dataset, open_dataset, train_starts, val_starts
+from data.prepare import prepare
+from data.tokenizer import tokenizer_sha256
+from model import Decoder, parameter_count
+from run import sharded
+from run.machine import (
+    choose_device,
+    choose_dtype,
+    keep_freed_memory,
+    memory_estimate,
+    pays_to_compile,
+    total_memory,
+)
+from run.metrics import read_metrics
+from run.optim import Optimizers
+from run.parallel import (
+    build_on_ranks,
+    empty_optimizer_state,
+    muon_class,
+    put_weights,
+    refuse_what_fsdp_cannot,
+    shapes_only,
+    spread_optimizer_state,
+    wrap,
+)
+from run.ranks import ALONE, Ranks
+from weights import checkpoint
+from weights.hf_folder import is_hf_folder
+from weights.open import Weights, knobs_of_base, open_base, open_weights
+
+
+@dataclass
+class Run:
+    """The parts of one training run."""
+
+    config: Config  # resolved: nothing is auto any more
+    data: Dataset
+    model: Decoder
+    forward: nn.Module  # what a step calls: the model, compiled or with DDP around it if so decided
+    optimizers: Optimizers
+    scaler: torch.amp.GradScaler
+    ranks: Ranks = ALONE
+    step: int = 0  # optimizer steps done
+    restored: bool = False  # whether it was built from a checkpoint, so its state is saved already
+    best_val_loss: float = math.inf
+    # What the checkpoints say of the weights of init_from: their context, and, if the run trains
+    # adapters for them, their path and checksum.
+    base: dict[str, Any] = field(default_factory=dict)
+    grad_norms: list[float] = field(default_factory=list)  # of the last steps, to find spikes
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.out_dir)
+
+
+def read_config(argv: list[str]) -> Config:
+    """The checked Config of a command line. With init_from, the weights decide its model."""
+    knobs = read_knobs(argv)
+    return make_config(knobs, knobs_of_base(knobs))
+
+
+def set_up(wanted: Config, ranks: Ranks = ALONE) -> Run:
+    """Checks everything, prepares a text that is not a data set yet, builds or restores the run.
+
+    Main reads and decides, and tells the other ranks. They need only the data set on their own
+    disk.
+    """
+    with ranks.all_or_exit():
+        device = choose_device(wanted.device, ranks.local_rank, ranks.local_size)
+    config, data, begin, told = wanted, None, None, None
+    with ranks.all_or_exit():
+        if ranks.is_main:
+            config, data, begin = read_and_check(wanted, device, ranks)
+            told = config, data.folder, data.fingerprint, shapes_only(begin)
+    if ranks.size > 1:
+        config, folder, fingerprint, outline = ranks.from_main(told)
+        with ranks.all_or_exit():
+            data = data or open_same_dataset(folder, fingerprint)
+        config, begin = replace(config, device=device), begin or outline
+    return build(config, data, begin, ranks)
+
+
+def read_and_check(
+    wanted: Config, device: str, ranks: Ranks
+) -> tuple[Config, Dataset, dict[str, Any]]:
+    """On the main rank: the resolved config, the data, and what the run begins with. That is
+    `saved`, the checkpoint to go on from, or None; `weights`, those of init_from, or None; and
+    `base`, see Run. ValueError or OSError for all that a user can get wrong."""
+    saved = find_checkpoint(wanted)
+    start = find_first_weights(wanted, saved)
+    tokenizer = None  # a text that must be prepared gets a tokenizer of its own
+    if wanted.init_from:
+        tokenizer = Path(wanted.out_dir) if saved else start.folder
+    data = open_dataset(find_dataset(wanted.dataset, tokenizer))
+    check_data(wanted, data, start)
+    config = resolve(wanted, device, data, saved, ranks)
+    refuse_what_fsdp_cannot(config, ranks)
+    if saved:
+        for line in checkpoint.compare_with_run(saved, config.flat(), data.fingerprint):
+            print(f"resuming with {line}")
+    base = ({"context": start.context} if start else {}) | (saved["base"] if saved else {})
+    if config.lora_rank:
+        # A relative path, so that the run and the weights can be moved together.
+        path = os.path.relpath(start.place.resolve(), Path(config.out_dir).resolve())
+        base |= {"path": path, "checksum": start.checksum()}
+    return config, data, {"saved": saved, "weights": start and start.tensors, "base": base}
+
+
+def resolve(
+    wanted: Config, device: str, data: Dataset, saved: dict[str, Any] | None, ranks: Ranks
+) -> Config:
+    """The config in which every `auto` has become a value, and so have vocab_size=0 and
+    micro_batch_size=0. Later only train.warm_up changes two values, before the first step: it makes
+    a micro-batch smaller that does not fit, and does without a compiler that does not work.
+
+    ValueError if the ranks cannot share the batch, or the model needs far more than the memory.
+    """
+    vocab_size = wanted.model.vocab_size or data.meta["vocab_size"]
+    config = replace(
+        wanted,
+        device=device,
+        dtype=choose_dtype(wanted.dtype, device),
+        model=replace(wanted.model, vocab_size=vocab_size),
+    )
+    if saved:
+        config = replace(config, **kept_choices(wanted, device, saved["config"], ranks.size))
+    check_batch(config, ranks.size)
+
+    room = total_memory(device) / (ranks.local_size if device == "cpu" else 1)
+    parallel = config.parallel
+    if parallel == "auto":
+        fits_whole = sum(memory_estimate(config, micro_batch=1)) < 0.8 * room
+        parallel = "ddp" if ranks.size == 1 or fits_whole else "fsdp"
+    shards = ranks.size if parallel == "fsdp" else 1
+    least = sum(memory_estimate(config, 1, shards))
+    if least > 1.5 * room:
+        raise ValueError(
+            f"{parameter_count(config.model) / 1e9:.1f} billion parameters need about "
+            f"{least / 1e9:,.0f} GB to train, {device} has {room / 1e9:,.0f} GB: lower n_embd, "
+            f"n_layer, block_size or vocab_size, or have more devices share it"
+        )
+    sharded = config.sharded
+    if sharded == "auto":
+        # Weights and moments in fp32, and the same again while they are written to a file.
+        gathered = 2 * 12 * parameter_count(config.model)
+        sharded = shards > 1 and gathered > total_memory("cpu")
+    micro_batch_size = config.micro_batch_size
+    if not micro_batch_size:
+        share = config.batch_size // ranks.size
+        divisors = [m for m in range(1, share + 1) if share % m == 0]
+        fit = [m for m in divisors if sum(memory_estimate(config, m, shards)) < 0.8 * room]
+        micro_batch_size = max(fit, default=1)
+    return replace(
+        config,
+        parallel=parallel,
+        sharded=sharded,
+        micro_batch_size=micro_batch_size,
+        compile=pays_to_compile(config) if config.compile == "auto" else config.compile,
+    )
+
+
+def kept_choices(wanted: Config, device: str, before: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """What a resumed run takes from `before`, the config in its checkpoint, where the user says
+    auto: so it stays bitwise the same run. On another device it takes nothing."""
+    if before.get("device") != device:
+        return {}
+    automatic = {name for name in ("dtype", "compile") if getattr(wanted, name) == "auto"}
+    if wanted.micro_batch_size == 0:
+        automatic.add("micro_batch_size")
+    if "dtype" in automatic:
+        choose_dtype(before.get("dtype", "auto"), device)  # ValueError on an older GPU
+    kept = {name: before[name] for name in automatic if name in before}
+    if wanted.batch_size % (ranks * kept.get("micro_batch_size", 1)):
+        kept.pop("micro_batch_size", None)  # there are more ranks now
+    return kept
+
+
+def check_batch(config: Config, ranks: int) -> None:
+    """ValueError, with the nearest sizes, if the ranks cannot share the batch."""
+    unit = ranks * max(1, config.micro_batch_size)
+    if config.batch_size % unit == 0:
+        return
+    below, above = config.batch_size // unit * unit, -(-config.batch_size // unit) * unit
+    nearest = f"nearest are {below} and {above}" if below else f"nearest is {above}"
+    micro = ""
+    if config.micro_batch_size:
+        micro = f" times micro_batch_size={config.micro_batch_size} (0 = automatic)"
+    raise ValueError(
+        f"batch_size={config.batch_size} must be a multiple of the {ranks} ranks that share it"
+        f"{micro}: {nearest}; or start fewer ranks"
+    )
+
+
+def check_data(config: Config, data: Dataset, start: Weights | None) -> None:
+    """ValueError if the data set has another tokenizer than the weights of init_from, more tokens
+    than vocab_size, or a split that is shorter than one window."""
+    if start is not None and start.data["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
+        raise ValueError(
+            f"{data.folder} was not made with the tokenizer of {start.folder}: python "
+            f"data/prepare.py TEXT tokenizer={start.folder} name=NAME makes a data set with it, "
+            f"and so does dataset=TEXT"
+        )
+    tokens, wanted = data.meta["vocab_size"], config.model.vocab_size
+    if 0 < wanted < tokens:
+        raise ValueError(
+            f"vocab_size={wanted} is below the {tokens} tokens of data/{config.dataset}: "
+            f"leave it 0 (automatic) or choose a larger one"
+        )
+    block_size = config.model.block_size
+    # Both raise ValueError if the split is shorter than one window.
+    train_starts(len(data.train), block_size, config.batch_size, config.seed, step=0)
+    val_starts(len(data.val), block_size, config.eval_iters)
+
+
+def build(config: Config, data: Dataset, begin: dict[str, Any], ranks: Ranks) -> Run:
+    """Model, optimizers and scaler on every rank, at the first step or at the saved one."""
+    if config.device.startswith("cuda"):
+        torch.cuda.set_device(config.device)
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
+    elif config.device == "cpu":
+        keep_freed_memory()
+
+    weights, saved = begin["weights"], begin["saved"]
+    in_parts = bool(saved) and "shards" in saved
+    model = build_on_ranks(config, ranks, seed=None if weights or saved else config.seed)
+    if weights:
+        put_weights(model, weights, ranks, frozen=bool(config.lora_rank))
+    if saved and not in_parts:
+        put_weights(model, saved["model"], ranks)
+
+    optimizers = Optimizers(
+        model,
+        optimizer=config.optimizer,
+        weight_decay=config.weight_decay,
+        betas=(config.beta1, config.beta2),
+        momentum=config.muon_momentum,
+        embed_lr=config.embed_lr,
+        muon=muon_class(config, ranks),
+    )
+    scaler_device = torch.device(config.device).type
+    scaler = torch.amp.GradScaler(scaler_device, enabled=config.dtype == "float16")
+    forward = wrap(model, config, ranks)
+    run = Run(config, data, model, forward, optimizers, scaler, ranks, base=begin["base"])
+    if not saved:
+        return run
+
+    if in_parts:
+        optimizers.load_state_dict(read_parts_into(model, saved))
+    else:
+        optimizers.load_state_dict(spread_optimizer_state(saved["optimizer"], model, ranks))
+    if saved["scaler"]:  # it is empty if the run was not in float16
+        scaler.load_state_dict(saved["scaler"])
+    run.step, run.grad_norms, run.restored = saved["step"], saved["grad_norms"], True
+    if saved["config"]["eval_iters"] == config.eval_iters:  # else it was measured on other windows
+        run.best_val_loss = saved["best_val_loss"]
+    return run
+
+
+def read_parts_into(model: Decoder, saved: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """Reads this rank's part of a sharded checkpoint: the weights into the model, and the
+    optimizer's state, which is returned."""
+    parameters = checkpoint.check_weights(model, saved["model"], frozen=False)
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
+    moments = empty_optimizer_state(saved["optimizer"], model)
+    sharded.read_into({"model": weights, "optimizer": moments}, Path(saved["shards"]))
+    return moments
+
+
+# Where the checkpoint, the first weights and the data come from.
+
+
+def find_checkpoint(config: Config) -> dict[str, Any] | None:
+    """The checkpoint to go on from, or None for a new run. ValueError if the run does not fit what
+    is in out_dir: a new run never overwrites another one."""
+    folder = Path(config.out_dir)
+    numbered = checkpoint.all_in(folder)
+    if is_hf_folder(folder):
+        raise ValueError(
+            f"out_dir={folder} is a Hugging Face folder, whose files would be lost: name another"
+        )
+    best = [*folder.glob("best.pt"), *folder.glob("best_*.shards")]
+    # A run that was killed before its first save has best.pt alone. It may begin again.
+    saved_before = config.save_interval and any(
+        r["step"] > config.save_interval for r in read_metrics(folder)
+    )
+    if best and not numbered and saved_before:
+        raise ValueError(
+            f"{folder} has {best[0].name} but no checkpoint to go on from any more: name another "
+            f"out_dir; init_from={best[0]} begins with these weights there"
+        )
+    if config.resume == "no" and (numbered or best):
+        newest = numbered[-1][1].name if numbered else best[0].name
+        raise ValueError(
+            f"{folder} already holds a run ({newest}): train.py {shell_path(folder)} goes on with "
+            f"it, another out_dir begins another"
+        )
+    if not numbered and config.resume == "yes":
+        raise ValueError(
+            f"resume=yes, but there is no checkpoint in {folder}: resume=auto would start afresh"
+        )
+    return checkpoint.load_newest(folder, sharded.load_parts) if numbered else None
+
+
+def find_first_weights(config: Config, saved: dict[str, Any] | None) -> Weights | None:
+    """The weights of init_from, or None without it. A run that goes on has its own weights and gets
+    None, unless it trains adapters: then it needs the weights that they belong to."""
+    if not config.init_from:
+        return None
+    if saved:
+        if not (config.lora_rank and saved["config"].get("lora_rank")):
+            return None
+        file = checkpoint.path_of(Path(config.out_dir), saved["step"])
+        return open_base(saved["base"], file, moved=Path(config.init_from))
+    start = open_weights(Path(config.init_from))
+    for name in checkpoint.ARCHITECTURE:
+        said, found = getattr(config.model, name), getattr(start.config, name)
+        if name not in NOT_DECIDED_BY_WEIGHTS and said != found:
+            raise ValueError(
+                f"{start.folder / 'config.json'} says {name}={said}, but the weights there have "
+                f"{found}: one of the two is not from this run"
+            )
+    return start
+
+
+def find_dataset(name: str, tokenizer: Path | None) -> Path:
+    """The folder of the data set that dataset=NAME means. NAME is the path of a data set, the name
+    of one under data/, or the path of a text.
+
+    A text is prepared first, with the tokenizer in the folder `tokenizer`, or with one of its own.
+    The name of the new data set contains a hash of the text and the tokenizer. So the same text is
+    prepared only once, and again when the text or the tokenizer has changed.
+    """
+    folder, text = DATA / Path(name).name, Path(name)
+    if (text / "meta.json").is_file():
+        return text
+    if "/" not in name and (folder.exists() or not text.is_file()):
+        if tokenizer is not None and not folder.exists():
+            raise ValueError(
+                f"{folder}: no such data set; write dataset=PATH-OF-A-TEXT, or make it with: "
+                f"python data/prepare.py TEXT name={folder.name} tokenizer={tokenizer}"
+            )
+        if name == "python" and not folder.exists():
+            print("data/python is not there yet: preparing it from this Python's standard library")
+            prepare(["python"], folder)
+        return folder
+    if not text.exists():
+        raise ValueError(f"dataset={name} does not exist: name a folder under data/, or a text")
+    digest = hashlib.sha256(b"" if tokenizer is None else tokenizer_sha256(tokenizer).encode())
+    for piece in open_corpus([name]).pieces():
+        digest.update(f"{piece.split} {piece.start} {len(piece.text)} ".encode())
+        digest.update(piece.text.encode())
+    folder = DATA / f"{text.resolve().stem.lstrip('.')}-{digest.hexdigest()[:8]}"
+    if not folder.exists():
+        print(f"preparing {name} as data/{folder.name}")
+        try:
+            prepare([name], folder, tokenizer and str(tokenizer))
+        except OSError:
+            if not (folder / "meta.json").is_file():  # else another process has just made it
+                raise
+    return folder
+
+
+def open_same_dataset(folder: Path, fingerprint: dict[str, Any]) -> Dataset:
+    """The data set in this rank's folder; ValueError if it is not the one that main has there."""
+    data = open_dataset(folder)
+    if data.fingerprint != fingerprint:
+        raise ValueError(
+            f"{data.folder} on {socket.gethostname()} is not the data set that rank 0 has there: "
+            f"copy it"
+        )
+    return data

@@ -1,0 +1,343 @@
+"""Sharded checkpoints: folders of parts, for models that the memory of one machine does not hold.
+
+    python -m run.sharded out/x [checkpoint=latest|best|STEP]     makes one file of such a folder
+
+Each rank writes its part, by torch.distributed.checkpoint (DCP), and any number of ranks can read
+the parts again. manifest.json holds the rest of the checkpoint, the size and the CRC-32 of each
+file, and where in the files each tensor is. DCP's own list of the tensors is a pickle, which can
+run the code of whoever wrote it. So it is never written and never read.
+
+Reading order: save_parts and its steps; load_parts and read_into; the manifest; the command.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if not __package__:  # run as a file: the imports below would not be found
+    command = "python -m run.sharded"
+    print(f"error: run it as a module, from the repository's root: {command}", file=sys.stderr)
+    sys.exit(2)
+
+from config.command import split_arguments, user_errors
+from data import checksum
+from data.files import sync, write_atomically
+from run.ranks import ALONE, Ranks
+from weights import checkpoint
+from weights.lock import Lock
+
+MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 2**28  # bytes; a manifest has about 300 for each part of a tensor
+PART_NAME = re.compile(r"__\d{1,6}_\d{1,6}\.distcp")  # what DCP names its files
+DTYPES = {"float32": torch.float32}
+USAGE = """python -m run.sharded FOLDER [checkpoint=latest|best|STEP]
+
+Makes one file of a checkpoint that a run saved in parts, for sample.py and the other commands."""
+
+
+def folder_of(path: Path, step: int) -> Path:
+    """The folder that takes the place of a checkpoint's file. The name of the best one contains its
+    step, because a folder, unlike a file, cannot replace another one in a single moment."""
+    kind = "best" if path.stem == "best" else "ckpt"
+    return path.with_name(f"{kind}_{step:08d}.shards")
+
+
+def save_parts(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
+    """Writes a checkpoint as the folder `path`. `state` is as in checkpoint.save, but every rank
+    has, and writes, its part of the tensors.
+
+    As checkpoint.save does, it writes under another name, flushes, reads back, checks, and only
+    then renames. OSError on all ranks if one of them fails, FloatingPointError if a tensor holds
+    NaN or Inf.
+    """
+    tensors = tensors_by_name(state)
+    bad = [name for name, t in tensors.items() if not torch.isfinite(local_part(t)).all()]
+    if ranks.largest(len(bad)):
+        name = bad[0] if bad else "a tensor"
+        raise FloatingPointError(f"{name} holds NaN or Inf after step {state['step']}: not saved")
+    temporary = path.with_name(f".{path.name}.tmp")
+    writer = storage_classes()[0](temporary)
+    try:
+        with ranks.all_or_none():
+            if ranks.is_main:
+                remove(temporary)
+                temporary.mkdir()
+        write_own_part(writer, tensors)
+        with ranks.all_or_none():
+            if ranks.is_main:
+                write_manifest(temporary, state, writer.places)
+        with ranks.all_or_none():
+            verify_parts(temporary, ranks)
+        with ranks.all_or_none():
+            if ranks.is_main:
+                commit_parts(temporary, path)
+    except OSError:
+        with suppress(OSError), ranks.all_or_none():  # else the next run's lock removes it
+            if ranks.is_main:
+                remove(temporary)
+        raise
+
+
+def write_own_part(writer: Any, tensors: dict[str, Tensor]) -> None:
+    """Writes this rank's part with DCP. OSError on all ranks if one of them fails."""
+    from torch.distributed.checkpoint import CheckpointException
+    from torch.distributed.checkpoint import save as dcp_save
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # DCP warns a process that is alone
+            dcp_save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise OSError(f"rank {rank}: {reason}" if rank else f"{reason}") from error
+
+
+def commit_parts(temporary: Path, path: Path) -> None:
+    """Gives the folder its name. From this moment on it counts as a checkpoint.
+
+    If another folder has the name already, that one is put aside first and removed afterwards. If
+    the process is killed in between, the next run's lock puts it back. A new best checkpoint
+    replaces all older best ones.
+    """
+    aside = path.with_name(f".{path.name}.old")
+    if path.exists():
+        remove(aside)
+        os.rename(path, aside)
+    os.rename(temporary, path)
+    sync(path.parent)
+    remove(aside)
+    if path.name.startswith("best_"):
+        for other in {path.with_name("best.pt"), *path.parent.glob("best_*.shards")} - {path}:
+            remove(other)
+
+
+def verify_parts(folder: Path, ranks: Ranks = ALONE) -> None:
+    """ValueError unless the files of a checkpoint are as they were written. Each rank checks its
+    share of them."""
+    listed = sorted(read_manifest(folder)["files"].items())[ranks.rank :: ranks.size]
+    files = [folder / name for name, _ in listed]
+    if missing := [file for file in files if not file.is_file()]:
+        raise ValueError(f"{missing[0]} is missing")
+    found = sizes_and_sums(files)
+    for name, wanted in listed:
+        if wanted != found[name]:
+            raise ValueError(
+                f"{folder / name} is damaged: its size or checksum is not what was written"
+            )
+
+
+def load_parts(path: Path) -> dict[str, Any]:
+    """Like checkpoint.load, but it also takes a folder of parts. The folder is verified, and the
+    tensors in the result have no data. The result names the folder as `shards`, for `read_into`."""
+    if not path.is_dir():
+        return checkpoint.load(path)
+    verify_parts(path)
+    manifest = read_manifest(path)
+    state = {name: manifest.get(name) for name in checkpoint.FIELDS}
+    state |= {"model": {}, "optimizer": {}}
+    for full_name, place in manifest["tensors"].items():
+        kind, _, name = full_name.partition("/")
+        tensor = torch.empty(place["shape"], dtype=DTYPES[place["dtype"]], device="meta")
+        if kind == "model":
+            state["model"][name] = tensor
+        else:
+            name, _, key = name.rpartition("/")
+            state["optimizer"].setdefault(name, {})[key] = tensor
+    size = sum(size for size, _ in manifest["files"].values())
+    return checkpoint.checked_state(path, state, size) | {"shards": str(path)}
+
+
+def read_into(state: dict[str, Any], folder: Path) -> None:
+    """Fills the tensors in `state`, or this rank's parts of them, from a sharded checkpoint.
+    ValueError if one holds NaN or Inf."""
+    from torch.distributed.checkpoint import load as dcp_load
+
+    tensors = tensors_by_name(state)
+    reader = storage_classes()[1](folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # DCP warns a process that is alone
+        dcp_load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    for name, tensor in tensors.items():
+        if not torch.isfinite(local_part(tensor)).all():
+            raise ValueError(f"{folder}: {name} holds NaN or Inf")
+
+
+def tensors_by_name(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint in one dict: model/NAME and optimizer/NAME/KEY."""
+    result = {f"model/{name}": t for name, t in state["model"].items()}
+    for name, per in state["optimizer"].items():
+        result |= {f"optimizer/{name}/{key}": t for key, t in per.items()}
+    return result
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def storage_classes() -> tuple[type, type]:
+    """DCP's writer and reader of files, changed to use our manifest instead of DCP's pickle."""
+    from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    class Writer(FileSystemWriter):
+        """After writing, `places` says on main where each part of each tensor is."""
+
+        places: dict[str, Any] = {}
+
+        def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+            self.places, shapes = {}, {}
+            for name, tensor in metadata.state_dict_metadata.items():
+                dtype = str(tensor.properties.dtype).removeprefix("torch.")
+                self.places[name] = {"shape": list(tensor.size), "dtype": dtype, "parts": []}
+                for chunk in tensor.chunks:
+                    shapes[name, tuple(chunk.offsets)] = list(chunk.sizes)
+            for written in (one for some in results for one in some):
+                name, offset, info = written.index.fqn, written.index.offset, written.storage_data
+                part = {
+                    "offset": list(offset),
+                    "shape": shapes[name, tuple(offset)],
+                    "file": info.relative_path,
+                    "at": info.offset,
+                    "bytes": info.length,
+                }
+                self.places[name]["parts"].append(part)
+
+    class Reader(FileSystemReader):
+        """Takes from the manifest what DCP would take from its pickle."""
+
+        def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+            tensors, where = {}, {}
+            for name, place in read_manifest(Path(self.path))["tensors"].items():
+                chunks = []
+                for part in place["parts"]:
+                    offset, shape = torch.Size(part["offset"]), torch.Size(part["shape"])
+                    chunks.append(ChunkStorageMetadata(offset, shape))
+                    info = _StorageInfo(part["file"], part["at"], part["bytes"])
+                    where[MetadataIndex(name, part["offset"])] = info
+                properties = TensorProperties(DTYPES[place["dtype"]])
+                size = torch.Size(place["shape"])
+                tensors[name] = TensorStorageMetadata(properties, size, chunks)
+            return Metadata(tensors, storage_data=where)
+
+    return Writer, Reader
+
+
+def write_manifest(folder: Path, state: dict[str, Any], places: dict[str, Any]) -> None:
+    manifest = {"format": checkpoint.FORMAT, "format_version": checkpoint.VERSION}
+    manifest |= {name: v for name, v in state.items() if name not in ("model", "optimizer")}
+    manifest |= {"tensors": places, "files": sizes_and_sums(sorted(folder.iterdir()))}
+    text = json.dumps(manifest | {"checksum": checksum(manifest)})
+    write_atomically(folder / MANIFEST, lambda file: file.write(text.encode()))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The checked content of manifest.json. ValueError if it is damaged or not one of ours."""
+    path = folder / MANIFEST
+    if not path.is_file() or path.stat().st_size > LARGEST_MANIFEST:
+        raise ValueError(f"{path} is missing or too large: {folder} is not a whole checkpoint")
+    try:
+        manifest = json.loads(path.read_bytes())
+        sound = manifest["format"] == checkpoint.FORMAT
+        sound = sound and manifest["checksum"] == checksum(manifest)
+        sound = sound and all(PART_NAME.fullmatch(name) for name in manifest["files"])
+        for place in manifest["tensors"].values():
+            sound = sound and place["dtype"] in DTYPES
+            numbers = list(place["shape"])
+            for part in place["parts"]:
+                sound = sound and part["file"] in manifest["files"]
+                numbers += [part["at"], part["bytes"], *part["offset"], *part["shape"]]
+            sound = sound and all(type(n) is int and n >= 0 for n in numbers)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error!r:.200})") from None
+    if not sound:
+        raise ValueError(f"{path} is damaged, or not from this program")
+    return manifest
+
+
+def sizes_and_sums(files: list[Path]) -> dict[str, list[int]]:
+    """name -> [size, CRC-32] of each file. Several threads read, because a fast disk gives more
+    than one thread can take."""
+    with ThreadPoolExecutor(8) as pool:
+        sums = list(pool.map(crc_of, files))
+    return {f.name: [f.stat().st_size, crc] for f, crc in zip(files, sums, strict=True)}
+
+
+def crc_of(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def find_parts(folder: Path, which: str) -> Path:
+    """The sharded checkpoint that `which` names: latest, best, or a step."""
+    steps = {str(s): path for s, path in checkpoint.all_in(folder) if path.suffix == ".shards"}
+    best = sorted(folder.glob("best_*.shards"))
+    found = steps.get(which)
+    if which == "latest":
+        found = list(steps.values())[-1] if steps else None
+    if which == "best":
+        found = best[-1] if best else None
+    if found is None:
+        there = ", ".join(steps) or "none"
+        raise ValueError(
+            f"no checkpoint {which} in parts in {folder}; there are {there}"
+            f"{' and best' if best else ''}"
+        )
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0; the user's errors exit with 2."""
+    if {"-h", "--help"} & set(argv):
+        print(USAGE)
+        return 0
+    with user_errors():
+        places, pairs = split_arguments(argv)
+        which = pairs.pop("checkpoint", "latest")
+        if len(places) != 1 or pairs:
+            raise ValueError(
+                f"one folder of a run and checkpoint=... are wanted, got {' '.join(argv)}"
+            )
+        folder = Path(places[0])
+        parts = find_parts(folder, which)
+        with Lock(folder):
+            state = load_parts(parts)
+            for tensors in (state["model"], *state["optimizer"].values()):
+                for name, tensor in tensors.items():
+                    tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            read_into(state, parts)
+            step = state["step"]
+            file = folder / "best.pt" if which == "best" else checkpoint.path_of(folder, step)
+            fields = [n for n in checkpoint.FIELDS if n not in ("format", "format_version")]
+            checkpoint.save(file, {name: state[name] for name in fields})
+        print(f"{parts} is now {file}, too: {file.stat().st_size / 1e9:.3f} GB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

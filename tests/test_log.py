@@ -1,0 +1,174 @@
+"""One record, all its readers: the line, the file, the tracker, the plot."""
+
+import json
+import math
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import largest_file
+
+from config.schema import Config
+from model import ModelConfig
+from run.log import Log, clock, open_tracker
+from run.metrics import METRICS_FILE, plot_losses, read_metrics
+from run.ranks import ALONE
+
+
+def run_in(folder, step=0, **knobs):
+    """What a log needs of a run: steps of 100 tokens, two bytes each."""
+    model = ModelConfig(n_layer=1, n_head=1, n_embd=4, n_hidden=4, block_size=10, vocab_size=7)
+    given = dict(device="cpu", dtype="float32", parallel="ddp", compile=False, micro_batch_size=1)
+    given |= dict(batch_size=10, max_iters=10, warmup_iters=0, log_interval=2)
+    data = SimpleNamespace(train=[0], val=[0], meta={}, bytes_per_token=lambda split: 2.0)
+    return SimpleNamespace(
+        config=Config(model=model, out_dir=str(folder), **given | knobs),
+        folder=folder,
+        data=data,
+        ranks=ALONE,
+        step=step,
+    )
+
+
+def log_in(folder, step=0, asked=None):
+    """A log without a tracker; signals that it asks for are put into the list `asked`."""
+    interrupts = SimpleNamespace(ask_to_stop=lambda number: asked.append(number), came=0)
+    return Log(run_in(folder, step), None, interrupts)
+
+
+def test_a_record_every_interval_with_the_mean_time_of_its_steps(tmp_path, capsys):
+    with log_in(tmp_path) as log:
+        for step, seconds in enumerate((9.0, 0.1, 0.2, 0.4), 1):
+            log.training(step, 2.0, 1e-3, 0.5, seconds)
+    records = read_metrics(tmp_path)
+    assert [r["step"] for r in records] == [1, 2, 4]  # the first step, then each second one
+    assert records[-1]["step_ms"] == pytest.approx(300)
+    assert records[-1]["tok_per_s"] == pytest.approx(100 / 0.3)
+    line = "step 4/10 | loss 2.0000 | lr 1.00e-03 | grad norm 0.50 | 300 ms | 333 tok/s | "
+    line += "0% of matmul rate | 0:02 left"
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_bits_per_byte_by_hand(tmp_path, capsys):
+    with log_in(tmp_path) as log:
+        log.evaluation(2, 4 * math.log(2))  # 4 bits per token of 2 bytes
+    assert read_metrics(tmp_path) == [{"step": 2, "val_loss": 4 * math.log(2), "val_bpb": 2.0}]
+    assert "val loss 2.7726 | 2.0000 bits per byte | perplexity 16.00" in capsys.readouterr().out
+
+
+def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path):
+    whole = "".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in (1, 2, 3, 4))
+    (tmp_path / METRICS_FILE).write_text(whole + '{"step": 5, "lo')  # a kill cut the last line
+    for step, kept in ((3, [1, 2, 3]), (0, [])):
+        with log_in(tmp_path, step):
+            assert [r["step"] for r in read_metrics(tmp_path)] == kept
+
+
+@pytest.mark.parametrize("room", [0, 5])
+def test_a_full_disk_under_the_log_is_told_and_leaves_no_half_line(tmp_path, capsys, room):
+    with log_in(tmp_path) as log:
+        log.evaluation(1, 2.0)
+        before = (tmp_path / METRICS_FILE).read_bytes()
+        with largest_file(len(before) + room):
+            log.evaluation(2, 2.0)
+    assert "warning: metrics.jsonl failed, this record is not in it" in capsys.readouterr().err
+    assert (tmp_path / METRICS_FILE).read_bytes() == before
+
+
+def test_records_whose_file_has_vanished_are_written_again(tmp_path):
+    with log_in(tmp_path) as log:
+        log.evaluation(1, 2.0)
+        (tmp_path / METRICS_FILE).unlink()
+        log.evaluation(2, 1.5)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+
+
+DAMAGED = {
+    "cut": b'{"step": 2, "lo\n',
+    "binary": b"\xff\xfe\n",
+    "list": b"[1, 2]\n",
+    "no step": b'{"loss": 1}\n',
+    "deep": b"[" * 10**5 + b"\n",
+    "no end": b'{"step": 2}',
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_line_is_named_and_left_out(tmp_path, capsys, line):
+    (tmp_path / METRICS_FILE).write_bytes(b'{"step": 1}\n' + line)
+    assert read_metrics(tmp_path) == [{"step": 1}]
+    assert "metrics.jsonl:2 is damaged and left out" in capsys.readouterr().err
+
+
+def test_a_reader_that_left_asks_the_run_to_stop(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    asked = []
+    with os.fdopen(write, "w") as pipe, log_in(tmp_path, asked=asked) as log:
+        log.line("more than nobody reads", pipe)
+        log.line("and more", pipe)
+    assert asked == [13]
+
+
+def test_a_bar_takes_the_place_of_the_lines_on_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)  # there is no terminal
+    with log_in(tmp_path) as log:
+        before = capsys.readouterr().out
+        log.training(1, 2.0, 1e-3, 0.5, 0.1)
+    printed = capsys.readouterr()
+    assert "10 x 10 = 100 tokens" in before
+    assert printed.out == "" and "loss 2.0000, lr 1.00e-03, 1,000 tok/s" in printed.err
+
+
+def test_clock():
+    assert [clock(s) for s in (0, 59.6, 93, 7265)] == ["0:00", "1:00", "1:33", "2:01:05"]
+
+
+def test_a_resumed_run_is_the_same_run_for_wandb(tmp_path, monkeypatch):
+    begun, fake = [], type(sys)("wandb")
+    fake.init = lambda **knobs: begun.append(knobs) or fake
+    fake.log = lambda record, step: begun.append(step)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for folder in ("one", "one", "other"):
+        open_tracker(run_in(tmp_path / folder, tracker="wandb", seed=1))({"step": 3})
+    first, _, again, _, other, last = begun
+    assert first == again and first["resume"] == "allow" and last == 3
+    assert first["config"]["seed"] == 1 and other["id"] != first["id"]
+
+
+def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
+    sent = []
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "tensorboard")
+
+        def add_scalar(self, name, value, step):
+            sent.append((name, value, step))
+
+        def flush(self):
+            pass
+
+    fake = type(sys)("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    open_tracker(run_in(tmp_path, tracker="tensorboard"))({"step": 3, "loss": 2.0})
+    assert sent == [("step", 3, 3), ("loss", 2.0, 3)]
+
+
+def test_the_plot_is_a_picture_and_needs_matplotlib(tmp_path, monkeypatch):
+    assert plot_losses(tmp_path) is None
+    lines = '{"step": 1, "loss": 2.0}\n{"step": 2, "val_loss": 1.0}\n'
+    (tmp_path / METRICS_FILE).write_text(lines)
+    assert plot_losses(tmp_path).read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert plot_losses(tmp_path) is None
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("name", ["$x_{$", "\udcff", "$", "a\nb"])
+def test_the_plot_of_a_run_with_an_odd_name_is_a_picture(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / METRICS_FILE).write_text('{"step": 1, "loss": 2.0}\n')
+    assert plot_losses(tmp_path / name).read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,193 @@
+"""What auto means, that the ceiling is a real one, and what a model costs, by hand. Every variant's
+parameters are counted in test_model.py.
+"""
+
+import sys
+
+import pytest
+import torch
+
+from config.schema import Config
+from lab.bench_norm import copy_rate
+from model import Decoder, ModelConfig, parameter_count
+from run.machine import (
+    autocast,
+    choose_device,
+    choose_dtype,
+    disable_cudnn_attention,
+    flops_per_token,
+    keep_freed_memory,
+    matmul_rate,
+    memory_estimate,
+    pays_to_compile,
+    peak_memory,
+    to_device,
+    total_memory,
+)
+
+
+def test_auto_takes_the_best_device_there_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == choose_device("cuda") == "cuda:0"
+    assert choose_device("cuda:1") == "cuda:1"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto") == "mps"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device("auto") == "cpu"
+
+
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for wanted in ("cuda:7", "cdua"):
+        with pytest.raises(
+            ValueError, match=f"device={wanted} is not on this machine; it has cuda:0, cpu"
+        ):
+            choose_device(wanted)
+
+
+@pytest.mark.parametrize(
+    "capability, auto", [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")]
+)
+def test_bfloat16_needs_the_hardware_on_cuda(monkeypatch, capability, auto):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert choose_dtype("auto", "cuda:0") == auto
+    assert choose_dtype("float16", "cuda:0") == "float16"
+    if auto == "float32":
+        with pytest.raises(ValueError, match="compute capability 8.0"):
+            choose_dtype("bfloat16", "cuda:0")
+
+
+@pytest.mark.parametrize("native, auto", [(True, "bfloat16"), (False, "float32")])
+def test_bfloat16_on_a_cpu_is_automatic_only_where_it_is_native(monkeypatch, native, auto):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    assert choose_dtype("auto", "cpu") == auto
+    assert choose_dtype("bfloat16", "cpu") == "bfloat16"
+
+
+def test_float16_is_refused_on_a_cpu():
+    with pytest.raises(ValueError, match="needs a CUDA device, this is cpu"):
+        choose_dtype("float16", "cpu")
+
+
+def test_autocast_multiplies_in_the_dtype_asked_for():
+    a = torch.ones(2, 2)
+    with autocast("cpu", "bfloat16"):
+        assert (a @ a).dtype == torch.bfloat16
+    with autocast("cpu", "float32"):
+        assert (a @ a).dtype == torch.float32
+
+
+def test_the_measured_rate_is_what_a_product_reaches():
+    rate = matmul_rate("cpu", "float32")
+    assert 1e8 < rate < 1e14
+    assert matmul_rate("cpu", "float32") == rate  # measured once
+
+
+def test_the_rate_of_a_copy_is_bytes_read_and_written_by_the_time(monkeypatch):
+    rate = copy_rate("cpu", 2**20)
+    assert 1e8 < rate < 1e13
+    assert copy_rate("cpu", 2**20) == rate  # measured once, for each size
+    ticks = iter([0.0, 3.0, 0.0, 2.0, *[0.0, 5.0] * 3])
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    assert copy_rate("cpu", 1000) == 4 * 2 * 1000 / 2.0  # the best of five times four copies
+
+
+def test_memory_is_told_in_bytes():
+    assert 2**28 < peak_memory("cpu") < total_memory("cpu") < 2**50
+
+
+def test_the_cpu_needs_no_copy():
+    x = torch.ones(3)
+    assert to_device(x, "cpu") is x
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux")
+def test_freed_memory_is_used_again_without_page_faults():
+    import resource
+
+    keep_freed_memory()
+    size, pages = (
+        2**26,
+        2**26 // resource.getpagesize(),
+    )  # 64 MiB: glibc by itself gives such a block back at once
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(size // 4)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert min(faults() for _ in range(10)) < pages / 10
+
+
+def test_only_on_cuda_is_a_kernel_left_out_that_plans_each_length_anew(monkeypatch):
+    left_out = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: left_out.append(not on))
+    disable_cudnn_attention("cpu")
+    disable_cudnn_attention("mps")
+    assert left_out == []
+    disable_cudnn_attention("cuda:1")
+    assert left_out == [True]
+
+
+def config(**knobs):
+    return ModelConfig(
+        **(dict(n_layer=2, n_head=4, n_embd=64, n_hidden=96, block_size=64, vocab_size=101) | knobs)
+    )
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{}, {"tie_embeddings": True}, {"norm": "layernorm"}, {"n_kv_head": 1}, {"n_hidden": 0}],
+)
+def test_parameter_count_is_that_of_the_model(knobs):
+    c = config(**knobs)
+    assert parameter_count(c) == sum(p.numel() for p in Decoder(c).parameters())
+
+
+def test_flops_by_hand():
+    c = config(
+        n_layer=1, n_embd=8, n_head=2, n_hidden=10, vocab_size=7, block_size=4, tie_embeddings=True
+    )
+    matrices = 4 * 8 * 8 + 3 * 8 * 10 + 7 * 8 + 3 * 8  # attention, feed-forward, head, gains
+    assert flops_per_token(c) == 6 * matrices + 12 * 1 * 8 * 4
+    adapters = 2 * (4 * (8 + 8) + 3 * (8 + 10))  # rank 2
+    assert flops_per_token(c, lora_rank=2) == 4 * matrices + 6 * adapters + 12 * 1 * 8 * 4
+
+
+def estimate(model, micro_batch, dtype="float32", device="cpu", **knobs):
+    run = Config(model=model, dtype=dtype, device=device, **knobs)
+    return memory_estimate(run, micro_batch)
+
+
+def test_memory_estimate_grows_as_it_should():
+    fixed, one = estimate(config(), 1)
+    assert fixed == 16 * parameter_count(config())
+    assert estimate(config(), 4)[1] == 4 * one
+    assert estimate(config(), 1, "bfloat16")[1] < one
+    assert estimate(config(), 1, activation_checkpointing=True)[1] < one
+
+
+def test_memory_for_logits_is_bounded_and_a_cpu_keeps_its_scores_in_bfloat16():
+    large = config(vocab_size=50_000, block_size=1024)
+    few, many = (estimate(large, micro)[1] for micro in (1, 8))
+    assert many < 8 * few - 7 * 2**25 * 4 * 2  # logits of 671 tokens, of 1,024 or of 8,192
+    plain, fused = (estimate(large, 2, "bfloat16", device)[1] for device in ("cpu", "cuda"))
+    scores = 2 * large.n_layer * large.n_head * 1024 * 1024  # T x T for each head of two rows
+    assert plain - fused == 2 * scores  # bytes
+    for dtype, block_size in (("float32", 1024), ("bfloat16", 1025)):
+        c = config(block_size=block_size)
+        assert estimate(c, 2, dtype, "cpu") == estimate(c, 2, dtype, "cuda")
+
+
+@pytest.mark.parametrize(
+    "device, max_iters, wanted",
+    [("cuda:0", 1, True), ("mps", 10**6, False), ("cpu", 1050, False), ("cpu", 1150, True)],
+)
+def test_a_cpu_compiles_where_a_run_is_long_enough(device, max_iters, wanted):
+    """4 layers of 128 channels save 30 ms of a step of 2,048 tokens, and take 33 s."""
+    model = ModelConfig(n_layer=4, n_head=2, n_embd=128, block_size=256)
+    run = Config(model=model, batch_size=8, max_iters=max_iters, warmup_iters=0, device=device)
+    assert pays_to_compile(run) == wanted

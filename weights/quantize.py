@@ -1,0 +1,131 @@
+"""A model's matrices in other forms for inference: rounded once to the dtype of the products,
+packed for a CPU, or as int8 with a scale for each output.
+
+Reading order: what is done to a whole model; then the two kinds of layers, Int8Linear and
+PackedLinear.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import Decoder
+
+# Rows of x up to which torch's int8 kernel is the fastest way: every few rows it reads all weights
+# again.
+KERNEL_ROWS = 8
+# Rows of x for which packed matrices are laid out: those of a few samples at once.
+PACKED_ROWS = 4
+# Weights that a CPU converts at once: they are still in its cache when they are multiplied.
+CONVERTED_AT_ONCE = 2**20
+
+
+def replace_matrices(model: Decoder, make: Callable[[Tensor], nn.Module]) -> Decoder:
+    """Puts make(weight) in the place of every linear layer, one after the other. A head that is
+    tied to the embedding becomes a layer of its own.
+    """
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, make(child.weight))
+    if model.head is None:
+        model.head = make(model.embed.weight)
+    return model
+
+
+def quantize_int8(model: Decoder) -> Decoder:
+    """Every matrix of the Blocks and the head to int8, in place. Embedding and norms stay as they
+    are, also if the embedding is tied to the head.
+    """
+    return replace_matrices(model, Int8Linear)
+
+
+def round_matrices(model: Decoder, dtype: torch.dtype) -> Decoder:
+    """The same matrices to `dtype`, in place. Autocast rounds them so in each call, so under
+    autocast no bit changes. In inference mode autocast does not keep what it has rounded, and each
+    new token would cost a pass over all weights in fp32.
+    """
+    return replace_matrices(model, lambda weight: linear_layer(weight.detach().to(dtype)))
+
+
+def can_pack_matrices(dtype: torch.dtype) -> bool:
+    """Whether PyTorch packs matrices on this CPU: it does with oneDNN on x86, in bfloat16 only
+    where the hardware has it.
+    """
+    x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    has_dtype = dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported()
+    return x86 and has_dtype and torch.backends.mkldnn.is_available()
+
+
+def pack_matrices(model: Decoder, dtype: torch.dtype, smallest: int) -> Decoder:
+    """The same matrices in `dtype`, in place, packed for a CPU for which can_pack_matrices(dtype).
+    In float32, matrices of fewer than `smallest` weights stay as they are: they are read from the
+    cache, where MKL is faster (docs/LOG.md).
+    """
+
+    def pack(weight: Tensor) -> nn.Module:
+        if dtype == torch.float32 and weight.numel() < smallest:
+            return linear_layer(weight.detach())
+        return PackedLinear(weight, dtype)
+
+    return replace_matrices(model, pack)
+
+
+def linear_layer(weight: Tensor) -> nn.Linear:
+    """A linear layer with this weight itself, not with a copy."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+class Int8Linear(nn.Module):
+    """x [..., in] -> x W^T [..., out], with W [out, in] as int8 times one scale for each output.
+
+    Only weights are rounded, symmetrically (W8A16): the products are in the dtype of x, or in that
+    of autocast. Sampling uses each weight for little work, so reading fewer bytes makes it faster;
+    where there is more work, converting W costs a little.
+    """
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        largest = weight.detach().abs().amax(1, keepdim=True)  # [out, 1]
+        # The kernel wants the scale in bfloat16. That moves it by at most 1/256, so the largest
+        # weight still becomes a multiple of at most 127.
+        scale = (largest / 127).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
+        self.register_buffer("weight", (weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale.flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        device, width = x.device.type, x.shape[-1]
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        rows = x.reshape(-1, width)  # [B T, in]
+        # The kernel reads 16 inputs at a time, and past the end of a row of another width.
+        kernel_fits = device == "cpu" and x.dtype == torch.bfloat16 and width % 16 == 0
+        if kernel_fits and len(rows) <= KERNEL_ROWS:
+            y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            parts = [self.weight]
+            if device == "cpu":
+                parts = self.weight.split(max(1, CONVERTED_AT_ONCE // width))
+            y = torch.cat([F.linear(rows, part.to(x.dtype)) for part in parts], dim=-1) * self.scale
+        return y.view(*x.shape[:-1], -1)
+
+
+class PackedLinear(nn.Module):
+    """x [..., in] -> x W^T [..., out] on a CPU, with W in the order of memory that oneDNN reads
+    fastest for few rows of x. The products are those of nn.Linear in `dtype`, summed in another
+    order.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
+        super().__init__()
+        weight = weight.detach().to(dtype).contiguous()
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+        self.register_buffer("weight", packed, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.weight.dtype)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
