@@ -24,7 +24,7 @@ import tarfile
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,8 +154,7 @@ def guarded(program: str, arguments: list[str], scene: Path) -> None:
 
     if program == "prepare":
         data.prepare.__file__ = str(scene / "data" / "prepare.py")
-        pieces = [Piece(split, True, PROSE) for split in ("train", "val")]
-        stream = Corpus("s", "a stream", lambda: iter(pieces), stream=True)
+        stream = Corpus("s", "a stream", two_pieces, stream=True)
         data.corpus.NAMED["a-stream"] = lambda: stream
     limit_data(2 * MEMORY)
     sys.addaudithook(watch)
@@ -166,6 +165,11 @@ def guarded(program: str, arguments: list[str], scene: Path) -> None:
         seconds = used.ru_utime + used.ru_stime
         if used.ru_maxrss * 1024 > MEMORY or seconds > SECONDS:
             os.write(notes, f"{used.ru_maxrss >> 10:,} MB, {seconds:.0f} s".encode())
+
+
+def two_pieces() -> Iterator[Piece]:
+    for split in ("train", "val"):
+        yield Piece(split, True, PROSE)
 
 
 def limit_data(more: int) -> None:

@@ -129,7 +129,7 @@ data/files.py
 
 a save that fails ends the training | full disk in a save
 run/folder.py
-- if must:
+- if required:
 + if True:
 
 a failed save leaves its temporary file | full disk in a save
@@ -202,8 +202,8 @@ run/ranks.py
 
 DDP sums the first gradient of a process in another order | which nobody starts again | 1
 train.py
-- nothing_new = alone and run.config.device == "cpu" and not run.config.compile
-+ nothing_new = True
+- nothing_can_fail = alone and run.config.device == "cpu" and not run.config.compile
++ nothing_can_fail = True
 
 a lost rank is a traceback | data of one rank | 4
 run/ranks.py
