@@ -352,7 +352,7 @@ def plot_loss_curves(study: Study, figure: Any, colours: dict[str, str]) -> None
     left, right = figure.subplots(1, 2)
     left.set(xlabel="step", ylabel="loss (nats per token)")
     left.set_title("lines: training, points: validation")
-    right.set(xlabel="step", ylabel="nats per token", title="training loss less the reference's")
+    right.set(xlabel="step", ylabel="nats per token", title="training loss minus the reference's")
 
     def draw_line(axes: Any, arm: str, x: np.ndarray, y: np.ndarray) -> None:
         axes.plot(x, y.mean(0), color=colours[arm], linewidth=1.2, label=plot_label(arm))

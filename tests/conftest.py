@@ -117,7 +117,7 @@ def no_code(monkeypatch):
 
 @pytest.fixture
 def measure(monkeypatch, tmp_path, data_folder, capsys, no_code):
-    """measure('train', ...) runs bench.py in an empty folder: (exit code, stdout, stderr)."""
+    """measure('train', ...) runs lab.bench in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.setattr("run.setup.DATA", data_folder)
     monkeypatch.chdir(tmp_path)
 

@@ -38,7 +38,7 @@ metric_list: [{metric: bits_per_byte}]
     ids=["plain", "GQA"],
 )
 def exported(tmp_path, request):
-    """A run with random weights and a SentencePiece tokenizer, and what hf.py made of it."""
+    """A run with random weights and a SentencePiece tokenizer, and what exchange.hf made of it."""
     tokenizer = train_sentencepiece([TEXT], 500)
     model = model_of(vocab_size=tokenizer.vocab_size, **request.param)
     run = save_run(tmp_path / "run", model, tokenizer)

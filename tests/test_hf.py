@@ -1,6 +1,6 @@
 """In and out of the command exchange/hf.py, against transformers.
 
-`PYTHONPATH=. python tests/test_hf.py` prints the README's table.
+`PYTHONPATH=. python tests/test_hf.py` prints the table of docs/huggingface.md.
 """
 
 import contextlib
@@ -373,7 +373,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, capsys):
 
 
 def cell(way, heads, tied, rope):
-    """A cell of the README's table."""
+    """A cell of the the table of docs/huggingface.md."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         found = compare(*way(Path(folder), heads, tied, rope), new_tokens=200)
     return f"{found.difference:.1g}, {'equal' if found.ids and found.text else 'DIFFERENT'}"

@@ -314,4 +314,4 @@ def test_a_norm_is_entered_in_every_table_alike_and_says_what_it_is(kind):
     for function in {EAGER[kind], FUSED.get(kind, EAGER[kind])}:
         arguments = [*inspect.signature(function).parameters]
         assert arguments == ["x", *PARAMETERS[kind], *norm.constants]
-    assert EAGER[kind].__doc__.splitlines()[0].endswith(".")  # compare.py --list prints this line
+    assert EAGER[kind].__doc__.splitlines()[0].endswith(".")  # lab.compare --list prints this line
