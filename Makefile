@@ -7,7 +7,7 @@ train: .venv/run.stamp
 	$(BIN)/python train.py config/small.py resume=auto
 
 test: .venv/dev.stamp lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 faults: .venv/dev.stamp
 	PYTHONPATH=.:tests $(BIN)/python -m faults

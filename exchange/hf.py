@@ -14,15 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+if not __package__:  # run as a file: the imports below would not be found
+    command = "python -m exchange.hf"
+    print(f"error: run it as a module, from the repository's root: {command}", file=sys.stderr)
+    sys.exit(2)
+
 import torch
 from torch import Tensor
-
-if not __package__:  # run as a file: the imports below would not be found
-    print(
-        "error: run it as a module, from the repository's root: python -m exchange.hf",
-        file=sys.stderr,
-    )
-    sys.exit(2)
 
 from config.command import help_text, print_help, split_arguments, user_errors
 from config.schema import knobs_of, parse_knobs

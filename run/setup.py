@@ -225,7 +225,7 @@ def check_data(config: Config, data: Dataset, start: Weights | None) -> None:
     tokens, wanted = data.meta["vocab_size"], config.model.vocab_size
     if 0 < wanted < tokens:
         raise ValueError(
-            f"vocab_size={wanted} is below the {tokens} tokens of data/{config.dataset}: "
+            f"vocab_size={wanted} is below the {tokens} tokens of {data.folder}: "
             f"leave it 0 (automatic) or choose a larger one"
         )
     block_size = config.model.block_size

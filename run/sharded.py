@@ -22,14 +22,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
 if not __package__:  # run as a file: the imports below would not be found
     command = "python -m run.sharded"
     print(f"error: run it as a module, from the repository's root: {command}", file=sys.stderr)
     sys.exit(2)
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from config.command import split_arguments, user_errors
 from data import checksum

@@ -87,16 +87,14 @@ def launch_here(command, threads):
 
 
 @pytest.fixture
-def start(tmp_path, monkeypatch, data_folder, capsys):
+def start(tmp_path, data_folder, capsys):
     """start('key=value', ...) trains a very small model in tmp_path/run: (exit code, stdout,
     stderr).
     """
-    monkeypatch.setattr("run.setup.DATA", data_folder)
 
     def run(*arguments, out="run"):
-        knobs = {
-            a.split("=")[0]: a for a in [*SMALL, f"out_dir={tmp_path / out}", *arguments]
-        }  # later ones win
+        words = [f"out_dir={tmp_path / out}", f"dataset={data_folder / 'words'}"]
+        knobs = {a.split("=")[0]: a for a in [*SMALL, *words, *arguments]}  # later ones win
         try:
             code = train.main([str(ROOT / "config" / "tiny.py"), *knobs.values()])
         except SystemExit as stop:

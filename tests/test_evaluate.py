@@ -205,12 +205,11 @@ def test_a_hugging_face_folder_is_evaluated_on_the_data_that_is_named(data, tmp_
     )
 
 
-def test_data_of_another_tokenizer_are_refused(start, tmp_path, data, capsys, monkeypatch):
+def test_data_of_another_tokenizer_are_refused(start, tmp_path, data, capsys):
     prepare([str(data.parent / "words.txt")], tmp_path / "bytes", tokenizer="byte")
     start("eval_interval=0")  # it also takes away what prepare has printed
-    monkeypatch.setattr(evaluate, "DATA", tmp_path)
     run = tmp_path / "run"
-    error = refused(capsys, run, "eval=val", "dataset=bytes")
+    error = refused(capsys, run, "eval=val", f"dataset={tmp_path / 'bytes'}")
     assert f"was not made with the tokenizer of {run}: python data/prepare.py TEXT" in error
     assert f"TEXT tokenizer={run} name=NAME" in error
     assert "no such data set; make it with" in refused(capsys, run, "eval=val", "dataset=missing")

@@ -161,7 +161,8 @@ def tune_by_preset(base, out, *knobs):
     """Fine-tunes with nothing said about the shape of the model."""
     preset = out.with_name(f"{out.name}.py")
     preset.write_text(f"init_from = {str(base)!r}\nout_dir = {str(out)!r}\n")
-    named = {a.split("=")[0]: a for a in [*SMALL, *knobs]}
+    data = f"dataset={said(base)['dataset']}"
+    named = {a.split("=")[0]: a for a in [*SMALL, data, *knobs]}
     few = [a for name, a in named.items() if name not in SHAPE or a in knobs]
     return train.main([str(preset), *few])
 

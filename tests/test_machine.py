@@ -26,21 +26,25 @@ from run.machine import (
 )
 
 
+def has_devices(monkeypatch, gpus=0, mps=False):
+    """This machine has a CPU alone, so what PyTorch says of others is set here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
 def test_auto_takes_the_best_device_there_is(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    has_devices(monkeypatch, gpus=2, mps=True)
     assert choose_device("auto") == choose_device("cuda") == "cuda:0"
     assert choose_device("cuda:1") == "cuda:1"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    has_devices(monkeypatch, mps=True)
     assert choose_device("auto") == "mps"
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    has_devices(monkeypatch)
     assert choose_device("auto") == "cpu"
 
 
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    has_devices(monkeypatch, gpus=1)
     for wanted in ("cuda:7", "cdua"):
         with pytest.raises(
             ValueError, match=f"device={wanted} is not on this machine; it has cuda:0, cpu"

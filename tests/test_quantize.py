@@ -124,7 +124,7 @@ def dequantized(model: Decoder) -> Decoder:
             if isinstance(child, Int8Linear):
                 linear = Linear(*child.weight.shape[::-1], bias=False)
                 linear.weight.data = child.weight * child.scale.float()[:, None]
-                setattr(parent, name, linear)
+                parent.add_module(name, linear)
     return model
 
 

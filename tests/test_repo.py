@@ -288,7 +288,6 @@ def test_readme_commands_run_one_after_the_other(
     prepare = data.prepare.prepare
     prepare([str(data_folder / "words.txt")], tmp_path / "data" / "words", vocab_size=300)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdin", None)
     for module in ("run.setup", "run.evaluate"):
         monkeypatch.setattr(f"{module}.DATA", tmp_path / "data")
     monkeypatch.setattr(

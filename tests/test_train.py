@@ -13,11 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import run.evaluate
 import train
 from data.loader import open_dataset, read_windows
 from data.prepare import prepare
-from data.tokenizer import ByteTokenizer
 from model import Decoder
 from run import log, parallel
 from run.log import Log
@@ -184,16 +182,16 @@ def test_a_runs_folder_is_all_that_going_on_takes(start, tmp_path, monkeypatch):
 
 def test_a_signal_during_evaluation_loses_nothing(start, tmp_path, monkeypatch):
     assert start(*HARD, "micro_batch_size=1", out="whole")[0] == 0
-    read, calls = run.evaluate.read_windows, []
+    calls = []
 
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
+    def interrupt(model):
+        calls.append(1) if not model.training else None
+        if len(calls) == 2 and not model.training:
             os.kill(os.getpid(), signal.SIGINT)
-        return read(*arguments)
+        return 1
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.evaluate, "read_windows", interrupted)
+        loss_times(patch, interrupt)
         assert start(*HARD, "micro_batch_size=1")[0] == 130
     assert len(calls) == 2
     assert start(*HARD, "micro_batch_size=1", "resume=yes")[0] == 0
@@ -669,7 +667,7 @@ def test_a_tracker_that_is_not_installed_is_named(start, tmp_path, monkeypatch):
 def test_a_padded_vocabulary_is_allowed_and_a_short_one_refused(start):
     assert start("vocab_size=32")[0] == 0
     code, _, err = start("vocab_size=10", out="other")
-    assert code == 2 and "vocab_size=10 is below the 16 tokens of data/words" in err
+    assert code == 2 and "vocab_size=10 is below the 16 tokens of " in err
 
 
 def test_the_python_data_set_is_prepared_when_it_is_missing(
@@ -841,16 +839,21 @@ def test_too_little_disk_for_the_checkpoints_is_told_before_the_first_step(start
     assert re.search(warning, start("max_iters=2", out="other")[1])
 
 
-def test_a_signal_while_the_sample_is_printed_ends_at_once_and_leaves_the_run(
+def says(monkeypatch, make):
+    """The tokens of every sample are those that make() yields."""
+    monkeypatch.setattr("sample.generate", lambda *_, **__: ([i] for i in make()))
+
+
+def test_a_signal_while_the_sample_is_made_ends_at_once_and_leaves_the_run(
     start, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train, "print_sample", lambda run: os.kill(os.getpid(), signal.SIGINT))
-    assert start()[0] == 130
+    says(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT) or [0])
+    assert start("sample_tokens=3")[0] == 130
     assert checkpoint.load_newest(tmp_path / "run")["step"] == 12
 
 
-def test_the_sample_at_the_end_stops_where_its_text_ends(start, monkeypatch):
-    monkeypatch.setattr("sample.load_tokenizer", lambda folder: ByteTokenizer())
-    monkeypatch.setattr("sample.generate", lambda *_, **__: iter([[ord("Q")], [256], [ord("Z")]]))
-    code, out, _ = start("sample_tokens=3", "sample_prompt=x")
+def test_the_sample_at_the_end_stops_where_its_text_ends(start, tmp_path, monkeypatch, data_folder):
+    prepare([str(data_folder / "words.txt")], tmp_path / "bytes", tokenizer="byte")
+    says(monkeypatch, lambda: [ord("Q"), 256, ord("Z")])  # 256 begins and ends a text
+    code, out, _ = start(f"dataset={tmp_path / 'bytes'}", "sample_tokens=3", "sample_prompt=x")
     assert code == 0 and out.endswith("--- sample ---\nxQ\n")

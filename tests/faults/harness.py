@@ -421,22 +421,25 @@ def bad_resume(whole: Path, cut: Path, before: Before = None, **others: object) 
 
 def before_call(owner: Any, name: str, act: Callable) -> None:
     """From now on act(*arguments) comes before each call of owner.name(*arguments)."""
-    inner = getattr(owner, name)
-
-    def called(*arguments, **named):
-        act(*arguments)
-        return inner(*arguments, **named)
-
-    setattr(owner, name, called)
+    around_call(owner, name, before=act)
 
 
 def after_call(owner: Any, name: str, act: Callable) -> None:
     """From now on act(result, *arguments) comes after each call of owner.name(*arguments)."""
+    around_call(owner, name, after=act)
+
+
+def around_call(
+    owner: Any, name: str, before: Callable | None = None, after: Callable | None = None
+) -> None:
     inner = getattr(owner, name)
 
     def called(*arguments, **named):
+        if before:
+            before(*arguments)
         result = inner(*arguments, **named)
-        act(result, *arguments)
+        if after:
+            after(result, *arguments)
         return result
 
     setattr(owner, name, called)
