@@ -624,15 +624,19 @@ def test_a_best_checkpoint_whose_run_cannot_go_on_is_not_written_over(start, tmp
     assert code == 0
 
 
-def test_automatic_choices_stay_what_they_were_on_a_resume(start, tmp_path, monkeypatch):
+def test_automatic_choices_stay_what_they_were_on_a_resume(start, tmp_path):
     start("micro_batch_size=4", "dtype=bfloat16", "max_iters=4")
     start("micro_batch_size=0", "dtype=auto", "compile=auto", "max_iters=8", "resume=yes")
     config = checkpoint.load_newest(tmp_path / "run")["config"]
-    assert (config["micro_batch_size"], config["dtype"], config["compile"]) == (
-        4,
-        "bfloat16",
-        False,
-    )
+    chosen = [config[name] for name in ("micro_batch_size", "dtype", "compile")]
+    assert chosen == [4, "bfloat16", False]
+
+
+def test_a_choice_of_ones_own_counts_on_a_resume(start, tmp_path, no_code):
+    start("compile=true", "max_iters=4")
+    _, out, _ = start("compile=false", "max_iters=8", "resume=yes")  # False is equal to 0
+    assert "resuming with compile: checkpoint=True, now=False" in out
+    assert checkpoint.load_newest(tmp_path / "run")["config"]["compile"] is False
 
 
 def test_a_reader_that_leaves_ends_the_run_with_everything_saved(start, tmp_path, monkeypatch):
