@@ -10,7 +10,6 @@ import codecs
 import dataclasses
 import functools
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,11 +18,17 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from config.command import start
+
+    start()
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config.command import help_text, print_help, split_arguments, user_errors
+from config.command import reader_left, run_command, split_arguments, user_errors
+from config.help import help_text
 from config.schema import knobs_of, parse_knobs
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import Decoder, ModelConfig, knob
@@ -163,14 +168,9 @@ def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done, 2 the user's error, 3 NaN or Inf, 130 after Ctrl-C."""
     try:
         sample_or_evaluate(argv)
-        sys.stdout.flush()
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Whoever read the output has stopped, which is no error. Python would flush standard output
-        # once more at its exit and complain, so from here on the output goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
@@ -179,7 +179,7 @@ def main(argv: list[str]) -> int:
 
 def sample_or_evaluate(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
-        print_help(help_text(USAGE, SampleOptions))
+        print(help_text(USAGE, SampleOptions))
         return
     with user_errors():
         folder, options = parse_arguments(argv)
@@ -190,7 +190,6 @@ def sample_or_evaluate(argv: list[str]) -> None:
         if options.eval != "none":
             print_evaluation(model, known, folder, options)
             return
-    sys.stdout.reconfigure(errors="replace")  # a character that the output cannot hold becomes a ?
     if options.interactive:
         answer_prompts(model, tokenizer, options)
     else:
@@ -302,7 +301,7 @@ def print_evaluation(
 
 def answer_prompts(model: Decoder, tokenizer: Tokenizer, options: SampleOptions) -> None:
     """Asks for a prompt and continues it, again and again until the input ends."""
-    while True:
+    while not reader_left(sys.stdout):
         try:
             ids = prompt_ids(tokenizer, input("prompt> " if sys.stdin.isatty() else ""))
         except EOFError:
@@ -343,8 +342,10 @@ def print_samples(
                 texts[i].append(new_ids[i])
             if 0 in going:
                 print_safely(utf8.decode(tokenizer.decode_bytes(new_ids[:1])), options.raw)
-            if not going:
+            if not going or reader_left(sys.stdout):
                 break
+    if reader_left(sys.stdout):
+        return
     seconds = time.perf_counter() - start
     print_safely(utf8.decode(b"", final=True) + "\n", options.raw)
     for text in texts[1:]:
@@ -645,4 +646,4 @@ def draw_ids(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -14,10 +14,16 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from config.command import start
+
+    start()
+
 import torch
 from torch import Tensor
 
-from config.command import print_help, training_help, user_errors, warn
+from config.command import user_errors, warn
+from config.help import training_help
 from config.schema import Config
 from data.loader import batch, val_starts
 from run import parallel
@@ -44,7 +50,7 @@ def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done, 1 disk or data failed while training, 2 a mistake of the user,
     3 NaN or Inf, 128 + n after signal n."""
     if {"-h", "--help"} & set(argv):
-        print_help(training_help(USAGE))
+        print(training_help(USAGE))
         return 0
     with user_errors():
         ranks, config, lock = join(), None, nullcontext()

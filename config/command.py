@@ -1,24 +1,27 @@
-"""What all commands of this program share: their words, their help, their errors, their signals.
+"""What all programs of this repository share: their words, their output, errors and signals.
 
-A command ends with exit code 0 when it has done what was asked, with 2 after one line on stderr
-that says what the user got wrong, and with 128 + n when signal n stopped it. (train.py and
-sample.py have a few more; their `main` says which.)
+A program ends with exit code 0 when it has done what was asked, with 1 when the disk or the data
+failed meanwhile, with 2 after one line on stderr that says what the user got wrong, and with
+128 + n when signal n stopped it. (train.py and sample.py also end with 3; their `main` says when.)
+
+This file must not import torch, which takes seconds: every program imports it first, for `start`.
+
+Reading order: the words of a command line; how a program starts and ends; errors; signals.
 """
 
+import errno
+import io
 import os
 import shlex
 import signal
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, TextIO
 
-from config.schema import FIRST_KNOBS, GROUPS, knobs_of
-
-HELP_WIDTH = 100  # columns of a line of --help
-HELP_INDENT = 34  # the column at which the meaning of a knob begins
+PACKAGES = ("torch", "numpy", "sentencepiece", "tiktoken", "tqdm")  # those of requirements.txt
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -52,51 +55,102 @@ def shell_path(path: Path) -> str:
     return shlex.quote(str(path) if "/" in str(path) else f"./{path}")
 
 
-def training_help(usage: str) -> str:
-    """--help of a command that trains: `usage`, and every knob of a run in its group."""
-    about = (
-        f"These are all knobs, with the values that they have where the preset does not set them. "
-        f"To begin with, you need only {', '.join(FIRST_KNOBS[:-1])} and {FIRST_KNOBS[-1]}."
-    )
-    groups = [help_text(f"{group}:", knobs) for group, knobs in GROUPS.items()]
-    return "\n\n".join([usage, textwrap.fill(about, HELP_WIDTH), *groups])
+class Output(io.TextIOWrapper):
+    """stdout or stderr, to which a program can print whatever happens behind it.
+
+    A character that the encoding does not have is replaced. If the reader of a pipe has gone or a
+    disk is full, `fault` says so, and from then on everything that is printed goes nowhere: the
+    work of the program is worth more than what it says of it.
+    """
+
+    fault: OSError | None = None
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self._lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        # What is still in the buffer is flushed again later, so the stream must lead somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        self.fault = self.fault or error
+        if self is sys.stdout and not reader_left(self):
+            warn(f"standard output failed, so nothing more is printed: {error}")
 
 
-def help_text(title: str, knobs: type) -> str:
-    """`title`, and below it each knob of the dataclass `knobs`: default, meaning and choices."""
-    lines = [title]
-    for name, (kind, knob_field) in knobs_of(knobs).items():
-        start = f"  {name}={_typed_by_user(knob_field.default)}".ljust(HELP_INDENT - 1)
-        line = f"{start} {knob_field.metadata['help']} ({_choices(kind)})"
-        lines += textwrap.wrap(
-            line, HELP_WIDTH, subsequent_indent=HELP_INDENT * " ", break_on_hyphens=False
+def reader_left(stream: TextIO) -> bool:
+    """Whether whoever read the stream has gone: `| head` has ended, or the terminal is closed."""
+    fault = getattr(stream, "fault", None)
+    return fault is not None and fault.errno in (errno.EPIPE, errno.EIO)
+
+
+def start() -> None:
+    """Every program calls this first, before it imports torch.
+
+    From here on, Ctrl-C ends it without a traceback, and no output fails. A package that is missing
+    ends it with exit code 2 and one line, because it is usually another Python that has them all.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _exit_at_once)
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # it is closed, so the next file that is opened would get its number
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or open(0)
+    sys.stdout = _as_output(sys.stdout or open(1, "w"), "replace")
+    sys.stderr = _as_output(sys.stderr or open(2, "w"), "backslashreplace")
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        print(
+            f"error: {sys.executable} has no {', '.join(missing)}: write .venv/bin/python instead "
+            f"of python (make train makes .venv), or pip install -r requirements.txt",
+            file=sys.stderr,
         )
-    return "\n".join(lines)
+        sys.exit(2)
 
 
-def _choices(kind: Any) -> str:
-    """'a | b' for a choice of two, 'int' for any whole number, and so on."""
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    if kind is bool:
-        choices = (True, False)
-    return " | ".join(map(_typed_by_user, choices)) or kind.__name__
+def _exit_at_once(number: int, frame: Any) -> None:
+    os._exit(128 + number)  # there is nothing to save or to remove yet
 
 
-def _typed_by_user(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "''" if value == "" else str(value)
+def _as_output(stream: TextIO, errors: str) -> Output:
+    encoding, settings = stream.encoding, (stream.line_buffering, stream.write_through)
+    buffered, through = settings
+    return Output(
+        stream.detach(),
+        encoding=encoding,
+        errors=errors,
+        line_buffering=buffered,
+        write_through=through,
+    )
 
 
-def print_help(*texts: str) -> None:
-    """Prints the texts with an empty line between them. A reader who leaves before the end, as
+def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Calls main(argv) and returns the exit code of the process.
+
+    After the work was done, it is 1 if the output did not reach its disk. A reader who has left, as
     `| head` does, is no error.
     """
+    if signal.getsignal(signal.SIGINT) is _exit_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        print(*texts, sep="\n\n", flush=True)
-    except BrokenPipeError:
-        # Python flushes stdout once more when it ends, so stdout must lead to something open.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = main(argv)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except SystemExit as ended:
+        code = ended.code or 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    output_failed = getattr(sys.stdout, "fault", None) and not reader_left(sys.stdout)
+    return 1 if code == 0 and output_failed else code
 
 
 def one_line(error: object, most: int = 1500) -> str:

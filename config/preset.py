@@ -19,7 +19,7 @@ from model import ModelConfig
 
 FOLDER = Path(__file__).parent
 DEFAULT_PRESET = FOLDER / "small.py"
-NO_PRESETS = ("__init__", "command", "preset", "schema")  # the other files of this folder
+NO_PRESETS = ("__init__", "command", "help", "preset", "schema")  # the other files of this folder
 PRESETS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in NO_PRESETS)
 LARGEST_PRESET = 100_000  # bytes
 LARGEST_JSON = 2**24  # bytes; the config.json or index of the largest models has a tenth of that

@@ -1,24 +1,10 @@
-"""Text to data/<name>/: train.bin, val.bin, the tokenizer's file and meta.json.
-
-python data/prepare.py python                     the standard library of the Python that runs
-python data/prepare.py shakespeare                1 MB, downloaded
-python data/prepare.py tinystories | fineweb-edu  streamed from Hugging Face; after a stop, the
-                                                  same command goes on
-python data/prepare.py FILE-OR-FOLDER...          your own text, .jsonl (field 'text') or .parquet
-                                                  (column 'text')
-
-tokenizer=sentencepiece   trained on the train split, with vocab_size=4096 ids
-tokenizer=byte | char | tiktoken:gpt2 | PATH.model
-tokenizer=FOLDER          the tokenizer of a run, of a data set or of Hugging Face weights
-name=NAME                 of the folder; without it, the name of the source
-"""
+"""Text to data/<name>/: train.bin, val.bin, the tokenizer's file and meta.json."""
 
 import hashlib
 import json
 import lzma
 import os
 import re
-import signal
 import sys
 import time
 import zlib
@@ -30,13 +16,19 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+if not __package__:  # run as a script: import from the repository's root, not from data/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from config.command import start
+
+    start()
+
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-if not __package__:  # run as a script: import from the repository's root, not from data/
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
+from config.command import run_command, user_errors
 from data import PART_TOKENS, SPLITS, checksum
 from data.corpus import CHUNK, Corpus, Piece, open_corpus
 from data.files import new_folder, sync, write_atomically
@@ -51,6 +43,18 @@ from data.tokenizer import (
     train_sentencepiece,
 )
 
+USAGE = """\
+python data/prepare.py python                     the standard library of the Python that runs
+python data/prepare.py shakespeare                1 MB, downloaded
+python data/prepare.py tinystories | fineweb-edu  streamed from Hugging Face; after a stop, the
+                                                  same command goes on
+python data/prepare.py FILE-OR-FOLDER...          your own text, .jsonl (field 'text') or .parquet
+                                                  (column 'text')
+
+tokenizer=sentencepiece   trained on the train split, with vocab_size=4096 ids
+tokenizer=byte | char | tiktoken:gpt2 | PATH.model
+tokenizer=FOLDER          the tokenizer of a run, of a data set or of Hugging Face weights
+name=NAME                 of the folder; without it, the name of the source"""
 OPTIONS = ("tokenizer", "vocab_size", "name")
 SAMPLE_CHARS = 8_000_000  # a SentencePiece tokenizer is trained on at most so many
 SAMPLE_DOCUMENTS = 20_000  # of a stream: its tokenizer is trained on those at its beginning
@@ -448,25 +452,15 @@ def read_command(argv: list[str]) -> tuple[Corpus, Path, str | None, int | None]
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 done, 2 the user's error, 130 and 143 stopped by Ctrl-C and SIGTERM."""
+    """Returns the exit code, 0; the user's errors end with 2, Ctrl-C with 130 and SIGTERM with
+    143."""
     if {"-h", "--help"} & set(argv):
-        print(__doc__)
+        print(USAGE)
         return 0
-    try:
+    with user_errors():
         prepare(*read_command(argv))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        # One line of bounded length, without the control characters that a terminal would obey.
-        # config.command.one_line does the same, but importing it would load torch, for seconds.
-        text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
-        print(f"error: {text:.1500}", file=sys.stderr)
-        return 2
     return 0
 
 
 if __name__ == "__main__":
-    # SIGTERM becomes an exception, so that half-made folders are deleted.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

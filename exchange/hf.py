@@ -19,10 +19,16 @@ if not __package__:  # run as a file: the imports below would not be found
     print(f"error: run it as a module, from the repository's root: {command}", file=sys.stderr)
     sys.exit(2)
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from config.command import start
+
+    start()
+
 import torch
 from torch import Tensor
 
-from config.command import help_text, print_help, split_arguments, user_errors
+from config.command import run_command, split_arguments, user_errors
+from config.help import help_text
 from config.schema import knobs_of, parse_knobs
 from data.files import new_folder, write_atomically
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -66,7 +72,8 @@ class ExportOptions:
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done; the user's errors leave with 2."""
     if {"-h", "--help"} & set(argv):
-        print_help(USAGE, help_text("import:", ImportOptions), help_text("export:", ExportOptions))
+        about = help_text("import:", ImportOptions), help_text("export:", ExportOptions)
+        print(USAGE, *about, sep="\n\n")
         return 0
     with user_errors():
         words, pairs = split_arguments(argv)
@@ -397,4 +404,4 @@ def two_columns(left: str, right: str, rows: Iterable[tuple[str, str]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

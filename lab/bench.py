@@ -24,10 +24,16 @@ if not __package__:  # started as a file, so Python would not find the imports b
     print(f"error: {hint}", file=sys.stderr)
     sys.exit(2)
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from config.command import start
+
+    start()
+
 import torch
 from torch import Tensor
 
-from config.command import help_text, one_line, print_help, training_help, user_errors
+from config.command import one_line, run_command, user_errors
+from config.help import help_text, training_help
 from config.schema import parse_value
 from lab.bench_beside import NanoBench, OwnProcess, check_comparable, nanogpt
 from lab.bench_memory import MemoryBench, memory
@@ -86,7 +92,7 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         benches = [help_text(f"{name}: {what}", kind) for name, (_, kind, what) in BENCHES.items()]
         every_knob = "Every knob of a run, for all that can be given a preset:"
-        print_help(USAGE, *benches, training_help(every_knob))
+        print(USAGE, *benches, training_help(every_knob), sep="\n\n")
         return 0
     with user_errors():
         if not argv:
@@ -331,4 +337,4 @@ BENCHES = {  # the function, its options, and what it measures
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -25,12 +25,18 @@ if not __package__:  # started as a file, so Python would not find the imports b
     print(f"error: {hint}", file=sys.stderr)
     sys.exit(2)
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from config.command import start
+
+    start()
+
 import torch
 from tqdm import tqdm
 
 import norm
 import train
-from config.command import help_text, print_help, training_help, user_errors
+from config.command import run_command, user_errors
+from config.help import help_text, training_help
 from config.schema import Config, knobs_of, parse_value
 from data.files import write_atomically
 from lab.measure import (
@@ -134,7 +140,7 @@ def main(argv: list[str]) -> int:
     """Returns the exit code: 0, 1 if a cell failed, 2 for the user's error, 130 and 143 after
     Ctrl-C and SIGTERM."""
     if {"-h", "--help"} & set(argv):
-        print_help(help_text(USAGE, CompareOptions), training_help(KNOBS))
+        print(help_text(USAGE, CompareOptions), training_help(KNOBS), sep="\n\n")
         return 0
     if argv == ["--list"]:
         for kind, function in norm.EAGER.items():
@@ -576,4 +582,4 @@ class Lab:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -13,9 +13,14 @@ if not __package__:  # started as a file, so Python would not find the imports b
     print(f"error: {hint}", file=sys.stderr)
     sys.exit(2)
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from config.command import start
+
+    start()
+
 import numpy as np
 
-from config.command import split_arguments, user_errors
+from config.command import run_command, split_arguments, user_errors
 from config.schema import parse_knobs
 from run.metrics import METRICS_FILE, plot_label, read_metrics
 
@@ -156,4 +161,4 @@ def draw_other_gradients(axes: Any, steps: np.ndarray, values: dict[str, np.ndar
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

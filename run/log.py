@@ -3,10 +3,8 @@
 Reading order: Log; summary, which is printed first; the trackers.
 """
 
-import errno
 import json
 import math
-import os
 import shutil
 import signal
 import sys
@@ -17,7 +15,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from config.command import shell_path, warn
+from config.command import reader_left, shell_path, warn
 from data.files import write_atomically
 from model import parameter_count
 from run.machine import flops_per_token, matmul_rate, memory_estimate, peak_memory
@@ -87,17 +85,10 @@ class Log:
         if not self.ranks.is_main:
             return
         stream = stream or sys.stdout
-        try:
-            self.bar.write(text, file=stream)
-            stream.flush()
-        except OSError as error:
-            # Python flushes the stream once more at exit. That must not fail, so the stream now
-            # leads to nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            if error.errno in (errno.EPIPE, errno.EIO):  # closed pipe or lost terminal
-                self.interrupts.ask_to_stop(signal.SIGPIPE)
-            else:
-                warn(f"the output cannot be written, so nothing more is printed: {error}")
+        self.bar.write(text, file=stream)
+        stream.flush()
+        if reader_left(stream):
+            self.interrupts.ask_to_stop(signal.SIGPIPE)
 
     def fault(self, error: Exception) -> None:
         """Prints why the training ends, and the checkpoint from which it can go on."""

@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from config.command import run_command
+
 # How long a rank waits for another one. It is long because main may be preparing a long text.
 PATIENCE = timedelta(minutes=30)
 LAUNCHER_VARIABLES = (
@@ -222,9 +224,7 @@ def exit_with(main: Callable[[list[str]], int], argv: list[str]) -> None:
     tensors, and one process in ten aborted (https://github.com/pytorch/pytorch/pull/179291).
     """
     try:
-        code = main(argv)
-    except SystemExit as ended:
-        code = ended.code
+        code = run_command(main, argv)
     except BaseException as error:
         if not dist.is_initialized():
             raise
@@ -239,6 +239,4 @@ def exit_with(main: Callable[[list[str]], int], argv: list[str]) -> None:
             )
     if not dist.is_initialized():
         sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)

@@ -27,11 +27,16 @@ if not __package__:  # run as a file: the imports below would not be found
     print(f"error: run it as a module, from the repository's root: {command}", file=sys.stderr)
     sys.exit(2)
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from config.command import start
+
+    start()
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from config.command import split_arguments, user_errors
+from config.command import run_command, split_arguments, user_errors
 from data import checksum
 from data.files import sync, write_atomically
 from run.ranks import ALONE, Ranks
@@ -340,4 +345,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,20 +1,15 @@
 """What all commands share: words, help, and the one line for an error."""
 
-import contextlib
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
-from config.command import (
-    help_text,
-    print_help,
-    split_arguments,
-    training_help,
-    user_errors,
-)
+from config.command import split_arguments, user_errors
+from config.help import help_text, training_help
 from config.schema import FIRST_KNOBS, GROUPS, Config, knobs_of
 from model import ModelConfig
 from sample import SampleOptions
@@ -65,18 +60,82 @@ def test_the_help_of_one_dataclass_has_no_groups():
 
 
 def test_help_does_not_need_docstrings():
-    code = "from config.command import training_help; print(training_help('usage'))"
+    code = "from config.help import training_help; print(training_help('usage'))"
     command = [sys.executable, "-OO", "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == training_help("usage") + "\n", done.stderr
 
 
-def test_a_reader_of_help_who_leaves_is_no_error():
-    read, write = os.pipe()
-    os.close(read)
-    # Nothing is raised when the pipe is closed either.
-    with os.fdopen(write, "w") as pipe, contextlib.redirect_stdout(pipe):
-        print_help("help " * 9999, "more")
+# Starts and ends as every program does, which tests/test_repo.py sees to. Its work is a file.
+PROGRAM = """
+import sys, time
+from config.command import start, run_command
+start()
+print("importing", file=sys.stderr, flush=True)
+time.sleep(float(sys.argv[1]))
+def main(argv):
+    print("\u4e2d \xe9 a" + 9999 * ".", flush=True)
+    print("more")
+    open(sys.argv[2], "w").write("done")
+    return 0
+sys.exit(run_command(main, sys.argv[1:]))
+"""
+
+
+def start_program(tmp_path, seconds=0.0, **options):
+    words = [sys.executable, "-c", PROGRAM, str(seconds), str(tmp_path / "work")]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(words, cwd=ROOT, **pipes | options)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_what_the_output_cannot_hold_is_replaced(tmp_path, encoding):
+    program = start_program(tmp_path, env=os.environ | {"PYTHONIOENCODING": encoding})
+    output, errors = program.communicate()
+    assert program.returncode == 0 and errors == b"importing\n"
+    assert output.startswith("\u4e2d \xe9 a".encode(encoding, "replace"))
+
+
+@pytest.mark.parametrize("name, code", [("closed", 0), ("gone", 0), ("full", 1)])
+def test_the_work_is_done_whatever_becomes_of_the_output(tmp_path, name, code):
+    """`>&-`, `| true` and a full disk. Only the last one loses what was to be kept."""
+    full = open("/dev/full", "w")
+    options = {
+        "closed": {"preexec_fn": lambda: os.close(1)},
+        "gone": {},
+        "full": {"stdout": full},
+    }[name]
+    with full, start_program(tmp_path, **options) as program:
+        if program.stdout:
+            program.stdout.close()
+        errors = program.stderr.read().decode()
+    assert (program.returncode, (tmp_path / "work").read_text()) == (code, "done"), errors
+    lines = errors.splitlines()[1:]
+    assert len(lines) == code and all("No space left on device" in line for line in lines)
+
+
+def test_ctrl_c_while_a_program_imports_ends_it_without_a_traceback(tmp_path):
+    program = start_program(tmp_path, seconds=60)
+    assert program.stderr.readline() == b"importing\n"
+    program.send_signal(signal.SIGINT)
+    output, errors = program.communicate()
+    assert (program.returncode, output, errors) == (130, b"", b"")
+
+
+def test_a_python_without_the_packages_is_named_with_the_way_out():
+    code = "from config.command import start; start()"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append('.'); {code}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {sys.executable} has no torch, numpy, sentencepiece, tiktoken, tqdm: write "
+        f".venv/bin/python instead of python (make train makes .venv), or pip install -r "
+        f"requirements.txt\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import largest_file
 
+from config.command import Output
 from config.schema import Config
 from model import ModelConfig
 from run.log import Log, clock, open_tracker
@@ -105,9 +106,8 @@ def test_a_reader_that_left_asks_the_run_to_stop(tmp_path):
     read, write = os.pipe()
     os.close(read)
     asked = []
-    with os.fdopen(write, "w") as pipe, log_in(tmp_path, asked=asked) as log:
+    with Output(os.fdopen(write, "wb")) as pipe, log_in(tmp_path, asked=asked) as log:
         log.line("more than nobody reads", pipe)
-        log.line("and more", pipe)
     assert asked == [13]
 
 

@@ -43,7 +43,10 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "__file__", str(tmp_path / "data" / "prepare.py"))
 
     def call(*words):
-        code = main([str(word) for word in words])
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:
+            code = stop.code
         return code, capsys.readouterr().err
 
     return call
@@ -389,6 +392,7 @@ def test_a_stopped_command_cleans_up(tmp_path, number, code):
     folder.mkdir(parents=True)
     for path in Path(command.__file__).parent.glob("*.py"):
         shutil.copy(path, folder)
+    shutil.copytree(Path(command.__file__).parent.parent / "config", folder.parent / "config")
     (tmp_path / "big.txt").write_bytes(b"0123456789 abcdefg\n" * 4_000_000)  # for several seconds
     words = [sys.executable, str(folder / "prepare.py"), "big.txt", "tokenizer=byte"]
     process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE)
