@@ -29,7 +29,7 @@ from torch import Tensor
 
 from config.command import reader_left, run_command, split_arguments, user_errors
 from config.help import help_text
-from config.schema import knobs_of, parse_knobs
+from config.schema import knobs_of, parse_knobs, refuse_without_effect, without_effect
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import Decoder, ModelConfig, knob
 from run.evaluate import evaluate, open_known_dataset
@@ -61,7 +61,17 @@ SAMPLE_OF_A_RUN = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.15}
 FOR_GENERATE = (  # the options that are arguments of generate
     "max_new_tokens num_samples temperature top_k top_p min_p repetition_penalty seed compile"
 ).split()
-FOR_EVAL = ("dataset", "eval_iters", "block_size", "micro_batch_size")
+FOR_EVAL = "dataset eval_iters block_size micro_batch_size"
+NEEDS = (  # as in config/schema.py: options that count only beside others
+    (FOR_EVAL, "eval=val or eval=train", lambda k: k["eval"] != "none"),
+    (
+        f"{' '.join(FOR_GENERATE)} prompt interactive raw",
+        "eval=none",
+        lambda k: k["eval"] == "none",
+    ),
+    ("prompt", "interactive=false", lambda k: not k["interactive"]),
+    ("top_k top_p min_p seed", "a temperature above 0", lambda k: k["temperature"] != 0),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +146,6 @@ class SampleOptions:
             for name, (kept, rule) in rules.items()
             if not kept
         ]
-        if self.interactive and self.prompt:
-            problems.append("interactive=true asks for the prompts: leave prompt out")
-        if self.eval != "none" and (self.interactive or self.compile or self.prompt):
-            problems.append(
-                f"eval={self.eval} samples nothing: leave prompt, interactive and compile out"
-            )
-        useless = [name for name in FOR_EVAL if getattr(self, name)]
-        if self.eval == "none" and useless:
-            problems.append(f"{' and '.join(useless)} only count with eval=val or eval=train")
         if self.quantize == "int8" and self.dtype == "float16":
             problems.append(
                 "quantize=int8 would overflow in float16: use dtype=bfloat16 or float32"
@@ -204,7 +205,11 @@ def parse_arguments(argv: list[str]) -> tuple[Path, SampleOptions]:
             f"name one folder of a run, got {' '.join(words) or 'none'}: "
             f"python sample.py out/small prompt='...'"
         )
-    options = SampleOptions(**parse_knobs(pairs, knobs_of(SampleOptions), "command line"))
+    known = knobs_of(SampleOptions)
+    given = parse_knobs(pairs, known, "command line")
+    useless = without_effect(given, given, known, NEEDS)
+    refuse_without_effect(useless, given, "command line")
+    options = SampleOptions(**given)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     return Path(words[0]), dataclasses.replace(options, device=device, dtype=dtype)

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         ranks, config, lock = join(), None, nullcontext()
         with ranks.all_or_exit():
             if ranks.is_main:
-                config = read_config(argv)
+                config = read_config(argv, ranks)
                 lock = Lock(Path(config.out_dir))
         config = ranks.from_main(config)
     with lock:

@@ -7,6 +7,7 @@ their order never matters. Reading order: read_knobs and make_config, then how a
 
 import ast
 import json
+import math
 import operator
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from config.command import split_arguments
-from config.schema import Config, knobs_of, parse_knobs
+from config.schema import Config, knobs_of, parse_knobs, refuse_without_effect, without_effect
 from model import ModelConfig
 
 FOLDER = Path(__file__).parent
@@ -23,23 +24,40 @@ NO_PRESETS = ("__init__", "command", "help", "preset", "schema")  # the other fi
 PRESETS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in NO_PRESETS)
 LARGEST_PRESET = 100_000  # bytes
 LARGEST_JSON = 2**24  # bytes; the config.json or index of the largest models has a tenth of that
+KNOBS = knobs_of(Config, ModelConfig)
 NOT_DECIDED_BY_WEIGHTS = ("block_size", "dropout", "norm_impl")  # the model's other knobs are
 
 
-def read_knobs(argv: list[str]) -> dict[str, Any]:
+def read_knobs(argv: list[str], ranks: int = 1) -> dict[str, Any]:
     """The knobs of a command line: those of its preset (config/small.py if it names none), and the
-    key=value pairs, which override the preset. Raises ValueError.
+    key=value pairs, which override the preset. `ranks` is the number of processes it was given to.
+
+    Raises ValueError, also for a knob that counts only beside another one which is not set. A
+    preset is judged by itself, so that a command line can override what its other knobs need.
+    """
+    place, preset, own = read_layers(argv)
+    if not place.is_dir():  # a run's folder has every knob
+        for_many = preset | {"ranks": math.inf}  # it may be meant for more than there are now
+        refuse_without_effect(without_effect(preset, for_many, KNOBS), preset, str(place))
+    useless = without_effect(own, preset | own | {"ranks": ranks}, KNOBS)
+    refuse_without_effect(useless, own, "command line")
+    return preset | own
+
+
+def read_layers(argv: list[str]) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """Where the preset of a command line is, its knobs, and the knobs of the command line itself.
+    Raises ValueError.
     """
     words, pairs = split_arguments(argv)
     if len(words) > 1:
         raise ValueError(f"one preset at most, got {' '.join(words)}; knobs are written key=value")
-    path = Path(words[0]) if words else DEFAULT_PRESET
-    preset = read_preset(path)
-    if path.is_dir() and "out_dir" in pairs:
+    place = Path(words[0]).expanduser() if words else DEFAULT_PRESET
+    preset = read_preset(place)
+    if place.is_dir() and "out_dir" in pairs:
         # This begins a run like that one elsewhere. It must not go on with what is there.
         preset.pop("resume", None)
-    known = knobs_of(Config, ModelConfig)
-    return parse_knobs(preset, known, str(path)) | parse_knobs(pairs, known, "command line")
+    own = parse_knobs(pairs, KNOBS, "command line")
+    return place, parse_knobs(preset, KNOBS, str(place)), own
 
 
 def make_config(knobs: dict[str, Any], inherited: dict[str, Any] | None = None) -> Config:

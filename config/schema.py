@@ -6,12 +6,14 @@ then how a word of a command line or a preset becomes the value of a knob.
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from model import ModelConfig, knob
+from norm import ELEMENTWISE, PARAMETERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +152,30 @@ BOUNDS = (  # a bound in words, as a test, and the knobs that it holds for
     ("below 2**43", lambda v: v < 2**43, "seed"),  # times a million it fits into 64 bits
     ("at most 1,000,000", lambda v: v <= 1_000_000, "batch_size micro_batch_size"),
 )
+# Knobs that count only beside others: they, the others in words, and as a test of all knobs and of
+# `ranks`, the number of processes.
+NEEDS = (
+    (
+        "rope_factor rope_low_freq rope_high_freq rope_original_context",
+        "rope_scaling=llama3",
+        lambda k: k["rope_scaling"] == "llama3",
+    ),
+    ("norm_eps", "a norm with an eps", lambda k: k["norm"] not in ELEMENTWISE),
+    ("prms_p", "norm=prmsnorm", lambda k: k["norm"] == "prmsnorm"),
+    ("norm_alpha", "norm=dyt or norm=derf", lambda k: "alpha" in PARAMETERS[k["norm"]]),
+    ("muon_momentum", "optimizer=muon", lambda k: k["optimizer"] == "muon"),
+    ("min_lr", "a falling lr_schedule", lambda k: k["lr_schedule"] != "constant"),
+    ("decay_fraction", "lr_schedule=wsd", lambda k: k["lr_schedule"] == "wsd"),
+    ("lora_alpha", "lora_rank above 0", lambda k: k["lora_rank"] > 0),
+    ("keep", "save_interval above 0", lambda k: k["save_interval"] > 0),
+    ("sample_prompt", "sample_tokens above 0", lambda k: k["sample_tokens"] > 0),
+    (
+        "parallel",
+        "several ranks, which torchrun starts",
+        lambda k: k["parallel"] == "auto" or k["ranks"] > 1,
+    ),
+    ("sharded", "parallel=fsdp", lambda k: k["parallel"] != "ddp" or k["sharded"] is not True),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +268,32 @@ def knobs_of(*classes: type) -> dict[str, tuple[Any, dataclasses.Field]]:
     }
 
 
+def without_effect(
+    given: Iterable[str], values: dict[str, Any], knobs: dict, needs: tuple = NEEDS
+) -> dict[str, str]:
+    """Those of the knobs `given` that do not count beside the other `values`, and what they need.
+
+    Where `values` has no value for one of `knobs`, its default counts; `knobs` is as in
+    parse_knobs, `needs` as in NEEDS.
+    """
+    complete = {name: knob_field.default for name, (_, knob_field) in knobs.items()} | values
+    return {
+        name: need
+        for names, need, counts in needs
+        for name in names.split()
+        if name in given and not counts(complete)
+    }
+
+
+def refuse_without_effect(useless: dict[str, str], values: dict[str, Any], where: str) -> None:
+    """ValueError that names the knobs that without_effect has found, if there are any."""
+    if useless:
+        told = [f"{name}={values[name]} has no effect without {useless[name]}" for name in useless]
+        raise ValueError(
+            f"{where}: {'; '.join(told)}: leave out what has no effect, or add what it needs"
+        )
+
+
 def parse_knobs(values: dict[str, Any], knobs: dict, where: str) -> dict[str, Any]:
     """Gives every value the type of its knob; `knobs` is what knobs_of returns.
 
@@ -299,14 +351,17 @@ def parse_choice(name: str, value: str | int | float, choices: tuple) -> Any:
 
 
 def _parse_number(name: str, value: str | int | float, kind: type) -> int | float:
-    number = value
-    if isinstance(value, str) and len(value) <= LONGEST_NUMBER:
+    number, wanted = value, {int: "a whole number", float: "a number"}[kind]
+    # Python also takes 1_6 and the digits of other scripts, which are more likely slips.
+    plain = isinstance(value, str) and value.isascii() and "_" not in value
+    if plain and len(value) <= LONGEST_NUMBER:
         with suppress(ValueError):
             number = kind(value)
     is_number = isinstance(number, (int, kind)) and not isinstance(number, bool)
-    # A knob has 64 bits, and float() of a larger whole number may fail.
-    if not is_number or (isinstance(number, int) and abs(number) >= 2**63):
-        wanted = {int: "a whole number", float: "a number"}[kind]
+    if is_number and isinstance(number, int) and abs(number) >= 2**63:
+        # A knob has 64 bits, and float() of a larger whole number may fail.
+        is_number, wanted = False, f"{wanted} below 2**63"
+    if not is_number:
         raise ValueError(f"{name} must be {wanted}, got {value!r:.80}")
     if isinstance(number, float) and not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value!r:.80}")

@@ -37,7 +37,8 @@ import norm
 import train
 from config.command import run_command, user_errors
 from config.help import help_text, training_help
-from config.schema import Config, knobs_of, parse_value
+from config.preset import KNOBS, read_knobs, read_layers
+from config.schema import Config, parse_value, without_effect
 from data.files import write_atomically
 from lab.measure import (
     as_arguments,
@@ -49,7 +50,7 @@ from lab.measure import (
 )
 from lab.report import Study, best_cells, speed_section, write_report
 from lab.verdict import time_ratio
-from model import ModelConfig, knob
+from model import knob
 from run.machine import processor, versions
 from run.metrics import read_metrics
 from run.setup import read_config
@@ -70,7 +71,7 @@ its own. All arms of a seed share the order of the data and the initial weights.
 written to out_dir (out/compare-PRESET), and the same command goes on where it was stopped.
 
 Options:"""
-KNOBS = "Every knob of a run can be set, and every knob that is not a text can be a list."
+EVERY_KNOB = "Every knob of a run can be set, and every knob that is not a text can be a list."
 
 # Decided once and then given to every cell, so that no two cells can differ in them.
 AUTOMATIC = ("device", "dtype", "compile")
@@ -140,7 +141,7 @@ def main(argv: list[str]) -> int:
     """Returns the exit code: 0, 1 if a cell failed, 2 for the user's error, 130 and 143 after
     Ctrl-C and SIGTERM."""
     if {"-h", "--help"} & set(argv):
-        print(help_text(USAGE, CompareOptions), training_help(KNOBS), sep="\n\n")
+        print(help_text(USAGE, CompareOptions), training_help(EVERY_KNOB), sep="\n\n")
         return 0
     if argv == ["--list"]:
         for kind, function in norm.EAGER.items():
@@ -172,23 +173,25 @@ def read_plan(argv: list[str]) -> Plan:
     """The command line, checked as far as possible before there are cells. Raises ValueError."""
     options, preset, knobs = read_options(CompareOptions, argv)
     lists = read_lists(knobs)
-    first_of_each = knobs | {name: values[0] for name, values in lists.items()}
-    base = read_config([*preset, *as_arguments(first_of_each)])
+    rates = lists.pop("learning_rate", [])
+    arms = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    fixed = {name: text for name, text in knobs.items() if name not in lists}
+    fixed |= {"learning_rate": rates[0]} if rates else {}
+    refuse_useless_knobs(preset, fixed, arms)
+    base = read_config([*preset, *as_arguments(that_count(preset, fixed | arms[0]))])
     if "/" in base.dataset or Path(base.dataset).is_file():
         raise ValueError(
             f"dataset={base.dataset} may change between two cells: "
             f"python data/prepare.py TEXT name=NAME first"
         )
     stem = Path(preset[0]).resolve().name.removesuffix(".py") if preset else "small"
-    rates = lists.pop("learning_rate", [knobs.get("learning_rate", repr(base.learning_rate))])
-    arms = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     return Plan(
         options=options,
         preset=preset,
         folder=Path(knobs.get("out_dir", f"out/compare-{stem}")),
-        fixed={name: text for name, text in knobs.items() if name not in lists},
+        fixed=fixed,
         arms={label(arm) or stem: arm for arm in arms},
-        rates=rates,
+        rates=rates or [fixed.get("learning_rate", repr(base.learning_rate))],
         first_seed=base.seed,
     )
 
@@ -209,13 +212,34 @@ def read_lists(knobs: Knobs) -> dict[str, list[str]]:
             "leave it out"
         )
     lists = {}
-    for name, (kind, _) in knobs_of(Config, ModelConfig).items():
+    for name, (kind, _) in KNOBS.items():
         if kind is not str and "," in knobs.get(name, ""):
             values = knobs[name].split(",")
             if len({parse_value(name, value, kind) for value in values}) < len(values):
                 raise ValueError(f"{name}={knobs[name]} has a value twice: keep one")
             lists[name] = values
     return {name: lists[name] for name in knobs if name in lists}  # as the command line has them
+
+
+def that_count(preset: list[str], knobs: Knobs) -> Knobs:
+    """`knobs` without those that have no effect beside the others: an arm needs no norm_alpha if
+    its norm has none. train.py would refuse them.
+    """
+    _, of_preset, own = read_layers([*preset, *as_arguments(knobs)])
+    useless = without_effect(own, of_preset | own | {"ranks": 1}, KNOBS)
+    return {name: text for name, text in knobs.items() if name not in useless}
+
+
+def refuse_useless_knobs(preset: list[str], fixed: Knobs, arms: list[Knobs]) -> None:
+    """ValueError for a knob that has no effect in any arm, or that makes an arm of its own without
+    having an effect there.
+    """
+    counting = [that_count(preset, fixed | arm) for arm in arms]
+    for arm, count in zip(arms, counting, strict=True):
+        everywhere = [name for name in fixed if not any(name in other for other in counting)]
+        if everywhere or arm.keys() - count.keys():
+            here = {name: text for name, text in fixed.items() if name in everywhere} | arm
+            read_knobs([*preset, *as_arguments(count | here)])  # its error says what is needed
 
 
 def label(knobs: Knobs) -> str:
@@ -235,6 +259,7 @@ def cell_of(plan: Plan, arm: str, rate: str, seed: int, **more: str) -> Cell:
     """The ValueError of knobs that do not go together names the cell."""
     knobs = plan.fixed | plan.arms[arm] | {"learning_rate": rate, "seed": str(seed)} | more
     try:
+        knobs = that_count(plan.preset, knobs)
         return Cell(arm, knobs, read_config([*plan.preset, *as_arguments(knobs)]))
     except ValueError as error:
         raise ValueError(f"{arm}, learning_rate={rate}, seed={seed}: {error}") from error
@@ -433,9 +458,9 @@ class Lab:
         folder = self.folder_of(cell)
         folder.mkdir(parents=True, exist_ok=True)
         own = {"out_dir": str(folder), "resume": "auto", "sample_tokens": "0"}
-        knobs = as_arguments(cell.knobs | self.automatic(cell) | own)
+        knobs = that_count(self.plan.preset, cell.knobs | self.automatic(cell) | own)
         threads = self.threads if self.options.jobs > 1 else None
-        process = launch([*self.plan.preset, *knobs], threads)
+        process = launch([*self.plan.preset, *as_arguments(knobs)], threads)
         self.interrupts.processes[cell.name] = process
         threading.Thread(target=follow, args=(process, folder / "log.txt", ended, cell)).start()
 

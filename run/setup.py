@@ -75,9 +75,9 @@ class Run:
         return Path(self.config.out_dir)
 
 
-def read_config(argv: list[str]) -> Config:
+def read_config(argv: list[str], ranks: Ranks = ALONE) -> Config:
     """The checked Config of a command line. With init_from, the weights decide its model."""
-    knobs = read_knobs(argv)
+    knobs = read_knobs(argv, ranks.size)
     return make_config(knobs, knobs_of_base(knobs))
 
 

@@ -39,12 +39,12 @@ CHANGES_BESIDE = (  # the same, and which knobs must be set beside it
     ("rope_original_context=4096", "rope_scaling=llama3"),
 )
 ROUNDS = (("micro_batch_size=2", ""), ("norm_impl=fused", "norm=layernorm"))
-KEEPS = (  # parallel and sharded do nothing with one rank
+KEEPS = (  # sharded does nothing with one rank
     "resume=auto eval_interval=2 eval_iters=2 log_interval=3 watch=true save_interval=3 keep=9 "
-    "sample_prompt=the sample_tokens=3 tracker=wandb parallel=fsdp sharded=false "
+    "sample_prompt=the sample_tokens=3 tracker=wandb sharded=false "
     "activation_checkpointing=true"
 ).split()
-ELSEWHERE = ("out_dir", "device", "compile")  # test_train.py has tests of these
+ELSEWHERE = ("out_dir", "device", "compile", "parallel")  # test_train.py, test_parallel.py
 
 
 def name_of(knob):

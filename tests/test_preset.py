@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def test_every_preset_says_what_it_is_and_describes_a_model(name):
 
 
 def test_all_other_files_of_the_folder_are_presets():
-    programs = {"__init__", "command", "preset", "schema"}
+    programs = {"__init__", "command", "help", "preset", "schema"}
     assert {path.stem for path in (ROOT / "config").glob("*.py")} == programs | set(PRESETS)
 
 
@@ -54,6 +55,20 @@ def test_command_line_overrides_the_preset_and_small_is_the_default(tmp_path):
     assert (config.out_dir, config.compile) == ("x=y", True)
     assert (config.learning_rate, config.max_iters) == (3e-4, 300)
     assert load() == load(ROOT / "config" / "small.py")
+
+
+def test_a_preset_and_a_command_line_are_each_judged_for_knobs_without_effect(tmp_path):
+    path = write_preset(tmp_path, "lr_schedule = 'wsd'\ndecay_fraction = 0.3\nparallel = 'fsdp'\n")
+    assert load(path, "lr_schedule=cosine").decay_fraction == 0.3  # of no use, but not a mistake
+    write_preset(tmp_path, "decay_fraction = 0.3\n")
+    wanted = f"{path}: decay_fraction=0.3 has no effect without lr_schedule=wsd"
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        load(path)
+    run = tmp_path / "run"
+    write_run(run)  # its config.json has every knob, whether it counts or not
+    assert load(run, "seed=3").seed == 3
+    with pytest.raises(ValueError, match="command line: decay_fraction=0.3 has no effect"):
+        load(run, "decay_fraction=0.3")
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny.py", "config/tiny.py"])
@@ -110,7 +125,7 @@ def test_what_is_no_preset_is_refused_with_the_list_of_presets(tmp_path, monkeyp
         ("learning_rate = " + "9" * 4000, "below 2**63"),
         ("learning_rate = (-8) ** 0.5", "learning_rate must be a number or a text, got complex"),
         ("out_dir = " + "9" * 5000, "4300 digits"),
-        ("seed = 10 ** 17 * 1000", "seed must be a whole number, got 1000"),
+        ("seed = 10 ** 17 * 1000", "seed must be a whole number below 2**63, got 1000"),
         ("#" * 100_001, "is larger than 100,000 bytes"),
         ("n_layer = 1is 1", "only numbers, strings"),
     ],
