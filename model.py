@@ -29,6 +29,7 @@ from norm import ELEMENTWISE, NORM_LEAVES, PARAMETERS, SCALARS, Norm, at_least_f
 # -- Configuration ---------------------------------------------------------------------------------
 
 LARGEST = {"n_layer": 700, "n_head": 10_000, "n_embd": 1_000_000, "block_size": 100_000_000}
+LARGEST_ALPHA = 1_000_000  # of norm_alpha, which is far less in every use; fp32 has an end
 UNGATED = ("gelu", "relu2")  # feed-forwards without a gate
 FINAL_NORM = ("pre", "sandwich", "out")  # with post and deepnorm the last Block ends in a norm
 SCALED_EMBEDDING = ("dyt", "derf")  # these norms do not bring the stream to a known size
@@ -114,6 +115,10 @@ class ModelConfig:
             value = getattr(self, name)
             if value < 0:
                 problems.append(f"{name} must be 0 (automatic) or more, got {value}")
+        if self.norm_alpha > LARGEST_ALPHA:
+            problems.append(
+                f"norm_alpha must be at most {LARGEST_ALPHA:,}, got {self.norm_alpha:g}"
+            )
         above_0 = ("norm_eps", "norm_alpha", "rope_theta", "rope_factor", "rope_original_context")
         for name in above_0:
             value = getattr(self, name)

@@ -27,7 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config.command import reader_left, run_command, split_arguments, user_errors
+from config.command import (
+    reader_left,
+    run_command,
+    shell_path,
+    split_arguments,
+    user_errors,
+    warn,
+)
 from config.help import help_text
 from config.schema import knobs_of, parse_knobs, refuse_without_effect, without_effect
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -137,7 +144,7 @@ class SampleOptions:
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
             "repetition_penalty": (0.01 <= penalty <= 100, "between 0.01 and 100"),
-            "seed": (0 <= self.seed < 2**64, "0 or more, and below 2**64"),
+            "seed": (0 <= self.seed < 2**63, "0 or more, and below 2**63"),
         }
         for name in ("eval_iters", "block_size", "micro_batch_size"):
             rules[name] = (getattr(self, name) >= 0, "0 (automatic) or more")
@@ -184,6 +191,8 @@ def sample_or_evaluate(argv: list[str]) -> None:
         return
     with user_errors():
         folder, options = parse_arguments(argv)
+        if "\\n" in options.prompt:
+            warn("prompt has the two signs \\ and n; a new line is written prompt=$'...\\n'")
         prompt = prompt_text(options.prompt)  # '' with eval and with interactive
         model, tokenizer, known = load_model(folder, options.checkpoint, options.device)
         ids = prompt_ids(tokenizer, prompt)
@@ -366,8 +375,9 @@ def print_sample(run: Run) -> None:
     if not config.sample_tokens:
         return
     if uses_fsdp(config, run.ranks):
-        merge = f"python -m run.sharded {run.folder}, then " if config.sharded else ""
-        sample = f"{merge}python sample.py {run.folder} prompt=... makes a text"
+        place = shell_path(run.folder)
+        merge = f"python -m run.sharded {place}, then " if config.sharded else ""
+        sample = f"{merge}python sample.py {place} prompt=... makes a text"
         print(f"{sample}: no rank has all weights now")
         return
     tokenizer, prompt = load_tokenizer(run.folder), config.sample_prompt
@@ -625,7 +635,8 @@ def logits_to_probabilities(
         ordered, where = probabilities.sort(descending=True)
         # What all likelier tokens have together: exactly 0 for the first, so that it always stays.
         before = ordered.cumsum(-1) - ordered
-        kept = ordered.masked_fill(before >= top_p, 0)
+        # A top_p below the smallest number of fp32 would be 0 there.
+        kept = ordered.masked_fill((before >= top_p) & (before > 0), 0)
         probabilities = normalised(probabilities.scatter(-1, where, kept))
     if min_p > 0:
         least = min_p * probabilities.amax(-1, keepdim=True)

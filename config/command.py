@@ -28,7 +28,8 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     """The words of a command line, and its key=value pairs.
 
     ['config/x.py', 'a=1', '--b=2'] -> (['config/x.py'], {'a': '1', 'b': '2'}). A value may contain
-    '='. An argument with a '/' before its first '=' is a word: a path such as out/lr=1. Raises
+    '='. An argument with a '/' before its first '=' is a word: a path such as out/lr=1. In words,
+    ~ becomes the user's home. Raises
     ValueError for an option without a value, and for a key that is given twice.
     """
     words, pairs = [], {}
@@ -37,7 +38,7 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str]]:
         if not equals and argument.startswith("-"):
             raise ValueError(f"{argument} has no value: write {key.lstrip('-')}=VALUE")
         if not equals or "/" in key:
-            words.append(argument)
+            words.append(os.path.expanduser(argument))
         elif key in pairs:
             raise ValueError(
                 f"{key} is given twice on the command line, as {pairs[key]!r} and {value!r}: "
@@ -49,10 +50,12 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def shell_path(path: Path) -> str:
-    """A path as the user can type it after a command: quoted for the shell, and with a '/' in it,
-    without which a path could look like a knob, an option or the name of a preset.
+    """A path as the user can type it after a command: quoted for the shell, and with a '/' in it
+    and no '-' before it, so that it cannot look like a knob, an option or the name of a preset.
     """
-    return shlex.quote(str(path) if "/" in str(path) else f"./{path}")
+    as_typed = str(path)
+    ambiguous = "/" not in as_typed or as_typed.startswith("-")
+    return shlex.quote(f"./{as_typed}" if ambiguous else as_typed)
 
 
 class Output(io.TextIOWrapper):

@@ -11,6 +11,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,10 @@ def find_preset(path: Path) -> Path:
         return path
     if name in PRESETS and str(path.parent) in (".", "config"):
         return FOLDER / f"{name}.py"
-    raise ValueError(
-        f"{path} is neither a file nor a run's folder; presets are "
-        f"{', '.join(f'config/{preset}.py' for preset in PRESETS)}"
-    )
+    near = get_close_matches(name.removeprefix("train_"), PRESETS, 1)
+    known = ", ".join(f"config/{preset}.py" for preset in PRESETS)
+    hint = f"did you mean config/{near[0]}.py?" if near else f"presets are {known}"
+    raise ValueError(f"{path} is neither a file nor a run's folder; {hint}")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def syntax_tree(path: Path) -> ast.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python warns of spelling such as `1is 1`
-            return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+            return ast.parse(path.read_text(encoding="utf-8-sig"), filename=str(path))
     except SyntaxError as error:
         raise ValueError(f"{path}:{error.lineno}:{error.offset}: {error.msg}") from error
     except ValueError as error:  # UnicodeDecodeError is one, too

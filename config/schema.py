@@ -6,6 +6,7 @@ then how a word of a command line or a preset becomes the value of a knob.
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -233,7 +234,7 @@ class Config(OptimizerKnobs, DataKnobs, RunKnobs, MachineKnobs):
         return own | dataclasses.asdict(self.model)
 
 
-SYNONYMS = {  # what other programs call it -> what it is called here
+SYNONYMS = {  # what other programs call it -> what it is called here, or how it is done here
     "lr": "learning_rate",
     "dim": "n_embd",
     "d_model": "n_embd",
@@ -243,17 +244,28 @@ SYNONYMS = {  # what other programs call it -> what it is called here
     "n_kv_heads": "n_kv_head",
     "max_seq_len": "block_size",
     "context": "block_size",
-    "gradient_accumulation_steps": "micro_batch_size",
+    "gradient_accumulation_steps": (
+        "batch_size is that of a whole step, and micro_batch_size says how many fit at once"
+    ),
     "max_steps": "max_iters",
     "lr_decay_iters": "max_iters",
     "decay_lr": "lr_schedule",
     "lora_r": "lora_rank",
     "wandb_log": "tracker",
+    "wandb_project": "write tracker=wandb, and set the environment variable WANDB_PROJECT",
+    "wandb_run_name": "write tracker=wandb, and set the environment variable WANDB_NAME",
+    "start": "prompt",
+    "out_dir": "write the folder as a word of its own, without out_dir=",
+    "init_from": "write the folder as a word of its own, without init_from=",
+    "eval_only": "python sample.py FOLDER eval=val evaluates a run",
+    "backend": "torchrun starts several ranks, and nothing else needs to be said",
+    "bias": "no layer has a bias but norm=layernorm, and norm=layernorm_nobias has none",
     "eps": "norm_eps",
     "always_save_checkpoint": "save_interval",
     "weight_tying": "tie_embeddings",
     "intermediate_size": "n_hidden",
 }
+PATHS = ("out_dir", "dataset", "init_from", "out")  # knobs and options that name a place
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 LONGEST_NUMBER = 100  # characters; int() of a very long text takes seconds
 
@@ -303,10 +315,12 @@ def parse_knobs(values: dict[str, Any], knobs: dict, where: str) -> dict[str, An
     parsed = {}
     for name, value in values.items():
         if name not in knobs:
-            near = get_close_matches(name, knobs, 1, 0.5)
-            if SYNONYMS.get(name) in knobs:
-                near = [SYNONYMS[name]]
-            hint = f"did you mean {near[0]}?" if near else "--help lists all"
+            near = [SYNONYMS[name]] if name in SYNONYMS else get_close_matches(name, knobs, 1, 0.5)
+            hint = "--help lists all"
+            if near and near[0] in knobs:
+                hint = f"did you mean {near[0]}?"
+            elif near and " " in near[0]:
+                hint = near[0]
             raise ValueError(f"{where}: unknown knob {name!r}; {hint}")
         # Only a foreign JSON file or checkpoint can hold anything else. It is not printed, because
         # it may be nested so deeply that repr() fails.
@@ -331,7 +345,8 @@ def parse_value(name: str, value: str | int | float, kind: Any) -> str | int | f
             raise ValueError(f"{name} must be text in quotes, got {value!r:.80}")
         if name == "out_dir" and not value:  # Path("") would be the current folder
             raise ValueError("out_dir must be a folder, got ''")
-        return value
+        # A shell leaves the ~ of key=~/place as it is.
+        return os.path.expanduser(value) if name in PATHS else value
     return _parse_number(name, value, kind)
 
 

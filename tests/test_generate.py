@@ -295,6 +295,7 @@ FIRST, THREE = [1, 0, 0, 0], [5 / 9, 2 / 9, 2 / 9, 0]
         ({"top_k": 4}, SHARES),
         ({"top_k": 99}, SHARES),
         ({"top_p": 1e-9}, FIRST),
+        ({"top_p": 1e-320}, FIRST),  # which is 0 in fp32
         ({"top_p": 0.49}, FIRST),
         ({"top_p": 0.75}, THREE),
         ({"top_p": 0.95}, SHARES),

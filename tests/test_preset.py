@@ -57,6 +57,10 @@ def test_command_line_overrides_the_preset_and_small_is_the_default(tmp_path):
     assert load() == load(ROOT / "config" / "small.py")
 
 
+def test_a_byte_order_mark_before_a_preset_is_no_part_of_it(tmp_path):
+    assert load(write_preset(tmp_path, "\ufeffn_layer = 2\n")).model.n_layer == 2
+
+
 def test_a_preset_and_a_command_line_are_each_judged_for_knobs_without_effect(tmp_path):
     path = write_preset(tmp_path, "lr_schedule = 'wsd'\ndecay_fraction = 0.3\nparallel = 'fsdp'\n")
     assert load(path, "lr_schedule=cosine").decay_fraction == 0.3  # of no use, but not a mistake
@@ -89,11 +93,14 @@ def test_a_preset_of_ours_is_found_from_any_folder_unless_there_is_another(
 @pytest.mark.parametrize(
     "name", ["elsewhere/tiny.py", "tiny.txt", "none", "", "..", "config", "schema", "preset"]
 )
-def test_what_is_no_preset_is_refused_with_the_list_of_presets(tmp_path, monkeypatch, name):
+def test_what_is_no_preset_is_refused_with_the_nearest_or_all_presets(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="is neither a file nor a run's folder; presets are") as e:
+    hint = f"presets are {', '.join(f'config/{preset}.py' for preset in PRESETS)}"
+    if "tiny" in name:
+        hint = "did you mean config/tiny.py?"
+    with pytest.raises(ValueError) as error:
         load(name)
-    assert "config/small.py" in str(e.value) and "schema.py" not in str(e.value)
+    assert str(error.value).endswith(f"is neither a file nor a run's folder; {hint}")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +203,7 @@ def test_weights_decide_the_architecture_and_a_run_may_choose_the_rest():
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny", "config/tiny", "my run", "lr=3", "out/lr=3", "-x", "it's $HOME/run"]
+    "name", ["tiny", "config/tiny", "my run", "lr=3", "out/lr=3", "-x", "-x/y", "it's $HOME/run"]
 )
 def test_the_path_of_a_run_as_messages_write_it_is_taken_for_that_run(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from config.command import split_arguments
 from config.preset import make_config, read_knobs
 from config.schema import Config, knobs_of, parse_knobs, parse_value
 from model import ModelConfig
@@ -43,6 +44,15 @@ def test_values_become_the_type_of_their_knob(value, kind, wanted):
     assert result == wanted and type(result) is type(wanted)
 
 
+@pytest.mark.parametrize("name", ["out_dir", "dataset", "init_from"])
+def test_the_home_of_the_user_is_found_in_every_path(monkeypatch, name):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse_value(name, "~/x", str) == "/home/me/x"
+    assert parse_value("sample_prompt", "~/x", str) == "~/x"
+    words, pairs = split_arguments(["~/run", f"{name}=~/x"])
+    assert words == ["/home/me/run"] and pairs == {name: "~/x"}
+
+
 def test_knobs_are_checked_together():
     # Either alone would not fit the other knobs of the preset.
     assert load("n_embd=600", "n_head=6", "n_kv_head=0").model.head_size == 100
@@ -54,7 +64,14 @@ def test_knobs_are_checked_together():
         # unknown names
         ("learing_rate=1e-3", "unknown knob 'learing_rate'; did you mean learning_rate?"),
         ("lr=1e-3", "did you mean learning_rate?"),
-        ("gradient_accumulation_steps=4", "did you mean micro_batch_size?"),
+        ("gradient_accumulation_steps=4", "batch_size is that of a whole step"),
+        ("--eval_only=True", "python sample.py FOLDER eval=val evaluates a run"),
+        ("--backend=nccl", "torchrun starts several ranks"),
+        ("--bias=False", "norm=layernorm_nobias has none"),
+        (
+            "--wandb_project=x",
+            "set the environment variable WANDB_PROJECT",
+        ),
         ("zzzzzz=4", "--help lists all"),
         # types
         ("n_layer=abc", "n_layer must be a whole number, got 'abc'"),
@@ -79,6 +96,7 @@ def test_knobs_are_checked_together():
         ("n_layer=2 n_layer=3", "n_layer is given twice"),
         ("config/none.py", "config/none.py is neither a file nor a run's folder; presets are"),
         ("config", "config is neither a file nor"),
+        ("config/train_shakespeare_char.py", "did you mean config/shakespeare_char.py?"),
         ("config/small.py config/tiny.py", "one preset at most"),
         # the model
         ("n_head=5", "must be a multiple of 2 * n_head=5"),
@@ -88,6 +106,7 @@ def test_knobs_are_checked_together():
         ("norm=prmsnorm norm_impl=fused", "norm_impl=fused has no kernel for norm=prmsnorm"),
         ("norm=prmsnorm prms_p=0", "prms_p must be in (0, 1], got 0.0"),
         ("norm=dyt norm_alpha=0", "norm_alpha must be above 0"),
+        ("norm=dyt norm_alpha=1e39", "norm_alpha must be at most 1,000,000, got 1e+39"),
         ("ffn=gelu n_hidden=101", "n_hidden=101 must be even for ffn=gelu, which gets 3/2 of it"),
         # bounds of the other knobs
         ("batch_size=-1", "batch_size must be 1 or more"),
