@@ -37,6 +37,7 @@ from conftest import ROOT, SMALL, prepare_words
 import run.log
 import run.setup
 import train
+from config.command import start
 from run.metrics import METRICS_FILE, read_metrics
 from run.ranks import exit_with
 from weights import checkpoint
@@ -218,6 +219,7 @@ def _in_child(
     # Whatever the faults themselves were started under:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    start()
     torch.set_num_threads(1)
     if data:
         run.setup.DATA = data
