@@ -110,6 +110,19 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def add_in_fixed_order(compiled: bool) -> None:
+    """Makes a compiled run on a CPU repeatable bit for bit, and thereby its resume exact.
+
+    In Inductor's code, all threads add to the embedding's gradient at once, in an order that no two
+    runs share. PyTorch's own kernel, which it calls with this setting, has a fixed order. Eager
+    runs always use that kernel, so for them the setting would change nothing.
+    """
+    torch.use_deterministic_algorithms(compiled)
+    # Else it would also fill each new tensor, to hide the faults of code that reads before it
+    # writes. We have none, and it takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def disable_cudnn_attention(device: str) -> None:
     """Forbids PyTorch to use cuDNN's attention from here on. Sampling calls this.
 

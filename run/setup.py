@@ -26,6 +26,7 @@ from data.tokenizer import tokenizer_sha256
 from model import Decoder, parameter_count
 from run import sharded
 from run.machine import (
+    add_in_fixed_order,
     choose_device,
     choose_dtype,
     keep_freed_memory,
@@ -241,6 +242,7 @@ def build(config: Config, data: Dataset, begin: dict[str, Any], ranks: Ranks) ->
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
     elif config.device == "cpu":
         keep_freed_memory()
+        add_in_fixed_order(bool(config.compile))
 
     weights, saved = begin["weights"], begin["saved"]
     in_parts = bool(saved) and "shards" in saved

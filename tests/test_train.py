@@ -234,18 +234,26 @@ def test_training_learns(start, tmp_path, knobs):
     assert losses[-1] < 2.3
 
 
-def test_compiled_training_is_the_same_training(start, tmp_path):
-    start("max_iters=4", "n_layer=1")
-    code, out, _ = start("compile=true", "max_iters=4", "n_layer=1", out="compiled")
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_compiled_training_is_the_same_training_and_the_same_bits_each_time(
+    start, tmp_path, two_threads
+):
+    knobs = ("n_layer=1", "batch_size=32", "micro_batch_size=32", "eval_interval=0")
+    start(*knobs)
+    code, out, _ = start(*knobs, "compile=true", out="compiled")
     assert code == 0 and ", compiled" in out and out.count("compiled in ") == 1
-    assert (
-        final_state(tmp_path / "run")[0].keys() == final_state(tmp_path / "compiled")[0].keys()
-    )  # no _orig_mod
-    losses = [
-        [r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r]
-        for name in ("run", "compiled")
-    ]
+    eager, compiled = final_state(tmp_path / "run"), final_state(tmp_path / "compiled")
+    assert eager[0].keys() == compiled[0].keys()  # no _orig_mod
+    losses = [[r["loss"] for r in records if "loss" in r] for _, records in (eager, compiled)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert start(*knobs, "compile=true", out="again")[0] == 0
+    assert_same_run(tmp_path / "compiled", tmp_path / "again")
 
 
 def test_what_a_run_leaves_behind(start, tmp_path):
