@@ -25,6 +25,7 @@ from data.prepare import prepare
 from data.tokenizer import tokenizer_sha256
 from model import Decoder, parameter_count
 from run import sharded
+from run.evaluate import refuse_longer_than_context
 from run.machine import (
     add_in_fixed_order,
     choose_device,
@@ -328,6 +329,8 @@ def find_checkpoint(config: Config) -> dict[str, Any] | None:
 def find_first_weights(config: Config, saved: dict[str, Any] | None) -> Weights | None:
     """The weights of init_from, or None without it. A run that goes on has its own weights and gets
     None, unless it trains adapters: then it needs the weights that they belong to."""
+    if saved:
+        refuse_another_start(config, saved)
     if not config.init_from:
         return None
     if saved:
@@ -336,6 +339,7 @@ def find_first_weights(config: Config, saved: dict[str, Any] | None) -> Weights 
         file = checkpoint.path_of(Path(config.out_dir), saved["step"])
         return open_base(saved["base"], file, moved=Path(config.init_from))
     start = open_weights(Path(config.init_from))
+    refuse_longer_than_context(config.model.block_size, start.context)
     for name in checkpoint.ARCHITECTURE:
         said, found = getattr(config.model, name), getattr(start.config, name)
         if name not in NOT_DECIDED_BY_WEIGHTS and said != found:
@@ -344,6 +348,23 @@ def find_first_weights(config: Config, saved: dict[str, Any] | None) -> Weights 
                 f"{found}: one of the two is not from this run"
             )
     return start
+
+
+def refuse_another_start(config: Config, saved: dict[str, Any]) -> None:
+    """ValueError if a run that goes on names other weights in init_from than it began with: they
+    would not be read, and yet be recorded. Only if the weights of its adapters have been moved may
+    it name the new place."""
+    before, now = saved["config"].get("init_from", ""), config.init_from
+    if before == now or (before and now and Path(before).resolve() == Path(now).resolve()):
+        return
+    base = saved["base"].get("path")
+    if now and base and not (Path(config.out_dir) / base).exists():
+        return  # open_base compares the checksum
+    begun = f"was begun with init_from={before}" if before else "was begun without init_from"
+    raise ValueError(
+        f"the run in {config.out_dir} {begun} and goes on with its own weights: "
+        f"{'put init_from back' if before else 'leave init_from out'}, or name another out_dir"
+    )
 
 
 def find_dataset(name: str, tokenizer: Path | None) -> Path:
