@@ -108,9 +108,10 @@ def train(run: Run, tracker: Tracker | None) -> int:
                     log.watch(run.step + 1, observe_next_batch(run))
 
                 start = time.perf_counter()
-                loss, lr, grad_norm = train_step(run)  # has waited for the gradients
-                log.training(run.step, loss, lr, grad_norm, time.perf_counter() - start)
-                unsaved = True
+                done = train_step(run, interrupts)  # has waited for the gradients
+                if done is not None:  # else a signal came, and the resumed run does the step anew
+                    log.training(run.step, *done, time.perf_counter() - start)
+                    unsaved = True
         except (FloatingPointError, OSError) as error:  # OSError: disk or data
             log.fault(error)
             return NOT_FINITE if isinstance(error, FloatingPointError) else 1
@@ -122,16 +123,22 @@ def is_due(step: int, interval: int) -> bool:
     return bool(interval and step and step % interval == 0)
 
 
-def train_step(run: Run) -> tuple[float, float, float]:
+def train_step(run: Run, interrupts: Interrupts | None = None) -> tuple[float, float, float] | None:
     """One optimizer step on the batch of run.step: (its loss before the step in nats per token, the
-    learning rate, the gradient's norm). FloatingPointError comes before any weight has changed."""
+    learning rate, the gradient's norm). FloatingPointError comes before any weight has changed.
+
+    None if a signal came between two micro-batches. Then nothing has changed.
+    """
     config, ranks, optimizers, scaler = run.config, run.ranks, run.optimizers, run.scaler
     lr = learning_rate_at(run.step, config)
     optimizers.set_lr(lr)
     # Dropout's masks, like the batch and the learning rate, are a function of seed and step. So no
     # random state is saved, and a resumed run draws what an uninterrupted one would have drawn.
     torch.manual_seed(config.seed * 1_000_003 + run.step + (ranks.rank << 43))
-    loss = accumulate_gradients(run)
+    loss = accumulate_gradients(run, interrupts)
+    if loss is None:
+        optimizers.zero_grad()
+        return None
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = parallel.clip_gradients(run.model.parameters(), config.grad_clip)
@@ -152,9 +159,10 @@ def train_step(run: Run) -> tuple[float, float, float]:
     return loss, lr, norm
 
 
-def accumulate_gradients(run: Run) -> Tensor:
+def accumulate_gradients(run: Run, interrupts: Interrupts | None = None) -> Tensor | None:
     """Adds the gradient of the batch of run.step to the parameters' .grad. Returns the mean loss of
-    this rank's share of the batch, a scalar on the device."""
+    this rank's share of the batch, a scalar on the device; None if a signal came, to any rank, when
+    a part of the batch was done."""
     config, ranks, data = run.config, run.ranks, run.data
     with ranks.all_or_none():  # if one rank alone stopped here, the others would wait for it
         data.check_unchanged()
@@ -165,6 +173,8 @@ def accumulate_gradients(run: Run) -> Tensor:
     count = len(x) // config.micro_batch_size
     mean = torch.zeros((), device=config.device)
     for i, (inputs, targets) in enumerate(zip(x.chunk(count), y.chunk(count), strict=True)):
+        if i and interrupts is not None and interrupts.agreed():
+            return None
         parallel.average_gradients_in_backward(run.forward, now=i == count - 1)
         with autocast(config.device, config.dtype):
             loss = run.forward(to_device(inputs, config.device), to_device(targets, config.device))

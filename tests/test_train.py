@@ -787,6 +787,34 @@ def test_a_folder_that_vanished_is_made_again(start, tmp_path, monkeypatch):
     assert {"config.json", "tokenizer.json"} <= {p.name for p in (tmp_path / "run").iterdir()}
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_file_of_the_run_that_was_deleted_is_made_again_with_the_next_save(
+    start, tmp_path, monkeypatch, name
+):
+    file = tmp_path / "run" / name
+    before = []
+    during_step(monkeypatch, 7, lambda: (before.append(file.read_bytes()), file.unlink()))
+    code, _, err = start()
+    assert code == 0 and err.count("has vanished and is made again") == 1
+    assert file.read_bytes() == before[0]
+
+
+def test_a_tokenizer_that_is_gone_everywhere_does_not_keep_the_weights_from_being_saved(
+    start, tmp_path, monkeypatch, data_folder
+):
+    words = tmp_path / "data" / "words"
+    shutil.copytree(data_folder / "words", words)
+
+    def delete():
+        (words / "tokenizer.json").unlink()
+        (tmp_path / "run" / "tokenizer.json").unlink()
+
+    during_step(monkeypatch, 7, delete)
+    code, _, err = start(f"dataset={words}")
+    assert code == 0 and "could not be written again" in err
+    assert checkpoint.load_newest(tmp_path / "run")["step"] == 12
+
+
 def test_data_that_change_while_they_are_read_end_the_run(
     start, tmp_path, monkeypatch, data_folder
 ):
@@ -827,6 +855,25 @@ def test_a_closed_terminal_saves_however_often_it_is_told(start, tmp_path, monke
     signal_after(monkeypatch, 6, signal.SIGHUP, times=2)
     code, out, _ = start()
     assert code == 129 and "SIGHUP: saved at step 6" in out
+
+
+def test_a_signal_in_a_long_step_waits_only_for_its_micro_batch(start, tmp_path, monkeypatch):
+    knobs = ("micro_batch_size=1", "dropout=0.1", "save_interval=0")
+    start(*knobs, out="whole")
+    calls = []
+
+    def interrupt(model):
+        calls.append(1)
+        if len(calls) == 5 * 8 + 3:  # in the third of eight micro-batches of step 6
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1
+
+    with monkeypatch.context() as patch:
+        loss_times(patch, interrupt)
+        code, out, _ = start(*knobs, "eval_interval=0")
+    assert code == 143 and "SIGTERM: saved at step 5" in out and len(calls) == 5 * 8 + 3
+    assert start(*knobs, "resume=yes")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_an_ignored_signal_stays_ignored(start, monkeypatch):

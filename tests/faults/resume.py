@@ -84,8 +84,10 @@ def stop_and_resume(
         killed = number == signal.SIGKILL
         if failure := bad_end(ended, -number if killed else 128 + number):
             return failure, lost
-        # A run that is asked to stop ends the step first, and saves it.
-        done, saved = step + (not killed), last_saved(out)
+        # A run that is asked to stop ends its micro-batch first. If that was the last one of the
+        # step, the step is done and saved, else it is begun anew by the resumed run.
+        whole_step = not killed and knobs.get("micro_batch_size") != 2
+        done, saved = step + whole_step, last_saved(out)
         if not 0 <= done - saved <= (SAVE_INTERVAL - 1 if killed else 0):
             return f"{done} steps done, {saved} saved after signal {number}", lost
         lost = max(lost, done - saved)
@@ -163,7 +165,9 @@ def witness(
         if step == stop:
             os.kill(os.getpid(), number)
 
-    def write_loss(done, run):
+    def write_loss(done, run, *_):
+        if done is None:  # a signal came in the step, which is done again
+            return
         file.write(f"loss {run.step - 1} {done[0].hex()}\n".encode())
 
     after_call(train, "batch", write_batch)
