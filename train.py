@@ -70,15 +70,42 @@ def main(argv: list[str]) -> int:
                 )
                 print(" (a larger max_iters would go on)")
             else:
+                tell_of_rise(run)
                 warm_up(run)
                 tracker = open_tracker(run)
                 claim_folder(run)
         code = 0 if finished else train(run, tracker)
         if code == 0 and ranks.is_main:
             with user_errors():
-                plot_losses(run.folder)
-                print_sample(run)
+                show_result(run)
     return code
+
+
+def show_result(run: Run) -> None:
+    """Draws loss.png and prints a sample. The run is done and saved, so a failure here is a warning
+    and not a failure of the run."""
+    for what, show in (
+        ("loss.png", lambda: plot_losses(run.folder)),
+        ("the sample", lambda: print_sample(run)),
+    ):
+        try:
+            show()
+        except Exception as error:  # matplotlib and PyTorch raise dozens of kinds
+            warn(f"{what} could not be made ({error!r:.300}); the run is done and saved")
+
+
+def tell_of_rise(run: Run) -> None:
+    """Says so if a resumed run has a higher learning rate from here on, as it has if a finished one
+    gets a larger max_iters: the schedule of the longer run is not at its end there."""
+    if run.schedule_before is None:
+        return
+    before = learning_rate_at(max(0, run.step - 1), run.schedule_before)
+    planned, now = (learning_rate_at(run.step, c) for c in (run.schedule_before, run.config))
+    if now > max(before, planned):
+        print(
+            f"the learning rate rises from {before:.2e} to {now:.2e} at step {run.step + 1}, "
+            f"because its schedule has changed"
+        )
 
 
 def train(run: Run, tracker: Tracker | None) -> int:
@@ -230,10 +257,11 @@ def warm_up(run: Run) -> None:
     ranks such a failure ends the run: one rank cannot change its settings alone.
     """
     alone, start = run.ranks.size == 1, time.perf_counter()
-    nothing_can_fail = alone and run.config.device == "cpu" and not run.config.compile
+    compiles = run.config.compile or run.config.model.norm_impl == "compile"
+    nothing_can_fail = alone and run.config.device == "cpu" and not compiles
     if nothing_can_fail or run.step >= run.config.max_iters:
         return
-    if run.config.compile:
+    if compiles:
         print("compiling the model, which takes a while", flush=True)
     moments = run.optimizers.reserve_moments()
     while True:
@@ -249,16 +277,20 @@ def warm_up(run: Run) -> None:
             print(f"out of GPU memory with micro_batch_size={micro}: trying {smaller}")
             run.config = replace(config, micro_batch_size=smaller)
         except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            if not config.compile and config.model.norm_impl == "compile":
+                raise ValueError(
+                    f"norm_impl=compile does not work here, norm_impl=eager does: {reason:.200}"
+                ) from error
             if not alone or not config.compile:
                 raise
-            reason = str(error).strip().splitlines()[0]
             print(f"torch.compile does not work here, going on without: {reason:.200}")
             run.config, run.forward = replace(config, compile=False), run.model
         run.optimizers.zero_grad()
         torch.cuda.empty_cache()
     run.optimizers.zero_grad()
     del moments
-    if run.config.compile:
+    if run.config.compile or run.config.model.norm_impl == "compile":
         print(f"compiled in {time.perf_counter() - start:.0f} s; later runs find it cached")
 
 

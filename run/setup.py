@@ -22,7 +22,8 @@ from config.schema import Config
 from data.corpus import open_corpus
 from data.loader import DATA, Dataset, open_dataset, train_starts, val_starts
 from data.prepare import prepare
-from data.tokenizer import tokenizer_sha256
+from data.tokenizer import FILES as TOKENIZER_FILES
+from data.tokenizer import tokenizer_file, tokenizer_sha256
 from model import Decoder, parameter_count
 from run import sharded
 from run.evaluate import refuse_longer_than_context
@@ -52,6 +53,10 @@ from weights import checkpoint
 from weights.hf_folder import is_hf_folder
 from weights.open import Weights, knobs_of_base, open_base, open_weights
 
+SCHEDULE = (  # the knobs on which the learning rate of a step depends
+    "learning_rate min_lr lr_schedule warmup_iters decay_fraction max_iters"
+).split()
+
 
 @dataclass
 class Run:
@@ -71,6 +76,8 @@ class Run:
     # adapters for them, their path and checksum.
     base: dict[str, Any] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)  # of the last steps, to find spikes
+    # The config with the learning rate's schedule as it was until now, if the run is resumed.
+    schedule_before: Config | None = None
 
     @property
     def folder(self) -> Path:
@@ -117,6 +124,7 @@ def read_and_check(
         tokenizer = Path(wanted.out_dir) if saved else start.folder
     data = open_dataset(find_dataset(wanted.dataset, tokenizer))
     check_data(wanted, data, start)
+    refuse_other_tokenizer(Path(wanted.out_dir), data)
     config = resolve(wanted, device, data, saved, ranks)
     refuse_what_fsdp_cannot(config, ranks)
     if saved:
@@ -215,6 +223,18 @@ def check_batch(config: Config, ranks: int) -> None:
     )
 
 
+def refuse_other_tokenizer(folder: Path, data: Dataset) -> None:
+    """ValueError if out_dir has a tokenizer's file that the run will not replace by its own: then
+    there would be two, and none of our programs could know which one counts."""
+    own = tokenizer_file(data.folder).name
+    for name in TOKENIZER_FILES:
+        if name != own and (folder / name).exists():
+            raise ValueError(
+                f"{folder / name} is not the tokenizer of {data.folder}, which is in {own}: "
+                f"delete it, or name another out_dir"
+            )
+
+
 def check_data(config: Config, data: Dataset, start: Weights | None) -> None:
     """ValueError if the data set has another tokenizer than the weights of init_from, more tokens
     than vocab_size, or a split that is shorter than one window."""
@@ -276,6 +296,8 @@ def build(config: Config, data: Dataset, begin: dict[str, Any], ranks: Ranks) ->
     if saved["scaler"]:  # it is empty if the run was not in float16
         scaler.load_state_dict(saved["scaler"])
     run.step, run.grad_norms, run.restored = saved["step"], saved["grad_norms"], True
+    before = {name: saved["config"][name] for name in SCHEDULE if name in saved["config"]}
+    run.schedule_before = replace(config, **before)
     if saved["config"]["eval_iters"] == config.eval_iters:  # else it was measured on other windows
         run.best_val_loss = saved["best_val_loss"]
     return run

@@ -468,6 +468,18 @@ def test_a_resume_with_another_model_is_refused_and_one_with_another_rate_is_tol
     assert "resuming with max_iters: checkpoint=4, now=8" in out
 
 
+def test_a_resume_that_lifts_the_learning_rate_says_so(start, monkeypatch):
+    start()  # 12 steps, the first two of which are the warm-up
+    _, out, _ = start("max_iters=24", "resume=yes")
+    assert out.count("learning rate rises") == 1
+    assert "rises from 2.45e-05 to 5.71e-04 at step 13, because its schedule has changed" in out
+    with monkeypatch.context() as patch:
+        signal_after(patch, 1)
+        start(out="cut")
+    assert "rises" not in start("resume=yes", out="cut")[1]  # but for the warm-up, as planned
+    assert "rises" not in start("resume=yes", "max_iters=13", "lr_schedule=wsd", out="cut")[1]
+
+
 def test_a_resume_on_changed_data_is_refused(start, data_folder, tmp_path):
     start("max_iters=4")
     (tmp_path / "words.txt").write_text((data_folder / "words.txt").read_text()[:-1] + "h")
@@ -722,6 +734,39 @@ def test_bad_input_is_one_line_and_leaves_nothing(start, tmp_path, arguments, wo
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_folders_above_out_dir_that_a_refused_command_made_are_removed(start, tmp_path):
+    assert start("dataset=missing", out="deep/er/run")[0] == 2
+    assert not (tmp_path / "deep").exists()
+
+
+def test_what_comes_after_the_last_save_does_not_change_the_exit_code(start, tmp_path, monkeypatch):
+    (tmp_path / "run" / "loss.png").mkdir(parents=True)
+
+    def hidden():
+        (tmp_path / "run" / "tokenizer.json").write_text("{}")
+
+    during_step(monkeypatch, 12, hidden)
+    code, out, err = start("sample_tokens=3")
+    assert code == 0 and "--- sample ---" not in out
+    assert err.count("the run is done and saved\n") == err.count("\n") == 2
+    assert "warning: loss.png could not be made" in err
+    assert "warning: the sample could not be made" in err
+
+
+def test_a_tokenizer_that_lies_in_out_dir_already_is_refused(start, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokenizer.model").write_text("another")
+    code, _, err = start()
+    assert code == 2 and "tokenizer.model is not the tokenizer of" in err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["tokenizer.model"]
+
+
+def test_norms_that_are_compiled_by_themselves_are_announced(start, no_code):
+    code, out, _ = start("norm_impl=compile", "n_layer=1", "max_iters=2")
+    assert code == 0 and out.index("compiling the model, which takes a while") < out.index("step 1")
+    assert "compiled in " in out
 
 
 @pytest.mark.skipif(

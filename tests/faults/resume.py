@@ -95,7 +95,7 @@ def stop_and_resume(
     return bad_end(train_child(out, watched, resume="auto", **knobs)), lost
 
 
-@fault("compiled on two threads, stopped at a random step, then resumed", whole=8, few=0)
+@fault("compiled on two threads: stopped, then resumed", whole=8, few=0)
 def exact_compiled_resume(report: Report, tries: int, folder: Path) -> None:
     """As above. Threads that add to one gradient at once would give every run other last digits."""
     if not shutil.which("g++"):
@@ -150,9 +150,7 @@ def book_of(out: Path) -> Path:
     return Path(f"{out}.book")
 
 
-def witness(
-    book: Path, stop: int | None = None, number: int = 0, before: Before = None
-) -> None:
+def witness(book: Path, stop: int | None = None, number: int = 0, before: Before = None) -> None:
     """In a child: writes a line into `book` for the batch of each step, and one for its loss. In
     the middle of step `stop`, counted from 0, the process sends itself the signal `number`."""
     if before:
