@@ -25,7 +25,8 @@ from model import UNFUSED_UP_TO, ModelConfig, parameter_count, rows_at_once
 from weights.lora import adapter_count
 
 ROOT = Path(__file__).parent.parent
-# The files whose code decides the losses of a run: `code` in versions() is their hash.
+# The files whose code decides the losses of a run: `code` in versions() is their hash. Of the other
+# files that train.py imports, tests/test_machine.py says why they do not.
 CODE_THAT_TRAINS = (
     "model.py",
     "norm.py",
@@ -34,7 +35,11 @@ CODE_THAT_TRAINS = (
     "run/setup.py",
     "run/parallel.py",
     "run/evaluate.py",
+    "run/machine.py",
+    "run/ranks.py",
     "data/loader.py",
+    "weights/hf_folder.py",
+    "weights/lora.py",
 )
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
