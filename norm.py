@@ -169,6 +169,18 @@ FUSED: dict[str, Callable[..., Tensor]] = {
     "rmsnorm1p": fused_rmsnorm1p,
     "none": no_norm,
 }
+# One line each, the first of the eager function's docstring, which python -OO removes.
+IN_WORDS = {
+    "layernorm": "(x - mean) / sqrt(var + eps) * gain + bias: re-centres and re-scales.",
+    "layernorm_nobias": "(x - mean) / sqrt(var + eps) * gain: LayerNorm without its bias.",
+    "rmsnorm": "x / sqrt(mean(x^2) + eps) * gain: re-scales only. LLaMA's norm.",
+    "rmsnorm_noparam": "x / sqrt(mean(x^2) + eps): RMSNorm without a gain.",
+    "rmsnorm1p": "x / sqrt(mean(x^2) + eps) * (1 + gain): RMSNorm whose gain starts at zero. Gemma's norm.",
+    "prmsnorm": "x / sqrt(mean(x[:k]^2) + eps) * gain, k = ceil(p C): RMSNorm by the first k channels.",
+    "dyt": "tanh(alpha x) * gain: DyT, which squashes each element by itself, without statistics.",
+    "derf": "erf(alpha x + shift) * gain + bias: like dyt, with the error function.",
+    "none": "x: no norm. The control that shows what a norm costs and whether it is needed.",
+}
 IMPLEMENTED = {"eager": EAGER, "fused": FUSED, "compile": EAGER}
 
 # Each parameter of a norm and the number it starts from. The names are the function's arguments.
