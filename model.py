@@ -405,8 +405,9 @@ class Block(nn.Module):
             return stream + norm_out(y)
         if self.norm_pos == "out":
             return stream + norm(y)
-        assert self.norm_pos in ("post", "deepnorm"), self.norm_pos
-        return norm(stream + y)
+        if self.norm_pos in ("post", "deepnorm"):
+            return norm(stream + y)
+        raise ValueError(f"norm_pos={self.norm_pos!r} is not one that a Block knows")
 
 
 # -- Decoder ---------------------------------------------------------------------------------------

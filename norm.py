@@ -80,7 +80,7 @@ def rmsnorm_noparam(x: Tensor, eps: float) -> Tensor:
 
 
 def rmsnorm1p(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * (1 + gain): RMSNorm whose gain starts at zero. Gemma's norm.
+    """x / sqrt(mean(x^2) + eps) * (1 + gain): its gain starts at zero. Gemma's norm.
 
     Gemma Team 2024, arXiv 2403.08295. gain [C]. 1 + gain is computed in fp32, because bfloat16
     would round small gains away.
@@ -89,7 +89,7 @@ def rmsnorm1p(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def prmsnorm(x: Tensor, gain: Tensor, eps: float, p: float) -> Tensor:
-    """x / sqrt(mean(x[:k]^2) + eps) * gain, k = ceil(p C): RMSNorm by the first k channels.
+    """x / sqrt(mean(x[:k]^2) + eps) * gain, k = ceil(p C): uses the first k channels.
 
     Zhang & Sennrich 2019, arXiv 1910.07467, section 4. gain [C]. The paper rounds k up, and so does
     this function; the code of its authors rounds k down.
@@ -168,6 +168,18 @@ FUSED: dict[str, Callable[..., Tensor]] = {
     "rmsnorm_noparam": fused_rmsnorm_noparam,
     "rmsnorm1p": fused_rmsnorm1p,
     "none": no_norm,
+}
+# One line each, the first of the eager function's docstring, which python -OO removes.
+IN_WORDS = {
+    "layernorm": "(x - mean) / sqrt(var + eps) * gain + bias: re-centres and re-scales.",
+    "layernorm_nobias": "(x - mean) / sqrt(var + eps) * gain: LayerNorm without its bias.",
+    "rmsnorm": "x / sqrt(mean(x^2) + eps) * gain: re-scales only. LLaMA's norm.",
+    "rmsnorm_noparam": "x / sqrt(mean(x^2) + eps): RMSNorm without a gain.",
+    "rmsnorm1p": "x / sqrt(mean(x^2) + eps) * (1 + gain): its gain starts at zero. Gemma's norm.",
+    "prmsnorm": "x / sqrt(mean(x[:k]^2) + eps) * gain, k = ceil(p C): uses the first k channels.",
+    "dyt": "tanh(alpha x) * gain: DyT, which squashes each element by itself, without statistics.",
+    "derf": "erf(alpha x + shift) * gain + bias: like dyt, with the error function.",
+    "none": "x: no norm. The control that shows what a norm costs and whether it is needed.",
 }
 IMPLEMENTED = {"eager": EAGER, "fused": FUSED, "compile": EAGER}
 

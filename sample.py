@@ -109,7 +109,9 @@ class SampleOptions:
     seed: int = knob(1337, "of the draws: the same seed gives the same text")
     device: str = knob("auto", "auto (CUDA, then MPS, then CPU), cpu, mps, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
-        "auto", "of the matrix products. auto = bfloat16 where the hardware has it, else float32"
+        "auto",
+        "of the matrix products. auto = bfloat16 where the hardware has it, else float32. Texts of "
+        "a program that computes in float32 are only equal with dtype=float32",
     )
     quantize: Literal["none", "int8"] = knob(
         "none", "int8 = matrices as whole numbers, with a scale for each output"
@@ -294,6 +296,8 @@ def prepare_for_inference(model: Decoder, options: SampleOptions) -> None:
         round_matrices(model, dtype)
     if options.device == "cpu":
         keep_freed_memory()
+    if options.compile or model.config.norm_impl == "compile":
+        print("compiling, which takes a while", file=sys.stderr, flush=True)
 
 
 def print_evaluation(

@@ -70,15 +70,42 @@ def main(argv: list[str]) -> int:
                 )
                 print(" (a larger max_iters would go on)")
             else:
+                tell_of_rise(run)
                 warm_up(run)
                 tracker = open_tracker(run)
                 claim_folder(run)
         code = 0 if finished else train(run, tracker)
         if code == 0 and ranks.is_main:
             with user_errors():
-                plot_losses(run.folder)
-                print_sample(run)
+                show_result(run)
     return code
+
+
+def show_result(run: Run) -> None:
+    """Draws loss.png and prints a sample. The run is done and saved, so a failure here is a warning
+    and not a failure of the run."""
+    for what, show in (
+        ("loss.png", lambda: plot_losses(run.folder)),
+        ("the sample", lambda: print_sample(run)),
+    ):
+        try:
+            show()
+        except Exception as error:  # matplotlib and PyTorch raise dozens of kinds
+            warn(f"{what} could not be made ({error!r:.300}); the run is done and saved")
+
+
+def tell_of_rise(run: Run) -> None:
+    """Says so if a resumed run has a higher learning rate from here on, as it has if a finished one
+    gets a larger max_iters: the schedule of the longer run is not at its end there."""
+    if run.schedule_before is None:
+        return
+    before = learning_rate_at(max(0, run.step - 1), run.schedule_before)
+    planned, now = (learning_rate_at(run.step, c) for c in (run.schedule_before, run.config))
+    if now > max(before, planned):
+        print(
+            f"the learning rate rises from {before:.2e} to {now:.2e} at step {run.step + 1}, "
+            f"because its schedule has changed"
+        )
 
 
 def train(run: Run, tracker: Tracker | None) -> int:
@@ -108,9 +135,10 @@ def train(run: Run, tracker: Tracker | None) -> int:
                     log.watch(run.step + 1, observe_next_batch(run))
 
                 start = time.perf_counter()
-                loss, lr, grad_norm = train_step(run)  # has waited for the gradients
-                log.training(run.step, loss, lr, grad_norm, time.perf_counter() - start)
-                unsaved = True
+                done = train_step(run, interrupts)  # has waited for the gradients
+                if done is not None:  # else a signal came, and the resumed run does the step anew
+                    log.training(run.step, *done, time.perf_counter() - start)
+                    unsaved = True
         except (FloatingPointError, OSError) as error:  # OSError: disk or data
             log.fault(error)
             return NOT_FINITE if isinstance(error, FloatingPointError) else 1
@@ -122,16 +150,22 @@ def is_due(step: int, interval: int) -> bool:
     return bool(interval and step and step % interval == 0)
 
 
-def train_step(run: Run) -> tuple[float, float, float]:
+def train_step(run: Run, interrupts: Interrupts | None = None) -> tuple[float, float, float] | None:
     """One optimizer step on the batch of run.step: (its loss before the step in nats per token, the
-    learning rate, the gradient's norm). FloatingPointError comes before any weight has changed."""
+    learning rate, the gradient's norm). FloatingPointError comes before any weight has changed.
+
+    None if a signal came between two micro-batches. Then nothing has changed.
+    """
     config, ranks, optimizers, scaler = run.config, run.ranks, run.optimizers, run.scaler
     lr = learning_rate_at(run.step, config)
     optimizers.set_lr(lr)
     # Dropout's masks, like the batch and the learning rate, are a function of seed and step. So no
     # random state is saved, and a resumed run draws what an uninterrupted one would have drawn.
     torch.manual_seed(config.seed * 1_000_003 + run.step + (ranks.rank << 43))
-    loss = accumulate_gradients(run)
+    loss = accumulate_gradients(run, interrupts)
+    if loss is None:
+        optimizers.zero_grad()
+        return None
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = parallel.clip_gradients(run.model.parameters(), config.grad_clip)
@@ -152,9 +186,10 @@ def train_step(run: Run) -> tuple[float, float, float]:
     return loss, lr, norm
 
 
-def accumulate_gradients(run: Run) -> Tensor:
+def accumulate_gradients(run: Run, interrupts: Interrupts | None = None) -> Tensor | None:
     """Adds the gradient of the batch of run.step to the parameters' .grad. Returns the mean loss of
-    this rank's share of the batch, a scalar on the device."""
+    this rank's share of the batch, a scalar on the device; None if a signal came, to any rank, when
+    a part of the batch was done."""
     config, ranks, data = run.config, run.ranks, run.data
     with ranks.all_or_none():  # if one rank alone stopped here, the others would wait for it
         data.check_unchanged()
@@ -165,6 +200,8 @@ def accumulate_gradients(run: Run) -> Tensor:
     count = len(x) // config.micro_batch_size
     mean = torch.zeros((), device=config.device)
     for i, (inputs, targets) in enumerate(zip(x.chunk(count), y.chunk(count), strict=True)):
+        if i and interrupts is not None and interrupts.agreed():
+            return None
         parallel.average_gradients_in_backward(run.forward, now=i == count - 1)
         with autocast(config.device, config.dtype):
             loss = run.forward(to_device(inputs, config.device), to_device(targets, config.device))
@@ -220,10 +257,11 @@ def warm_up(run: Run) -> None:
     ranks such a failure ends the run: one rank cannot change its settings alone.
     """
     alone, start = run.ranks.size == 1, time.perf_counter()
-    nothing_can_fail = alone and run.config.device == "cpu" and not run.config.compile
+    compiles = run.config.compile or run.config.model.norm_impl == "compile"
+    nothing_can_fail = alone and run.config.device == "cpu" and not compiles
     if nothing_can_fail or run.step >= run.config.max_iters:
         return
-    if run.config.compile:
+    if compiles:
         print("compiling the model, which takes a while", flush=True)
     moments = run.optimizers.reserve_moments()
     while True:
@@ -239,16 +277,20 @@ def warm_up(run: Run) -> None:
             print(f"out of GPU memory with micro_batch_size={micro}: trying {smaller}")
             run.config = replace(config, micro_batch_size=smaller)
         except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            if not config.compile and config.model.norm_impl == "compile":
+                raise ValueError(
+                    f"norm_impl=compile does not work here, norm_impl=eager does: {reason:.200}"
+                ) from error
             if not alone or not config.compile:
                 raise
-            reason = str(error).strip().splitlines()[0]
             print(f"torch.compile does not work here, going on without: {reason:.200}")
             run.config, run.forward = replace(config, compile=False), run.model
         run.optimizers.zero_grad()
         torch.cuda.empty_cache()
     run.optimizers.zero_grad()
     del moments
-    if run.config.compile:
+    if run.config.compile or run.config.model.norm_impl == "compile":
         print(f"compiled in {time.perf_counter() - start:.0f} s; later runs find it cached")
 
 

@@ -144,8 +144,8 @@ def main(argv: list[str]) -> int:
         print(help_text(USAGE, CompareOptions), training_help(EVERY_KNOB), sep="\n\n")
         return 0
     if argv == ["--list"]:
-        for kind, function in norm.EAGER.items():
-            print(f"{kind:18}{function.__doc__.splitlines()[0]}")
+        for kind, words in norm.IN_WORDS.items():
+            print(f"{kind:18}{words}")
         return 0
     with user_errors():
         plan = read_plan(argv)

@@ -112,10 +112,7 @@ def evaluate(
     shorter than a window, FloatingPointError if the loss is not finite.
     """
     context = model.config.block_size
-    if block_size > context:
-        raise ValueError(
-            f"block_size={block_size:,} is more than the {context:,} tokens of this model's context"
-        )
+    refuse_longer_than_context(block_size, context)
     block_size = block_size or min(context, LONGEST_WINDOW)
     tokens = getattr(data, split)
     starts = val_starts(len(tokens), block_size, windows)
@@ -131,6 +128,16 @@ def evaluate(
     seconds = time.perf_counter() - begin
     bytes_per_token = data.bytes_per_token(split)
     return Evaluation(split, loss, bytes_per_token, len(starts), block_size, seconds)
+
+
+def refuse_longer_than_context(block_size: int, context: int) -> None:
+    """ValueError if a window has more tokens than the context of a trained model: it has never seen
+    such positions. The same counts for its evaluation and its fine-tuning."""
+    if block_size > context:
+        raise ValueError(
+            f"block_size={block_size:,} is more than the {context:,} tokens of this model's "
+            f"context: choose at most {context}"
+        )
 
 
 def open_known_dataset(name: str, known: dict[str, Any], place: Path) -> Dataset:

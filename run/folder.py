@@ -8,6 +8,7 @@ from pathlib import Path
 
 from config.command import warn
 from data.files import write_atomically
+from data.tokenizer import FILES as TOKENIZER_FILES
 from data.tokenizer import tokenizer_file
 from model import parameter_count
 from run import sharded
@@ -37,6 +38,26 @@ def _write_config_and_tokenizer(run: Run) -> None:
     tokenizer = tokenizer_file(run.data.folder)
     content = tokenizer.read_bytes()
     write_atomically(run.folder / tokenizer.name, lambda file: file.write(content))
+
+
+def _restore_what_vanished(run: Run) -> None:
+    """Writes config.json and the tokenizer again if somebody has deleted one of them, or the whole
+    folder: without them, neither train.py nor sample.py could use the checkpoints. A failure is a
+    warning, because it must not keep the weights from being saved."""
+    folder = run.folder
+    there = {
+        f"{folder}": folder.is_dir(),
+        f"{folder / 'config.json'}": (folder / "config.json").exists(),
+        f"the tokenizer in {folder}": any((folder / name).exists() for name in TOKENIZER_FILES),
+    }
+    gone = next((what for what, is_there in there.items() if not is_there), None)
+    if gone is None:
+        return
+    warn(f"{gone} has vanished and is made again")
+    try:
+        _write_config_and_tokenizer(run)
+    except (OSError, ValueError) as error:  # the data set's tokenizer may be gone, too
+        warn(f"config.json and the tokenizer could not be written again: {error}")
 
 
 def save_checkpoint(run: Run, required: bool) -> bool:
@@ -78,10 +99,8 @@ def _save(run: Run, path: Path, optimizer: dict, required: bool) -> bool:
     if config.sharded:
         path = sharded.folder_of(path, run.step)
     try:
-        with ranks.all_or_none():
-            if ranks.is_main and not run.folder.is_dir():
-                warn(f"{run.folder} has vanished and is made again")
-                _write_config_and_tokenizer(run)
+        if ranks.is_main:
+            _restore_what_vanished(run)
         if config.sharded:
             sharded.save_parts(path, state, ranks)
         else:

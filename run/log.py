@@ -54,14 +54,17 @@ class Log:
         self.flops_per_step = self.tokens_per_step * flops_per_token(config.model, config.lora_rank)
         # FLOP/s of large matrix products on all ranks: the training speed is compared with this.
         self.matmul_rate = self.ranks.size * matmul_rate(config.device, config.dtype)
+        self.file_is_ours = False  # whether metrics.jsonl holds this run's records and no others
         self.recent: list[float] = []  # seconds of the steps since the last record
         self.records: list[dict[str, Any]] = []
-        with self.ranks.all_or_exit():
-            if self.ranks.is_main:
-                # Later records are dropped, because a resumed run does their steps once more.
-                before = read_metrics(self.folder) if run.step else []
-                self.records = [r for r in before if r["step"] <= run.step]
+        if self.ranks.is_main:
+            # Later records are dropped, because a resumed run does their steps once more.
+            before = read_metrics(self.folder) if run.step else []
+            self.records = [r for r in before if r["step"] <= run.step]
+            try:
                 self._write_all()
+            except OSError as error:
+                warn(f"metrics.jsonl failed, it is written again with the next record: {error}")
         self.records = self.ranks.from_main(self.records)
         self.bar = tqdm(
             total=self.last_step,
@@ -180,9 +183,10 @@ class Log:
                 self.tracker = None
 
     def _append(self, record: dict[str, Any]) -> None:
-        """Appends a whole line or nothing. If the file has vanished, writes all records again."""
+        """Appends a whole line or nothing. If the file has vanished, or could not be written when
+        the run began, writes all records again."""
         path = self.folder / METRICS_FILE
-        if not path.exists():
+        if not (self.file_is_ours and path.exists()):
             self._write_all()
             return
         line = (json.dumps(record) + "\n").encode()
@@ -201,6 +205,7 @@ class Log:
     def _write_all(self) -> None:
         text = "".join(json.dumps(record) + "\n" for record in self.records)
         write_atomically(self.folder / METRICS_FILE, lambda file: file.write(text.encode()))
+        self.file_is_ours = True
 
 
 def flat_numbers(record: dict[str, Any]) -> dict[str, float]:
@@ -270,7 +275,7 @@ def disk_warning(run: Run, parameters: int) -> str:
     # While a checkpoint is written, the one that it replaces is still on the disk.
     needed = (run.config.keep + 1) * whole + 2 * best
     existing = (*run.folder.glob("*.pt"), *run.folder.glob("*.shards/*"))
-    room = sum(path.stat().st_size for path in existing) + shutil.disk_usage(run.folder).free
+    room = sum(path.lstat().st_size for path in existing) + shutil.disk_usage(run.folder).free
     if room > needed:
         return ""
     return (

@@ -25,7 +25,8 @@ from model import UNFUSED_UP_TO, ModelConfig, parameter_count, rows_at_once
 from weights.lora import adapter_count
 
 ROOT = Path(__file__).parent.parent
-# The files whose code decides the losses of a run: `code` in versions() is their hash.
+# The files whose code decides the losses of a run: `code` in versions() is their hash. Of the other
+# files that train.py imports, tests/test_machine.py says why they do not.
 CODE_THAT_TRAINS = (
     "model.py",
     "norm.py",
@@ -34,7 +35,11 @@ CODE_THAT_TRAINS = (
     "run/setup.py",
     "run/parallel.py",
     "run/evaluate.py",
+    "run/machine.py",
+    "run/ranks.py",
     "data/loader.py",
+    "weights/hf_folder.py",
+    "weights/lora.py",
 )
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
@@ -108,6 +113,19 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_MMAP_THRESHOLD, 2**25)
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)  # an older glibc refuses this and keeps 2**25
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def add_in_fixed_order(compiled: bool) -> None:
+    """Makes a compiled run on a CPU repeatable bit for bit, and thereby its resume exact.
+
+    In Inductor's code, all threads add to the embedding's gradient at once, in an order that no two
+    runs share. PyTorch's own kernel, which it calls with this setting, has a fixed order. Eager
+    runs always use that kernel, so for them the setting would change nothing.
+    """
+    torch.use_deterministic_algorithms(compiled)
+    # Else it would also fill each new tensor, to hide the faults of code that reads before it
+    # writes. We have none, and it takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def disable_cudnn_attention(device: str) -> None:

@@ -73,7 +73,8 @@ class Optimizers:
             fused = next(model.parameters()).device.type in FUSED_ADAMW_DEVICES
             self.all.append(torch.optim.AdamW(list(groups.values()), betas=betas, fused=fused))
         held = [p for o in self.all for g in o.param_groups for p in g["params"]]
-        assert len(held) == len(trained) and set(held) == set(self.names)
+        if len(held) != len(trained) or set(held) != set(self.names):
+            raise RuntimeError("each parameter that is trained must be in exactly one optimizer")
 
     def __iter__(self) -> Iterator[torch.optim.Optimizer]:
         return iter(self.all)

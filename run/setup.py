@@ -22,10 +22,13 @@ from config.schema import Config
 from data.corpus import open_corpus
 from data.loader import DATA, Dataset, open_dataset, train_starts, val_starts
 from data.prepare import prepare
-from data.tokenizer import tokenizer_sha256
+from data.tokenizer import FILES as TOKENIZER_FILES
+from data.tokenizer import tokenizer_file, tokenizer_sha256
 from model import Decoder, parameter_count
 from run import sharded
+from run.evaluate import refuse_longer_than_context
 from run.machine import (
+    add_in_fixed_order,
     choose_device,
     choose_dtype,
     keep_freed_memory,
@@ -50,6 +53,10 @@ from weights import checkpoint
 from weights.hf_folder import is_hf_folder
 from weights.open import Weights, knobs_of_base, open_base, open_weights
 
+SCHEDULE = (  # the knobs on which the learning rate of a step depends
+    "learning_rate min_lr lr_schedule warmup_iters decay_fraction max_iters"
+).split()
+
 
 @dataclass
 class Run:
@@ -69,6 +76,8 @@ class Run:
     # adapters for them, their path and checksum.
     base: dict[str, Any] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)  # of the last steps, to find spikes
+    # The config with the learning rate's schedule as it was until now, if the run is resumed.
+    schedule_before: Config | None = None
 
     @property
     def folder(self) -> Path:
@@ -115,6 +124,7 @@ def read_and_check(
         tokenizer = Path(wanted.out_dir) if saved else start.folder
     data = open_dataset(find_dataset(wanted.dataset, tokenizer))
     check_data(wanted, data, start)
+    refuse_other_tokenizer(Path(wanted.out_dir), data)
     config = resolve(wanted, device, data, saved, ranks)
     refuse_what_fsdp_cannot(config, ranks)
     if saved:
@@ -213,6 +223,18 @@ def check_batch(config: Config, ranks: int) -> None:
     )
 
 
+def refuse_other_tokenizer(folder: Path, data: Dataset) -> None:
+    """ValueError if out_dir has a tokenizer's file that the run will not replace by its own: then
+    there would be two, and none of our programs could know which one counts."""
+    own = tokenizer_file(data.folder).name
+    for name in TOKENIZER_FILES:
+        if name != own and (folder / name).exists():
+            raise ValueError(
+                f"{folder / name} is not the tokenizer of {data.folder}, which is in {own}: "
+                f"delete it, or name another out_dir"
+            )
+
+
 def check_data(config: Config, data: Dataset, start: Weights | None) -> None:
     """ValueError if the data set has another tokenizer than the weights of init_from, more tokens
     than vocab_size, or a split that is shorter than one window."""
@@ -241,6 +263,7 @@ def build(config: Config, data: Dataset, begin: dict[str, Any], ranks: Ranks) ->
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
     elif config.device == "cpu":
         keep_freed_memory()
+        add_in_fixed_order(bool(config.compile))
 
     weights, saved = begin["weights"], begin["saved"]
     in_parts = bool(saved) and "shards" in saved
@@ -273,6 +296,8 @@ def build(config: Config, data: Dataset, begin: dict[str, Any], ranks: Ranks) ->
     if saved["scaler"]:  # it is empty if the run was not in float16
         scaler.load_state_dict(saved["scaler"])
     run.step, run.grad_norms, run.restored = saved["step"], saved["grad_norms"], True
+    before = {name: saved["config"][name] for name in SCHEDULE if name in saved["config"]}
+    run.schedule_before = replace(config, **before)
     if saved["config"]["eval_iters"] == config.eval_iters:  # else it was measured on other windows
         run.best_val_loss = saved["best_val_loss"]
     return run
@@ -326,6 +351,8 @@ def find_checkpoint(config: Config) -> dict[str, Any] | None:
 def find_first_weights(config: Config, saved: dict[str, Any] | None) -> Weights | None:
     """The weights of init_from, or None without it. A run that goes on has its own weights and gets
     None, unless it trains adapters: then it needs the weights that they belong to."""
+    if saved:
+        refuse_another_start(config, saved)
     if not config.init_from:
         return None
     if saved:
@@ -334,6 +361,7 @@ def find_first_weights(config: Config, saved: dict[str, Any] | None) -> Weights 
         file = checkpoint.path_of(Path(config.out_dir), saved["step"])
         return open_base(saved["base"], file, moved=Path(config.init_from))
     start = open_weights(Path(config.init_from))
+    refuse_longer_than_context(config.model.block_size, start.context)
     for name in checkpoint.ARCHITECTURE:
         said, found = getattr(config.model, name), getattr(start.config, name)
         if name not in NOT_DECIDED_BY_WEIGHTS and said != found:
@@ -342,6 +370,23 @@ def find_first_weights(config: Config, saved: dict[str, Any] | None) -> Weights 
                 f"{found}: one of the two is not from this run"
             )
     return start
+
+
+def refuse_another_start(config: Config, saved: dict[str, Any]) -> None:
+    """ValueError if a run that goes on names other weights in init_from than it began with: they
+    would not be read, and yet be recorded. Only if the weights of its adapters have been moved may
+    it name the new place."""
+    before, now = saved["config"].get("init_from", ""), config.init_from
+    if before == now or (before and now and Path(before).resolve() == Path(now).resolve()):
+        return
+    base = saved["base"].get("path")
+    if now and base and not (Path(config.out_dir) / base).exists():
+        return  # open_base compares the checksum
+    begun = f"was begun with init_from={before}" if before else "was begun without init_from"
+    raise ValueError(
+        f"the run in {config.out_dir} {begun} and goes on with its own weights: "
+        f"{'put init_from back' if before else 'leave init_from out'}, or name another out_dir"
+    )
 
 
 def find_dataset(name: str, tokenizer: Path | None) -> Path:

@@ -77,6 +77,27 @@ def test_a_full_disk_under_the_log_is_told_and_leaves_no_half_line(tmp_path, cap
     assert (tmp_path / METRICS_FILE).read_bytes() == before
 
 
+def test_a_full_disk_at_a_resume_is_told_and_the_records_are_right_when_there_is_room(
+    tmp_path, capsys
+):
+    before = "".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in (1, 2, 3, 4))
+    (tmp_path / METRICS_FILE).write_text(before)
+    with largest_file(5):
+        log = log_in(tmp_path, step=3)
+    assert (tmp_path / METRICS_FILE).read_text() == before
+    assert "warning: metrics.jsonl failed" in capsys.readouterr().err
+    with log:
+        log.evaluation(4, 2.0)
+        log.evaluation(5, 2.0)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_that_is_a_link_to_nowhere_does_not_stop_a_run(tmp_path):
+    (tmp_path / "ckpt_00000001.pt").symlink_to("nowhere")
+    with log_in(tmp_path):
+        pass
+
+
 def test_records_whose_file_has_vanished_are_written_again(tmp_path):
     with log_in(tmp_path) as log:
         log.evaluation(1, 2.0)

@@ -211,6 +211,16 @@ def test_dropout_and_context_may_differ_from_the_weights(tune, tmp_path):
     assert (config["block_size"], config["dropout"], config["norm_impl"]) == (16, 0.1, "fused")
 
 
+def test_windows_longer_than_the_context_of_the_weights_are_refused(tune, base, tmp_path):
+    code, _, error = tune("block_size=33")
+    assert code == 2 and "block_size=33 is more than the 32 tokens" in error
+    assert "choose at most 32" in error and not (tmp_path / "run").exists()
+    short = tmp_path / "short"
+    assert tune_by_preset(base, short, "block_size=20") == 0
+    # Tuned on shorter windows, a model keeps the context of the weights that it began with.
+    assert tune_by_preset(short, tmp_path / "again", "block_size=32") == 0
+
+
 @pytest.mark.parametrize("lora", [(), ("lora_rank=2",)], ids=["full", "lora"])
 def test_the_context_of_weights_is_cut_for_training_and_kept_for_export(base, tmp_path, lora):
     out = tmp_path / "run"
@@ -320,6 +330,23 @@ def test_moved_weights_can_be_named_again(tune, base, tmp_path):
     code, _, error = tune(*knobs, f"init_from={newest}", "resume=yes")
     assert code == 0, error
     assert load_model(tmp_path / "run")[0]
+
+
+@pytest.mark.parametrize("lora", [(), ("lora_rank=2",)], ids=["full", "lora"])
+def test_a_run_that_goes_on_cannot_name_other_weights(tune, start, base, tmp_path, lora):
+    assert tune(*lora)[0] == 0
+    shutil.copytree(base, tmp_path / "other")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    for named in (f"init_from={tmp_path / 'other'}", "init_from="):
+        if lora and named == "init_from=":  # adapters need it
+            continue
+        code, _, error = start(*lora, named, "resume=yes", "max_iters=20")
+        assert code == 2 and f"was begun with init_from={base} and goes on" in error, error
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    same = f"init_from={tmp_path}/other/../base"
+    assert start(*lora, same, "resume=yes", "max_iters=20")[0] == 0
+    code, _, error = start(same, "resume=yes", "max_iters=20", out="base")
+    assert code == 2 and "was begun without init_from" in error and "leave init_from out" in error
 
 
 @pytest.mark.parametrize(

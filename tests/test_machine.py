@@ -2,15 +2,18 @@
 parameters are counted in test_model.py.
 """
 
+import ast
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from config.schema import Config
 from lab.bench_norm import copy_rate
 from model import Decoder, ModelConfig, parameter_count
 from run.machine import (
+    CODE_THAT_TRAINS,
     autocast,
     choose_device,
     choose_dtype,
@@ -134,6 +137,54 @@ def test_only_on_cuda_is_a_kernel_left_out_that_plans_each_length_anew(monkeypat
     assert left_out == []
     disable_cudnn_attention("cuda:1")
     assert left_out == [True]
+
+
+# What train.py imports, and yet decides no loss of a given config on given data.
+DECIDES_NO_LOSS = {
+    "config/__init__.py": "has no code",
+    "config/command.py": "words, help and errors",
+    "config/preset.py": "the config that it makes is known",
+    "config/schema.py": "the config that it makes is known",
+    "data/__init__.py": "sums files up",
+    "data/corpus.py": "the data that it makes have a fingerprint",
+    "data/files.py": "writes files",
+    "data/prepare.py": "the data that it makes have a fingerprint",
+    "data/tokenizer.py": "the data that it makes have a fingerprint",
+    "data/tokenizer_json.py": "the data that it makes have a fingerprint",
+    "run/__init__.py": "has no code",
+    "run/folder.py": "writes files",
+    "run/log.py": "reports",
+    "run/metrics.py": "reports",
+    "run/sharded.py": "stores tensors and gives them back",
+    "run/signals.py": "stops between steps, or throws the step away",
+    "run/watch.py": "looks, and changes nothing (test_watch.py)",
+    "sample.py": "comes after the last step",
+    "weights/__init__.py": "has no code",
+    "weights/checkpoint.py": "stores tensors and gives them back",
+    "weights/lock.py": "keeps others out",
+    "weights/open.py": "finds weights and gives them on",
+    "weights/quantize.py": "is for sampling",
+}
+
+
+def test_the_hash_of_the_code_has_every_file_that_decides_a_loss():
+    """So a result is never taken for that of other code: each file that train.py imports is hashed,
+    or stands above."""
+    reached, waiting = set(), ["train.py"]
+    while waiting:
+        name = waiting.pop()
+        if name in reached or not (ROOT / name).is_file():
+            continue
+        reached.add(name)
+        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                folder = node.module.replace(".", "/")
+                waiting += [f"{folder}.py", f"{folder.partition('/')[0]}/__init__.py"]
+                waiting += [f"{folder}/{alias.name}.py" for alias in node.names]
+            if isinstance(node, ast.Import):
+                waiting += [f"{alias.name.replace('.', '/')}.py" for alias in node.names]
+    assert not DECIDES_NO_LOSS.keys() & set(CODE_THAT_TRAINS)
+    assert reached == DECIDES_NO_LOSS.keys() | set(CODE_THAT_TRAINS)
 
 
 def config(**knobs):

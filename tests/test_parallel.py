@@ -171,15 +171,18 @@ def places(folder):
     return folder / "run", folder / "again"
 
 
-@pytest.mark.parametrize("rank, way", [(0, "fsdp"), (1, "ddp")])
-def test_a_signal_to_one_rank_saves_and_ends_all(whole, tmp_path, rank, way):
-    out, knobs = tmp_path / "run", SHORT | {"parallel": way}
-    codes, texts = train_ranks(2, out, partial(only, rank, partial(ranks.stop_in, 3)), **knobs)
+@pytest.mark.parametrize(
+    "rank, way, micro, saved", [(0, "fsdp", 1, 2), (1, "ddp", 1, 2), (1, "ddp", 0, 3)]
+)
+def test_a_signal_to_one_rank_saves_and_ends_all(whole, tmp_path, rank, way, micro, saved):
+    """In step 3, which is thrown away if it has several micro-batches."""
+    knobs = {"parallel": way} | ({"micro_batch_size": micro} if micro else {})
+    out, stop = tmp_path / "run", partial(only, rank, partial(ranks.stop_in, 3))
+    codes, texts = train_ranks(2, out, stop, **SHORT | knobs)
     assert codes == [143, 143]
-    assert f"SIGTERM: saved at step 3; train.py {out} goes on from here" in texts[0]
-    assert train_ranks(2, out, resume="auto", **knobs)[0] == [0, 0]
-    (out / "ckpt_00000003.pt").unlink()
-    assert difference(whole(2, parallel=way), out) == ""
+    assert f"SIGTERM: saved at step {saved}; train.py {out} goes on from here" in texts[0]
+    assert train_ranks(2, out, resume="auto", **SHORT | knobs)[0] == [0, 0]
+    assert difference(whole(2, **knobs), out) == ""
 
 
 def test_a_signal_to_one_rank_in_an_evaluation_loses_nothing(whole, tmp_path):

@@ -182,6 +182,14 @@ def test_nothing_runs_code_from_a_file():
                 assert called != "torch.load" or settings.get("weights_only") == "True", name
 
 
+def test_nothing_depends_on_what_python_removes_when_it_optimises():
+    """python -O removes every assert, and -OO every docstring."""
+    for name, tree in trees().items():
+        for node in ast.walk(tree):
+            assert not isinstance(node, ast.Assert), f"{name}:{node.lineno}"
+            assert getattr(node, "attr", getattr(node, "id", "")) != "__doc__", name
+
+
 def test_no_star_and_no_relative_imports():
     for name, tree in trees().items():
         for node in ast.walk(tree):

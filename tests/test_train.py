@@ -234,18 +234,26 @@ def test_training_learns(start, tmp_path, knobs):
     assert losses[-1] < 2.3
 
 
-def test_compiled_training_is_the_same_training(start, tmp_path):
-    start("max_iters=4", "n_layer=1")
-    code, out, _ = start("compile=true", "max_iters=4", "n_layer=1", out="compiled")
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_compiled_training_is_the_same_training_and_the_same_bits_each_time(
+    start, tmp_path, two_threads
+):
+    knobs = ("n_layer=1", "batch_size=32", "micro_batch_size=32", "eval_interval=0")
+    start(*knobs)
+    code, out, _ = start(*knobs, "compile=true", out="compiled")
     assert code == 0 and ", compiled" in out and out.count("compiled in ") == 1
-    assert (
-        final_state(tmp_path / "run")[0].keys() == final_state(tmp_path / "compiled")[0].keys()
-    )  # no _orig_mod
-    losses = [
-        [r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r]
-        for name in ("run", "compiled")
-    ]
+    eager, compiled = final_state(tmp_path / "run"), final_state(tmp_path / "compiled")
+    assert eager[0].keys() == compiled[0].keys()  # no _orig_mod
+    losses = [[r["loss"] for r in records if "loss" in r] for _, records in (eager, compiled)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert start(*knobs, "compile=true", out="again")[0] == 0
+    assert_same_run(tmp_path / "compiled", tmp_path / "again")
 
 
 def test_what_a_run_leaves_behind(start, tmp_path):
@@ -458,6 +466,18 @@ def test_a_resume_with_another_model_is_refused_and_one_with_another_rate_is_tol
     assert code == 0
     assert "resuming with learning_rate: checkpoint=0.001, now=0.0001" in out
     assert "resuming with max_iters: checkpoint=4, now=8" in out
+
+
+def test_a_resume_that_lifts_the_learning_rate_says_so(start, monkeypatch):
+    start()  # 12 steps, the first two of which are the warm-up
+    _, out, _ = start("max_iters=24", "resume=yes")
+    assert out.count("learning rate rises") == 1
+    assert "rises from 2.45e-05 to 5.71e-04 at step 13, because its schedule has changed" in out
+    with monkeypatch.context() as patch:
+        signal_after(patch, 1)
+        start(out="cut")
+    assert "rises" not in start("resume=yes", out="cut")[1]  # but for the warm-up, as planned
+    assert "rises" not in start("resume=yes", "max_iters=24", "learning_rate=1e-5", out="cut")[1]
 
 
 def test_a_resume_on_changed_data_is_refused(start, data_folder, tmp_path):
@@ -716,6 +736,38 @@ def test_bad_input_is_one_line_and_leaves_nothing(start, tmp_path, arguments, wo
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_folders_above_out_dir_that_a_refused_command_made_are_removed(start, tmp_path):
+    assert start("dataset=missing", out="deep/er/run")[0] == 2
+    assert not (tmp_path / "deep").exists()
+
+
+def test_what_comes_after_the_last_save_does_not_change_the_exit_code(start, tmp_path, monkeypatch):
+    def damage():
+        (tmp_path / "run" / "loss.png").mkdir()
+        (tmp_path / "run" / "tokenizer.json").write_text("{}")
+
+    during_step(monkeypatch, 12, damage)
+    code, out, err = start("sample_tokens=3")
+    assert code == 0 and "--- sample ---" not in out
+    assert err.count("the run is done and saved\n") == err.count("\n") == 2
+    assert "warning: loss.png could not be made" in err
+    assert "warning: the sample could not be made" in err
+
+
+def test_another_tokenizer_in_out_dir_is_refused_before_training(start, tmp_path):
+    start("max_iters=4")
+    (tmp_path / "run" / "tokenizer.model").write_text("another")
+    code, _, err = start("resume=yes")
+    assert code == 2 and "tokenizer.model is not the tokenizer of" in err
+    assert "delete it, or name another out_dir" in err and err.count("\n") == 1
+
+
+def test_norms_that_are_compiled_by_themselves_are_announced(start, no_code):
+    code, out, _ = start("norm_impl=compile", "n_layer=1", "max_iters=2")
+    assert code == 0 and out.index("compiling the model, which takes a while") < out.index("step 1")
+    assert "compiled in " in out
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="float16 with a GradScaler needs a CUDA device"
 )
@@ -779,6 +831,34 @@ def test_a_folder_that_vanished_is_made_again(start, tmp_path, monkeypatch):
     assert {"config.json", "tokenizer.json"} <= {p.name for p in (tmp_path / "run").iterdir()}
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_file_of_the_run_that_was_deleted_is_made_again_with_the_next_save(
+    start, tmp_path, monkeypatch, name
+):
+    file = tmp_path / "run" / name
+    before = []
+    during_step(monkeypatch, 7, lambda: (before.append(file.read_bytes()), file.unlink()))
+    code, _, err = start()
+    assert code == 0 and err.count("has vanished and is made again") == 1
+    assert file.read_bytes() == before[0]
+
+
+def test_a_tokenizer_that_is_gone_everywhere_does_not_keep_the_weights_from_being_saved(
+    start, tmp_path, monkeypatch, data_folder
+):
+    words = tmp_path / "data" / "words"
+    shutil.copytree(data_folder / "words", words)
+
+    def delete():
+        (words / "tokenizer.json").unlink()
+        (tmp_path / "run" / "tokenizer.json").unlink()
+
+    during_step(monkeypatch, 7, delete)
+    code, _, err = start(f"dataset={words}")
+    assert code == 0 and "could not be written again" in err
+    assert checkpoint.load_newest(tmp_path / "run")["step"] == 12
+
+
 def test_data_that_change_while_they_are_read_end_the_run(
     start, tmp_path, monkeypatch, data_folder
 ):
@@ -819,6 +899,25 @@ def test_a_closed_terminal_saves_however_often_it_is_told(start, tmp_path, monke
     signal_after(monkeypatch, 6, signal.SIGHUP, times=2)
     code, out, _ = start()
     assert code == 129 and "SIGHUP: saved at step 6" in out
+
+
+def test_a_signal_in_a_long_step_waits_only_for_its_micro_batch(start, tmp_path, monkeypatch):
+    knobs = ("micro_batch_size=1", "dropout=0.1", "save_interval=0")
+    start(*knobs, out="whole")
+    calls = []
+
+    def interrupt(model):
+        calls.append(1)
+        if len(calls) == 5 * 8 + 3:  # in the third of eight micro-batches of step 6
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1
+
+    with monkeypatch.context() as patch:
+        loss_times(patch, interrupt)
+        code, out, _ = start(*knobs, "eval_interval=0")
+    assert code == 143 and "SIGTERM: saved at step 5" in out and len(calls) == 5 * 8 + 3
+    assert start(*knobs, "resume=yes")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_an_ignored_signal_stays_ignored(start, monkeypatch):

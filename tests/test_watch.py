@@ -352,8 +352,8 @@ def test_a_resumed_run_has_each_record_once(start, tmp_path, monkeypatch):
 def test_nan_is_recorded_as_null_and_still_stops_the_run(start, tmp_path, monkeypatch):
     step = train.train_step
 
-    def damage(run):
-        results = step(run)
+    def damage(run, interrupts):
+        results = step(run, interrupts)
         if run.step == 5:
             run.model.blocks[1].ffn.up.weight.data[0, 0] = math.nan
         return results

@@ -97,7 +97,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
     else, FloatingPointError if a tensor holds NaN or Inf.
     """
     state = {"format": FORMAT, "format_version": VERSION} | state
-    assert state.keys() == FIELDS.keys(), state.keys() ^ FIELDS.keys()
+    if state.keys() != FIELDS.keys():
+        raise ValueError(f"a checkpoint needs other fields: {sorted(state.keys() ^ FIELDS.keys())}")
     bad = first_non_finite(state)
     if bad:
         raise FloatingPointError(f"{bad} holds NaN or Inf after step {state['step']}: not saved")

@@ -30,9 +30,15 @@ class Lock:
     def __init__(self, folder: Path):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"out_dir={folder} is a file: name a folder")
-        self.folder, self.path, self.is_new = folder, folder / ".lock", not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = self._locked_file()
+        self.folder, self.path = folder, folder / ".lock"
+        # The folders that this makes, the innermost first.
+        self.made = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = self._locked_file()
+        except OSError:  # no permission, or a name that is too long
+            self._remove_empty()
+            raise
         while not self._is_at_path():  # its last owner removed it after we opened it
             self.file.close()
             self.file = self._locked_file()
@@ -81,5 +87,10 @@ class Lock:
         with self.file, suppress(OSError):
             if self._is_at_path():
                 self.path.unlink()
-            if self.is_new:
-                self.folder.rmdir()  # fails, as it should, if anything has been written there
+            self._remove_empty()
+
+    def _remove_empty(self) -> None:
+        """Removes the folders that it has made, unless something has been written there."""
+        with suppress(OSError):
+            for path in self.made:
+                path.rmdir()

@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -149,6 +150,40 @@ def no_room_for_records(steps: range, room: int) -> None:
             append(self, record)
 
     Log._append = limited
+
+
+@fault("full disk under metrics.jsonl at a resume", whole=10, few=1)
+def full_at_a_resume(report: Report, tries: int, folder: Path) -> None:
+    """A run that goes on writes the file anew, without the records of the steps that it repeats.
+    There is no room for that. A warning must say so, and the next record must mend the file."""
+    whole = uncut(folder / "whole")
+    for i in range(tries):
+        pick, out = random.Random(i), folder / f"run{i}"
+        step, room = pick.randint(5, 11), pick.randint(0, 300)
+        failure = bad_end(train_child(out, partial(killed_at, step)), -signal.SIGKILL)
+        ended = train_child(out, partial(no_room_at_first, room), resume="auto")
+        failure = failure or bad_end(ended) or untidy(out)
+        if ended.text.count("warning: metrics.jsonl failed") != 1:
+            failure = failure or f"it is not said: {ended.text[-400:]}"
+        report.count(f"step {step}, {room} bytes", failure or difference(whole, out))
+
+
+def killed_at(step: int) -> None:
+    """In a child: kill -9 comes in this step, counted from 0."""
+    at_batch(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def no_room_at_first(room: int) -> None:
+    """In a child: when all records are written for the first time, the disk is full after `room`
+    bytes, less than they need."""
+    write_all = Log._write_all
+
+    def limited(self) -> None:
+        Log._write_all = write_all
+        with largest_file(room):
+            write_all(self)
+
+    Log._write_all = limited
 
 
 @fault("full disk under the printed log", whole=10, few=1)
@@ -317,7 +352,7 @@ def full_in_prepare(report: Report, tries: int, folder: Path) -> None:
 # The folder of the run
 
 
-@fault("read-only or vanished out_dir, EIO", whole=20, few=3)
+@fault("read-only or vanished out_dir, deleted files, EIO", whole=24, few=3)
 def without_out_dir(report: Report, tries: int, folder: Path) -> None:
     """At step 5, 6 or 7. What is lost must be made again, and what cannot be written must be
     named."""
@@ -327,6 +362,8 @@ def without_out_dir(report: Report, tries: int, folder: Path) -> None:
         (vanish_with_parent, 1),
         (failing_writes, 0),
         (failing_writes_to_the_end, 1),
+        (delete_config, 0),
+        (delete_tokenizer, 0),
     ]
     if not no_mounts():
         faults.append((read_only, 1))
@@ -347,6 +384,8 @@ def without_out_dir(report: Report, tries: int, folder: Path) -> None:
             failure = failure or f"training did not go on: {ended.text[-400:]}"
         if code == 0:
             failure = failure or other_state(whole, out)
+            missing = [n for n in ("config.json", "tokenizer.json") if not (out / n).exists()]
+            failure = failure or (f"not made again: {missing}" if missing else "")
         report.count(f"{happen.__name__} at step {at}", failure)
     report.note = ", ".join(happen.__name__.replace("_", " ") for happen, _ in faults)
 
@@ -360,6 +399,14 @@ def happen_at(step: int, happen: Callable[[Path], None], out: Path) -> None:
 
 def vanish(out: Path) -> None:
     shutil.rmtree(out)
+
+
+def delete_config(out: Path) -> None:
+    (out / "config.json").unlink()
+
+
+def delete_tokenizer(out: Path) -> None:
+    (out / "tokenizer.json").unlink()
 
 
 def vanish_with_parent(out: Path) -> None:

@@ -96,7 +96,7 @@ def in_a_gradient(value: float, step: int, pick: random.Random) -> None:
 
 
 def in_a_weight(value: float, step: int, pick: random.Random) -> None:
-    def act(current: run.setup.Run) -> None:
+    def act(current: run.setup.Run, *_) -> None:
         if current.step == step:
             poison(any_parameter(current, pick), value, pick)
 
@@ -106,7 +106,7 @@ def in_a_weight(value: float, step: int, pick: random.Random) -> None:
 def in_a_weight_before_a_save(value: float, step: int, pick: random.Random) -> None:
     """Just after the update, so that no loss has shown it when it would be saved."""
 
-    def act(_, current: run.setup.Run) -> None:
+    def act(_, current: run.setup.Run, *rest) -> None:
         if current.step == (8, 12)[step % 2]:
             poison(any_parameter(current, pick), value, pick)
 
@@ -116,7 +116,7 @@ def in_a_weight_before_a_save(value: float, step: int, pick: random.Random) -> N
 def in_a_moment(value: float, step: int, pick: random.Random) -> None:
     """Of the optimizer, which shows in no loss of this step."""
 
-    def act(current: run.setup.Run) -> None:
+    def act(current: run.setup.Run, *_) -> None:
         if current.step == step:
             states = current.optimizers.state_dict()
             keys = [(n, k) for n, state in states.items() for k, t in state.items() if t.dim()]
@@ -214,11 +214,11 @@ def spiked(spikes: list[int], seen: Path, stop_at: int = -1) -> None:
         for parameter in built.model.parameters():
             parameter.register_hook(lambda g: g * (1000.0 if built.step in spikes else 1.0))
 
-    def remember(current: run.setup.Run) -> None:
+    def remember(current: run.setup.Run, *_) -> None:
         before[:] = [parameter.detach().clone() for parameter in current.model.parameters()]
 
-    def compare(_, current: run.setup.Run) -> None:
-        if all(map(torch.equal, before, current.model.parameters())):
+    def compare(done, current: run.setup.Run, *_) -> None:
+        if done and all(map(torch.equal, before, current.model.parameters())):
             with open(seen, "a") as file:
                 file.write(f"{current.step - 1}\n")
 

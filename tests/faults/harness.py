@@ -183,7 +183,7 @@ class Child:
         self.process = SERVER.Process(target=_in_child, args=arguments)
         self.process.start()
 
-    def end(self, seconds: float = 120) -> Ended:
+    def end(self, seconds: float = 300) -> Ended:
         """Waits for the end. TimeoutError, after the child has been killed, if that takes longer
         than so many seconds."""
         self.process.join(seconds)

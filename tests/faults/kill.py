@@ -126,7 +126,7 @@ def observed(out: Path) -> None:
     before_call(checkpoint, "save", lambda *_: os.pwrite(flag, b"1", 0))
     after_call(checkpoint, "save", lambda *_: os.pwrite(flag, b"0", 0))
 
-    def write_moment(done, run):
+    def write_moment(done, run, *_):
         moments.write(f"{run.step} {time.monotonic()}\n".encode())
 
     after_call(train, "train_step", write_moment)

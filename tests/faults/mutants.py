@@ -107,6 +107,11 @@ train.py
 - last = interrupts.agreed() or at_end
 + last = (interrupts.agreed() and run.step % 4 == 0) or at_end
 
+a long step is not left | many micro-batches
+train.py
+- if i and interrupts is not None and interrupts.agreed():
++ if False:
+
 a signal in an evaluation counts as one evaluated | in an evaluation | 3
 run/evaluate.py
 - return None
@@ -125,6 +130,26 @@ config/command.py
 a stopped preparation leaves its folder | in data/prepare.py | 6
 data/files.py
 - shutil.rmtree(folder)
++ pass
+
+threads add to a gradient in any order | compiled on two threads | 2
+run/setup.py
+- add_in_fixed_order(bool(config.compile))
++ pass
+
+a full disk at a resume ends the run | metrics.jsonl at a resume
+run/log.py
+- warn(f"metrics.jsonl failed, it is written again with the next record: {error}")
++ raise
+
+a file that was not written anew is added to | metrics.jsonl at a resume
+run/log.py
+- if not (self.file_is_ours and path.exists()):
++ if not path.exists():
+
+what was deleted is not made again | deleted files | 8
+run/folder.py
+- _restore_what_vanished(run)
 + pass
 
 a save that fails ends the training | full disk in a save
@@ -202,7 +227,7 @@ run/ranks.py
 
 DDP sums the first gradient of a process in another order | which nobody starts again | 1
 train.py
-- nothing_can_fail = alone and run.config.device == "cpu" and not run.config.compile
+- nothing_can_fail = alone and run.config.device == "cpu" and not compiles
 + nothing_can_fail = True
 
 a lost rank is a traceback | data of one rank | 4

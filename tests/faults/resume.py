@@ -12,9 +12,12 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import torch
+
 import train
 
 from .harness import (
+    Before,
     Report,
     Silent,
     after_call,
@@ -67,24 +70,54 @@ def stops_of(way: int, number: int) -> list[tuple[int, int]]:
     return list(zip((first, second), SIGNALS[(way + number) % len(SIGNALS)], strict=False))
 
 
-def stop_and_resume(out: Path, knobs: dict, stops: list[tuple[int, int]]) -> tuple[str, int]:
+def stop_and_resume(
+    out: Path, knobs: dict, stops: list[tuple[int, int]], before: Before = None
+) -> tuple[str, int]:
     """(failure, most steps lost at a stop) of a run that is stopped, and started again until it is
-    done."""
+    done. `before` is called first in each child."""
     lost = 0
     for step, number in stops:
-        stopping = partial(witness, book_of(out), step, number)
+        stopping = partial(witness, book_of(out), step, number, before)
         ended = train_child(out, stopping, resume="auto", **knobs)
         if step >= STEPS:  # it was done before
             break
         killed = number == signal.SIGKILL
         if failure := bad_end(ended, -number if killed else 128 + number):
             return failure, lost
-        # A run that is asked to stop ends the step first, and saves it.
-        done, saved = step + (not killed), last_saved(out)
+        # A run that is asked to stop ends its micro-batch first. If that was the last one of the
+        # step, the step is done and saved, else it is begun anew by the resumed run.
+        whole_step = not killed and knobs.get("micro_batch_size") != 2
+        done, saved = step + whole_step, last_saved(out)
         if not 0 <= done - saved <= (SAVE_INTERVAL - 1 if killed else 0):
             return f"{done} steps done, {saved} saved after signal {number}", lost
         lost = max(lost, done - saved)
-    return bad_end(train_child(out, partial(witness, book_of(out)), resume="auto", **knobs)), lost
+    watched = partial(witness, book_of(out), before=before)
+    return bad_end(train_child(out, watched, resume="auto", **knobs)), lost
+
+
+@fault("compiled on two threads: stopped, then resumed", whole=8, few=0)
+def exact_compiled_resume(report: Report, tries: int, folder: Path) -> None:
+    """As above. Threads that add to one gradient at once would give every run other last digits."""
+    if not shutil.which("g++"):
+        return report.not_tried("there is no g++ here")
+    before = partial(two_threads, folder / "kernels")
+    for i in range(tries):
+        way, stops = i % 2, stops_of(i % 2, i // 2)
+        knobs = {"n_layer": 1, "batch_size": 32, "max_iters": STEPS, "compile": "true"}
+        knobs |= {"save_interval": SAVE_INTERVAL, "dtype": ("float32", "bfloat16")[way]}
+        whole, cut = folder / f"whole{way}", folder / f"cut{i}"
+        uncut(whole, before, **knobs)
+        failure, lost = stop_and_resume(cut, knobs, stops, before)
+        if "does not work" in Path(f"{cut}.log").read_text():
+            failure = failure or "the compiler does not work"
+        failure = failure or difference(whole, cut)
+        report.count(f"{knobs}, stopped at {stops}", failure, lost)
+
+
+def two_threads(kernels: Path) -> None:
+    """In a child: what is compiled is kept in this folder."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kernels)
+    torch.set_num_threads(2)
 
 
 @fault("other intervals of evaluating, saving and looking", whole=40, few=2)
@@ -117,9 +150,11 @@ def book_of(out: Path) -> Path:
     return Path(f"{out}.book")
 
 
-def witness(book: Path, stop: int | None = None, number: int = 0) -> None:
+def witness(book: Path, stop: int | None = None, number: int = 0, before: Before = None) -> None:
     """In a child: writes a line into `book` for the batch of each step, and one for its loss. In
     the middle of step `stop`, counted from 0, the process sends itself the signal `number`."""
+    if before:
+        before()
     file = open(book, "ab", buffering=0)
 
     def write_batch(made, data, step, *_):
@@ -128,7 +163,9 @@ def witness(book: Path, stop: int | None = None, number: int = 0) -> None:
         if step == stop:
             os.kill(os.getpid(), number)
 
-    def write_loss(done, run):
+    def write_loss(done, run, *_):
+        if done is None:  # a signal came in the step, which is done again
+            return
         file.write(f"loss {run.step - 1} {done[0].hex()}\n".encode())
 
     after_call(train, "batch", write_batch)

@@ -234,6 +234,38 @@ for name, whole, place, occasions, numbers in (
     fault(name, whole, few=1)(partial(stop_in_training, place, occasions, numbers))
 
 
+def in_a_long_step(trap: Trap) -> None:
+    """In a micro-batch, after which each one takes a fifth of a second."""
+
+    def reached(model: Decoder, *_) -> None:
+        if model.training:
+            trap.reached()
+            time.sleep(0.2 if trap.left < 1 else 0)
+
+    before_call(Decoder, "forward", reached)
+
+
+@fault("SIGTERM or SIGINT in a step of many micro-batches", whole=8, few=1)
+def stopped_in_a_long_step(report: Report, tries: int, folder: Path) -> None:
+    """The run must not wait for the step, which would take 13 seconds. What is done of it must be
+    thrown away, and the run must be saved as it was before."""
+    count, slowest = 64, 0.0
+    knobs = {"batch_size": count, "micro_batch_size": 1, "max_iters": 3, "dropout": 0.1}
+    whole = uncut(folder / "whole", **knobs)
+    for i in range(tries):
+        number, occasion = SIGNALS[i % 2], 1 + int(spread(i, tries, 2.5 * count))
+        out, moment = folder / f"cut{i}", folder / f"moment{i}"
+        before = partial(trapped, in_a_long_step, occasion, partial(send, number, moment))
+        child = Child(out, before, **knobs)
+        failure, seconds, _ = stop(child, number, moment)
+        slowest = max(slowest, seconds)
+        if f"saved at step {occasion // count};" not in child.text():
+            failure = failure or f"not saved at the last whole step: {child.text()[-300:]}"
+        failure = failure or left_over(out) or bad_resume(whole, out, **knobs)
+        report.count(f"{number.name}, micro-batch {occasion}", failure, lost=0)
+    report.note = f"at most {slowest:.2f} s from the signal to the end"
+
+
 @fault("SIGTERM or SIGINT in set-up", whole=20, few=1)
 def stopped_in_set_up(report: Report, tries: int, folder: Path) -> None:
     """Of a fresh run and, in every second pair of tries, of one that goes on from step 4. The run
