@@ -19,6 +19,18 @@ from config.schema import FIRST_KNOBS, GROUPS, knobs_of
 
 HELP_WIDTH = 100  # columns of a line of --help
 HELP_INDENT = 34  # the column at which the meaning of a knob begins
+UNPRINTABLE = dict.fromkeys(
+    {
+        *range(32),  # C0
+        *range(127, 160),  # DEL and C1
+        *(0xAD, 0x61C, 0x180E, 0x200B, 0x200E, 0x200F, 0xFEFF),
+        *range(0x2028, 0x202F),  # ends of lines and paragraphs, directions
+        *range(0x2060, 0x2070),  # invisible operators, directions
+        *range(0xFFF9, 0xFFFC),  # annotations
+        *range(0xE0000, 0xE0080),  # tags
+    }
+    - {ord("\t"), ord("\n")}
+)
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -108,6 +120,14 @@ def one_line(error: object, most: int = 1500) -> str:
     return text if len(text) <= most else f"{text[: most - 300]} ... {text[-295:]}"
 
 
+def printable(text: str) -> str:
+    """The text without what a terminal would obey or not show: control characters (but not tab and
+    newline), and characters that change the direction of text or have no width. What joins letters
+    (U+200C, U+200D) stays, because Persian, Hindi and emoji are written with it.
+    """
+    return text.translate(UNPRINTABLE)
+
+
 def warn(text: str) -> None:
     """Prints one line on stderr. If stderr cannot be written to, the warning is dropped."""
     with suppress(OSError):
@@ -134,6 +154,13 @@ def user_errors() -> Iterator[None]:
         raise SystemExit(2) from error
     finally:
         restore_signals(before)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory. torch says it with a RuntimeError."""
+    words = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+    of_torch = isinstance(error, (RuntimeError, OSError)) and any(w in str(error) for w in words)
+    return isinstance(error, MemoryError) or of_torch
 
 
 def catch_signals(handler: Callable) -> dict[int, Any]:
