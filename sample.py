@@ -25,6 +25,7 @@ from torch import Tensor
 
 from config.command import (
     help_text,
+    lacks_memory,
     one_line,
     print_help,
     printable,
@@ -178,6 +179,11 @@ def main(argv: list[str]) -> int:
     except FloatingPointError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 3
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error) or sys.flags.dev_mode:
+            raise
+        print(f"error: not enough memory ({one_line(error)})", file=sys.stderr)
+        return 2
     return 0
 
 

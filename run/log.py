@@ -17,8 +17,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from config.command import shell_path, warn
-from data.files import write_atomically
+from config.command import printable, shell_path, warn
+from data.files import is_own_file, write_atomically
 from model import parameter_count
 from run.machine import flops_per_token, matmul_rate, memory_estimate, peak_memory
 from run.metrics import METRICS_FILE, has_evaluation, read_metrics
@@ -63,6 +63,12 @@ class Log:
                 # Later records are dropped, because a resumed run does their steps once more.
                 before = read_metrics(self.folder) if run.step else []
                 self.records = [r for r in before if r["step"] <= run.step]
+                last = max((r["step"] for r in self.records), default=0)
+                if run.step - last > max(self.interval, config.eval_interval):
+                    warn(
+                        f"{self.folder / METRICS_FILE} ends at step {last}, and the run goes on "
+                        f"from {run.step}: the records between them are missing"
+                    )
                 self._write_all()
         self.records = self.ranks.from_main(self.records)
         self.bar = tqdm(
@@ -88,7 +94,7 @@ class Log:
             return
         stream = stream or sys.stdout
         try:
-            self.bar.write(text, file=stream)
+            self.bar.write(printable(text), file=stream)
             stream.flush()
         except OSError as error:
             # Python flushes the stream once more at exit. That must not fail, so the stream now
@@ -189,9 +195,10 @@ class Log:
                 self.tracker = None
 
     def _append(self, record: dict[str, Any]) -> None:
-        """Appends a whole line or nothing. If the file has vanished, writes all records again."""
+        """Appends a whole line or nothing. If the file has vanished, or is another one's, too,
+        writes all records into a new file."""
         path = self.folder / METRICS_FILE
-        if not path.exists():
+        if not is_own_file(path):
             self._write_all()
             return
         line = (json.dumps(record) + "\n").encode()
@@ -279,7 +286,7 @@ def disk_warning(run: Run, parameters: int) -> str:
     # While a checkpoint is written, the one that it replaces is still on the disk.
     needed = (run.config.keep + 1) * whole + 2 * best
     existing = (*run.folder.glob("*.pt"), *run.folder.glob("*.shards/*"))
-    room = sum(path.stat().st_size for path in existing) + shutil.disk_usage(run.folder).free
+    room = sum(path.lstat().st_size for path in existing) + shutil.disk_usage(run.folder).free
     if room > needed:
         return ""
     return (
@@ -334,7 +341,7 @@ def wandb(folder: Path, knobs: dict[str, Any]) -> Tracker:
         id=known,
         resume="allow",
     )
-    file.write_text(known)
+    write_atomically(file, lambda new: new.write(known.encode()))
     return lambda record: run.log(record, step=record["step"])
 
 

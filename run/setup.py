@@ -48,6 +48,7 @@ from run.parallel import (
 from run.ranks import ALONE, Ranks
 from weights import checkpoint
 from weights.hf_folder import is_hf_folder
+from weights.lock import Lock
 from weights.open import Weights, knobs_of_base, open_base, open_weights
 
 
@@ -69,6 +70,8 @@ class Run:
     # adapters for them, their path and checksum.
     base: dict[str, Any] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)  # of the last steps, to find spikes
+    damaged: set[Path] = field(default_factory=set)  # checkpoints found damaged when it was resumed
+    lock: Lock | None = None  # of out_dir, on main; a run that writes nothing has none
 
     @property
     def folder(self) -> Path:
@@ -191,7 +194,12 @@ def kept_choices(wanted: Config, device: str, before: dict[str, Any], ranks: int
         automatic.add("micro_batch_size")
     if "dtype" in automatic:
         choose_dtype(before.get("dtype", "auto"), device)  # ValueError on an older GPU
-    kept = {name: before[name] for name in automatic if name in before}
+    kept = {
+        name: before[name]
+        for name in automatic
+        if before.get(name, "auto") != "auto"
+        and (name != "micro_batch_size" or before[name] >= 1)  # another program may have written it
+    }
     if wanted.batch_size % (ranks * kept.get("micro_batch_size", 1)):
         kept.pop("micro_batch_size", None)  # there are more ranks now
     return kept
@@ -273,7 +281,8 @@ def build(config: Config, data: Dataset, begin: dict[str, Any], ranks: Ranks) ->
     if saved["scaler"]:  # it is empty if the run was not in float16
         scaler.load_state_dict(saved["scaler"])
     run.step, run.grad_norms, run.restored = saved["step"], saved["grad_norms"], True
-    if saved["config"]["eval_iters"] == config.eval_iters:  # else it was measured on other windows
+    run.damaged = set(saved["damaged"])
+    if saved["config"].get("eval_iters") == config.eval_iters:  # else it was measured on other windows
         run.best_val_loss = saved["best_val_loss"]
     return run
 

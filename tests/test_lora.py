@@ -390,7 +390,7 @@ def test_a_checkpoint_can_be_named_by_its_file(start, base, tmp_path, place):
 def test_a_folder_whose_config_is_of_another_model_is_refused(tune, base, tmp_path):
     (base / "config.json").write_text(json.dumps(said(base) | {"norm_eps": 0.5}))
     code, _, error = tune()
-    assert code == 2 and "one of the two is not from this run" in error
+    assert code == 2 and "is not of the run that" in error
     assert not (tmp_path / "run").exists()
 
 

@@ -380,6 +380,7 @@ def unexpected_fields(state: dict[str, Any]) -> str | None:
         "step": 0 <= state["step"] < LAST_STEP,
         "best_val_loss": not math.isnan(state["best_val_loss"]),
         "grad_norms": all(type(norm) is float and math.isfinite(norm) for norm in norms),
+        "base path": "\0" not in base.get("path", ""),
         "base context": 1 <= base.get("context", 1) <= LARGEST["block_size"],
         "data tokens": all(type(n) is int and 0 <= n < 2**63 for n in tokens.values()),
         "data vocab_size": 0 <= data.get("vocab_size", 0) <= 2**32,
