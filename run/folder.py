@@ -48,7 +48,7 @@ def claim_folder(run: Run) -> None:
 
 def _write_config_and_tokenizer(run: Run) -> None:
     if not run.folder.is_dir():  # the lock has made the folder, but it may have vanished since
-        run.folder.mkdir()
+        run.folder.mkdir(exist_ok=True)
         if run.lock is not None:
             run.lock.take_again()
     about = {

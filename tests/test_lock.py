@@ -82,11 +82,16 @@ def test_only_our_own_unfinished_files_are_removed(tmp_path):
         ".metrics.jsonl.tmp",
         ".config.json.tmp",
         ".tokenizer.model.tmp",
+        ".loss.png.tmp",
+        ".ckpt_00000004.shards.old",
     ]
-    others = [".notes.tmp", "ckpt_00000004.pt", "x.json.tmp"]
+    others = [".notes.tmp", "ckpt_00000004.pt", "x.json.tmp", ".mine.json.tmp", ".my.shards.old"]
+    others += [".ckpt_mine.pt.tmp", ".tokenizer.txt.tmp", "ckpt_00000004.shards"]
     for name in ours + others:
         (tmp_path / name).touch()
-    with Lock(tmp_path):
+    with Lock(tmp_path) as lock:
+        assert set(ours) < set(os.listdir(tmp_path))  # the command may still be refused
+        lock.clean_up()
         assert sorted(os.listdir(tmp_path)) == sorted([*others, ".lock"])
 
 

@@ -191,8 +191,9 @@ def test_a_kill_loses_nothing_and_the_next_run_clears_up(parts, monkeypatch):
     half.mkdir()
     (half / "__0_0.distcp").write_text("half")
     assert not parts.exists()
-    with Lock(parts.parent):
+    with Lock(parts.parent) as lock:
         assert same(read(parts)["model"], wanted["model"])
+        lock.clean_up()
         assert not list(parts.parent.glob(".*.tmp"))
     sharded.save_parts(parts, state(7), ALONE)
     assert [path.name for path in parts.parent.iterdir()] == [parts.name]
