@@ -329,7 +329,10 @@ def find_checkpoint(config: Config) -> dict[str, Any] | None:
         raise ValueError(
             f"resume=yes, but there is no checkpoint in {folder}: resume=auto would start afresh"
         )
-    return checkpoint.load_newest(folder, sharded.load_parts) if numbered else None
+    if not numbered:
+        return None
+    damaged: dict[Path, str] = {}
+    return checkpoint.load_newest(folder, sharded.load_parts, damaged) | {"damaged": damaged}
 
 
 def find_first_weights(config: Config, saved: dict[str, Any] | None) -> Weights | None:

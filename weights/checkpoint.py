@@ -411,11 +411,15 @@ def all_in(folder: Path) -> list[tuple[int, Path]]:
     return sorted(numbered, key=lambda one: (one[0], one[1].suffix == ".pt"))
 
 
-def load_newest(folder: Path, load: Callable[[Path], dict[str, Any]] = load) -> dict[str, Any]:
+def load_newest(
+    folder: Path,
+    load: Callable[[Path], dict[str, Any]] = load,
+    damaged: dict[Path, str] | None = None,
+) -> dict[str, Any]:
     """The newest sound checkpoint, read by `load`. If one is damaged, a warning says so and the
-    checkpoint before it is taken. The result lists the damaged ones as `damaged`, for `prune`.
+    checkpoint before it is taken. Those found damaged are put into `damaged`, each with the reason.
     """
-    damaged: dict[Path, str] = {}
+    damaged = {} if damaged is None else damaged
     while left := [one for one in all_in(folder) if one[1] not in damaged]:
         step, path = left[-1]
         try:
@@ -434,7 +438,7 @@ def load_newest(folder: Path, load: Callable[[Path], dict[str, Any]] = load) -> 
         else:
             if damaged:
                 warn(f"going on from the one before: {path} (step {step})")
-            return state | {"damaged": list(damaged)}
+            return state
         warn(damaged[path])
     problems = "; ".join(damaged.values()) or "it holds none"
     raise ValueError(f"no sound checkpoint in {folder}: {problems}")
