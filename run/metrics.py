@@ -88,6 +88,7 @@ def plot_losses(folder: Path) -> Path | None:
     return folder / "loss.png"
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Saves a figure of matplotlib as a PNG."""
-    write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
+    """Saves a figure of matplotlib in the format that the path's suffix names, or as a PNG."""
+    kind = path.suffix[1:] or "png"
+    write_atomically(path, lambda file: figure.savefig(file, dpi=dpi, format=kind))

@@ -282,7 +282,9 @@ def build(config: Config, data: Dataset, begin: dict[str, Any], ranks: Ranks) ->
         scaler.load_state_dict(saved["scaler"])
     run.step, run.grad_norms, run.restored = saved["step"], saved["grad_norms"], True
     run.damaged = set(saved["damaged"])
-    if saved["config"].get("eval_iters") == config.eval_iters:  # else it was measured on other windows
+    if (
+        saved["config"].get("eval_iters") == config.eval_iters
+    ):  # else it was measured on other windows
         run.best_val_loss = saved["best_val_loss"]
     return run
 

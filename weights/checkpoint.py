@@ -388,7 +388,9 @@ def unexpected_fields(state: dict[str, Any]) -> str | None:
         or {name: type(value) for name, value in scaler.items()} == SCALER
         and all(math.isfinite(scale) and scale > 0 for scale in scales),
     }
-    return next((f"its {name} is not one" for name, is_sound in sound.items() if not is_sound), None)
+    return next(
+        (f"its {name} is not one" for name, is_sound in sound.items() if not is_sound), None
+    )
 
 
 def first_non_finite(state: dict[str, Any]) -> str | None:
