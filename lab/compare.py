@@ -323,7 +323,7 @@ def result_of(cell: Cell, folder: Path, exit_code: int) -> dict[str, Any]:
     if exit_code == 0:
         if not steps or not evaluations:
             raise CellFailed(
-                f"error: {folder / METRICS_FILE} does not have the steps and the evaluation of this "
+                f"error: {folder / METRICS_FILE} lacks the steps or the evaluation of this "
                 f"cell any more: delete {folder}, and the cell is trained again"
             )
         val_loss, val_bpb = evaluations[-1]["val_loss"], evaluations[-1]["val_bpb"]

@@ -292,7 +292,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def is_whole(place: dict[str, Any], files: dict[str, list[int]]) -> bool:
-    """Whether the parts of a tensor, which FSDP cuts along the first dimension, are the whole of it,
+    """Whether the parts of a tensor, which FSDP cuts along the first dimension, are all of it,
     without gap and overlap, and each lies within its file and has room for its numbers."""
     shape, row = place["shape"], 0
     numbers, parts = list(shape), sorted(place["parts"], key=lambda part: part["offset"])

@@ -373,7 +373,7 @@ def unexpected_fields(state: dict[str, Any]) -> str | None:
         for name, value in values.items():
             if type(value) is not kinds.get(name):
                 return f"{field} {name!r:.80} is {value!r:.80}"
-    tokens = data.get("tokens", {})
+    tokens = data.get("tokens", {"train": 1, "val": 1})
     norms = state["grad_norms"]
     scales = [scaler.get(name) for name in ("scale", "growth_factor", "backoff_factor")]
     sound = {
@@ -382,14 +382,15 @@ def unexpected_fields(state: dict[str, Any]) -> str | None:
         "grad_norms": all(type(norm) is float and math.isfinite(norm) for norm in norms),
         "base path": "\0" not in base.get("path", ""),
         "base context": 1 <= base.get("context", 1) <= LARGEST["block_size"],
-        "data tokens": all(type(n) is int and 0 <= n < 2**63 for n in tokens.values()),
+        "data tokens": tokens.keys() == {"train", "val"}
+        and all(type(n) is int and 0 <= n < 2**63 for n in tokens.values()),
         "data vocab_size": 0 <= data.get("vocab_size", 0) <= 2**32,
         "scaler": not scaler
         or {name: type(value) for name, value in scaler.items()} == SCALER
         and all(math.isfinite(scale) and scale > 0 for scale in scales),
     }
     return next(
-        (f"its {name} is not one" for name, is_sound in sound.items() if not is_sound), None
+        (f"its {name} cannot be right" for name, is_sound in sound.items() if not is_sound), None
     )
 
 
@@ -495,6 +496,14 @@ def build_model(config: ModelConfig, weights: dict[str, torch.Tensor], device: s
     """The model of a configuration with these weights, on `device`. ValueError if configuration and
     weights do not belong together; this is found out before memory is taken for the model.
     """
+    check_fit(config, weights)
+    model = Decoder(config, seed=None)
+    load_weights(model, weights)
+    return model.to(device)
+
+
+def check_fit(config: ModelConfig, weights: dict[str, torch.Tensor]) -> None:
+    """ValueError unless a model of the configuration has exactly these weights."""
     wanted, found = parameter_count(config), sum(weight.numel() for weight in weights.values())
     if wanted != found:
         raise ValueError(
@@ -505,9 +514,8 @@ def build_model(config: ModelConfig, weights: dict[str, torch.Tensor], device: s
             f"the checkpoint's block_size={config.block_size:,} asks for more memory than any "
             f"model needs"
         )
-    model = Decoder(config, seed=None)
-    load_weights(model, weights)
-    return model.to(device)
+    with torch.device("meta"):  # a model without memory
+        check_weights(Decoder(config, seed=None), weights, frozen=False)
 
 
 def load_weights(model: Decoder, weights: dict[str, torch.Tensor], frozen: bool = False) -> None:

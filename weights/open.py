@@ -120,6 +120,7 @@ def open_weights(place: str | Path, which: str = "latest", chain: tuple[Path, ..
     config, stored = checkpoint.model_config(state), state.pop("model")
     rank = state["config"].get("lora_rank", 0)
     if not rank:
+        checkpoint.check_fit(config, stored)
         return Weights(config, stored, file, state)
     base = open_base(state["base"], file, chain)
     alpha = state["config"].get("lora_alpha", Config.lora_alpha)
