@@ -137,9 +137,9 @@ def warn(text: str) -> None:
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Stands around the part of a command in which the user's mistakes show: a wrong knob, a
-    missing file, a full disk.
+    missing file, a full disk, a model for which there is not enough memory.
 
-    A ValueError or OSError there becomes one line on stderr and exit code 2; `python -X dev` shows
+    A ValueError, an OSError or lack of memory there becomes one line on stderr and exit code 2; `python -X dev` shows
     the traceback instead. Ctrl-C, SIGTERM and a closed terminal end the program at once, with exit
     code 128 + n: no training is under way that would have to be saved. They do it by an exception,
     so that `with` and `finally` remove what is half made.
@@ -147,10 +147,12 @@ def user_errors() -> Iterator[None]:
     before = catch_signals(exit_on_signal)
     try:
         yield
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        no_memory = lacks_memory(error)
+        if sys.flags.dev_mode or not (no_memory or isinstance(error, (ValueError, OSError))):
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        text = f"not enough memory ({error})" if no_memory else error
+        print(f"error: {one_line(text)}", file=sys.stderr)
         raise SystemExit(2) from error
     finally:
         restore_signals(before)

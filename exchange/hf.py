@@ -386,10 +386,9 @@ def last_evaluation(folder: Path, step: int) -> dict[str, str]:
         return {}
     last = evaluations[-1]
     perplexity = math.exp(min(last["val_loss"], 700))  # exp overflows above 709
-    return {
-        f"validation at step {last['step']:,}, by its {METRICS_FILE}": f"loss {last['val_loss']:.4f} nats per token, "
-        f"perplexity {perplexity:.2f}, {last['val_bpb']:.4f} bits per byte"
-    }
+    name = f"validation at step {last['step']:,}, by its {METRICS_FILE}"
+    found = f"loss {last['val_loss']:.4f} nats per token, perplexity {perplexity:.2f}"
+    return {name: f"{found}, {last['val_bpb']:.4f} bits per byte"}
 
 
 def two_columns(left: str, right: str, rows: Iterable[tuple[str, str]]) -> str:
