@@ -139,10 +139,10 @@ def user_errors() -> Iterator[None]:
     """Stands around the part of a command in which the user's mistakes show: a wrong knob, a
     missing file, a full disk, a model for which there is not enough memory.
 
-    A ValueError, an OSError or lack of memory there becomes one line on stderr and exit code 2; `python -X dev` shows
-    the traceback instead. Ctrl-C, SIGTERM and a closed terminal end the program at once, with exit
-    code 128 + n: no training is under way that would have to be saved. They do it by an exception,
-    so that `with` and `finally` remove what is half made.
+    A ValueError, an OSError or lack of memory becomes one line on stderr and exit code 2;
+    `python -X dev` shows the traceback instead. Ctrl-C, SIGTERM and a closed terminal end the
+    program at once, with exit code 128 + n: no training is under way that would have to be saved.
+    They do it by an exception, so that `with` and `finally` remove what is half made.
     """
     before = catch_signals(exit_on_signal)
     try:
