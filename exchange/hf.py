@@ -334,7 +334,7 @@ def model_card(weights: Weights, tokenizer: Tokenizer, options: ExportOptions) -
         "weights": options.dtype,
         "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens",
     }
-    if {"name", "tokens"} <= data.keys():
+    if "name" in data and "train" in data.get("tokens", {}):
         rows["data"] = f"{data['name']}, {data['tokens']['train']:,} training tokens"
         rows["steps"] = f"{step:,}"
         if math.isfinite(state["best_val_loss"]):  # in the checkpoint, which has a checksum

@@ -17,7 +17,7 @@ from model import Decoder, ModelConfig
 from run.metrics import read_metrics
 from weights import checkpoint
 from weights.lora import LoRALinear, adapter_count, add_adapters, merge_adapters
-from weights.open import knobs_of_base, load_model, open_weights
+from weights.open import LONGEST_CHAIN, knobs_of_base, load_model, open_weights
 
 MODEL = ModelConfig(
     n_layer=2, n_head=2, n_kv_head=1, n_embd=16, n_hidden=24, block_size=16, vocab_size=30
@@ -361,6 +361,22 @@ def test_what_a_checkpoint_says_of_its_base_must_make_sense(tune, tmp_path):
         with pytest.raises(ValueError, match=words):
             load_model(path)
         path.write_bytes(sound)
+
+
+def test_adapters_lead_neither_in_circles_nor_too_deep(tune, tmp_path):
+    assert tune("lora_rank=2")[0] == 0
+    run, path = tmp_path / "run", checkpoint.all_in(tmp_path / "run")[-1][1]
+    sound = path.read_bytes()
+    for way in ("../run", f"../run/../run/{path.name}", f"{run}/../run"):
+        save_again(path, base={"path": way, "checksum": 0})
+        with pytest.raises(ValueError, match="has adapters for itself"):
+            load_model(path)
+        path.write_bytes(sound)
+    for i in range(LONGEST_CHAIN + 2):
+        (tmp_path / f"{i}.pt").write_bytes(sound)
+        save_again(tmp_path / f"{i}.pt", base={"path": f"{i + 1}.pt", "checksum": 0})
+    with pytest.raises(ValueError, match="this is too deep"):
+        load_model(tmp_path / "0.pt")
 
 
 def test_the_checksum_knows_which_weight_is_which(base):

@@ -179,7 +179,7 @@ def small_state() -> dict:
         "optimizer": {"norm.gain": {"exp_avg": torch.ones(4), "step": torch.tensor(3.0)}},
         "scaler": {},
         "config": Config(model=TINY).flat(),
-        "data": {"name": "words", "tokens": {"train": 9, "val": 3}},
+        "data": {"name": "words", "tokens": {"val": 3}},
         "best_val_loss": 2.5,
         "grad_norms": [1.0, 2.0],
         "base": {},
