@@ -348,8 +348,9 @@ def test_adapters_can_be_watched(tune, tmp_path):
 def test_what_a_checkpoint_says_of_its_base_must_make_sense(tune, tmp_path):
     assert tune("lora_rank=2")[0] == 0
     path = checkpoint.all_in(tmp_path / "run")[-1][1]
+    itself = ("../run", f"../run/../run/{path.name}", f"{tmp_path / 'run'}/../run", path.name)
     for base, words in (
-        ({"path": path.name, "checksum": 0}, "has adapters for itself"),
+        *(({"path": way, "checksum": 0}, "has adapters for itself") for way in itself),
         ({}, "does not say for which weights"),
         ({"more": 1}, "base 'more' is 1"),
         ({"context": "long"}, "base 'context' is 'long'"),
@@ -359,17 +360,6 @@ def test_what_a_checkpoint_says_of_its_base_must_make_sense(tune, tmp_path):
         sound = path.read_bytes()
         save_again(path, base=base)
         with pytest.raises(ValueError, match=words):
-            load_model(path)
-        path.write_bytes(sound)
-
-
-def test_adapters_lead_neither_in_circles_nor_too_deep(tune, tmp_path):
-    assert tune("lora_rank=2")[0] == 0
-    run, path = tmp_path / "run", checkpoint.all_in(tmp_path / "run")[-1][1]
-    sound = path.read_bytes()
-    for way in ("../run", f"../run/../run/{path.name}", f"{run}/../run"):
-        save_again(path, base={"path": way, "checksum": 0})
-        with pytest.raises(ValueError, match="has adapters for itself"):
             load_model(path)
         path.write_bytes(sound)
     for i in range(LONGEST_CHAIN + 2):
