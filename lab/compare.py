@@ -270,7 +270,7 @@ def read_results(path: Path) -> tuple[bytes, dict[str, dict[str, Any]]]:
             record = json.loads(line)
             sound = is_result(record)
             found[json.dumps(record["knobs"], sort_keys=True)] = record
-        except (ValueError, TypeError, LookupError, RecursionError):
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             sound = False
         if not sound:
             raise ValueError(
@@ -282,7 +282,7 @@ def read_results(path: Path) -> tuple[bytes, dict[str, dict[str, Any]]]:
 
 def is_result(record: dict[str, Any]) -> bool:
     """Whether a line of results.jsonl can be from `result_of`: what the report reads is there, and
-    is of the right type. TypeError or LookupError also mean that it is not."""
+    is of the right type. TypeError, LookupError and AttributeError also mean that it is not."""
     numbers = "learning_rate seed max_iters train_seconds peak_memory_mb parameters threads".split()
     losses, versions_of = (record["val_loss"], record["val_bpb"]), record["versions"].values()
     return (
