@@ -28,6 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config.command import (
+    lacks_memory,
+    one_line,
+    printable,
     reader_left,
     run_command,
     shell_path,
@@ -57,9 +60,6 @@ USAGE = """python sample.py FOLDER [key=value ...]
 
 FOLDER is that of a run, or a model in Hugging Face's form. Every knob with its default:"""
 LARGEST_PROMPT = 1_000_000  # bytes of a file or of standard input; far more than any context
-# What print_safely keeps from a terminal, which would obey it: the control characters C0 (but not
-# tab and newline), DEL and C1, and those that change the direction of text.
-UNSAFE = {*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {9, 10}
 # How the text at the end of a training is drawn; small models would repeat themselves otherwise.
 SAMPLE_OF_A_RUN = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.15}
 
@@ -182,8 +182,13 @@ def main(argv: list[str]) -> int:
         print(file=sys.stderr)
         return 130
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 3
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error) or sys.flags.dev_mode:
+            raise
+        print(f"error: not enough memory ({one_line(error)})", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -325,7 +330,7 @@ def answer_prompts(model: Decoder, tokenizer: Tokenizer, options: SampleOptions)
         except EOFError:
             return
         except ValueError as error:  # not UTF-8, or a character that is not in the vocabulary
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
         else:
             print_samples(model, tokenizer, ids, options)
 
@@ -388,7 +393,8 @@ def print_sample(run: Run) -> None:
     try:
         ids = prompt_ids(tokenizer, prompt)
     except ValueError as error:  # the preset's prompt has characters that the data set has not
-        print(f"the sample starts from nothing, not with sample_prompt: {error}")
+        reason = one_line(error)
+        print(f"the sample starts from nothing, not with sample_prompt: {reason}")
         prompt, ids = "", prompt_ids(tokenizer, "")
     disable_cudnn_attention(config.device)
     model, vocab_size = uncompiled(run.model), tokenizer.vocab_size
@@ -402,7 +408,7 @@ def print_sample(run: Run) -> None:
 def print_safely(text: str, raw: bool) -> None:
     """Prints at once. A terminal gets no control characters, unless they are wanted `raw`."""
     if sys.stdout.isatty() and not raw:
-        text = text.translate(dict.fromkeys(UNSAFE))
+        text = printable(text)
     sys.stdout.write(text)
     sys.stdout.flush()
 

@@ -28,7 +28,14 @@ from config.schema import Config
 from data.loader import batch, val_starts
 from run import parallel
 from run.evaluate import mean_loss
-from run.folder import claim_folder, prune_checkpoints, save_checkpoint, save_if_best
+from run.folder import (
+    check_lock,
+    claim_folder,
+    prune_checkpoints,
+    refuse_foreign,
+    save_checkpoint,
+    save_if_best,
+)
 from run.log import Log, Tracker, is_finished, open_tracker
 from run.machine import autocast, to_device
 from run.metrics import plot_losses
@@ -38,7 +45,7 @@ from run.setup import Run, read_config, set_up
 from run.signals import Interrupts
 from run.watch import observe_next_batch
 from sample import print_sample
-from weights.lock import Lock
+from weights.lock import FolderLost, Lock
 
 USAGE = """python train.py [PRESET] [key=value ...]
 
@@ -57,11 +64,16 @@ def main(argv: list[str]) -> int:
         with ranks.all_or_exit():
             if ranks.is_main:
                 config = read_config(argv, ranks)
+                refuse_foreign(Path(config.out_dir))
                 lock = Lock(Path(config.out_dir))
         config = ranks.from_main(config)
     with lock:
         with user_errors():
             run = set_up(config, ranks)
+            with ranks.all_or_exit():
+                if ranks.is_main:
+                    run.lock = lock
+                    lock.clean_up()
             finished = is_finished(run)
             if finished:
                 prune_checkpoints(run)  # a kill may have come after the last save, before this
@@ -121,6 +133,7 @@ def train(run: Run, tracker: Tracker | None) -> int:
                 if evaluation_due and not log.has_evaluation(run.step):
                     val_loss = validation_loss(run, interrupts)
                     if val_loss is not None:  # else a signal came, and the resumed run evaluates
+                        check_lock(run)
                         log.evaluation(run.step, val_loss)
                         save_if_best(run, val_loss)
                         unsaved = True  # a checkpoint holds the best validation loss, too
@@ -137,8 +150,14 @@ def train(run: Run, tracker: Tracker | None) -> int:
                 start = time.perf_counter()
                 done = train_step(run, interrupts)  # has waited for the gradients
                 if done is not None:  # else a signal came, and the resumed run does the step anew
-                    log.training(run.step, *done, time.perf_counter() - start)
+                    seconds = time.perf_counter() - start
+                    if log.is_due(run.step):
+                        check_lock(run)
+                    log.training(run.step, *done, seconds)
                     unsaved = True
+        except FolderLost as error:
+            log.line(f"error: {error}", sys.stderr)
+            return 1
         except (FloatingPointError, OSError) as error:  # OSError: disk or data
             log.fault(error)
             return NOT_FINITE if isinstance(error, FloatingPointError) else 1

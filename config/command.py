@@ -22,6 +22,18 @@ from pathlib import Path
 from typing import Any, TextIO
 
 PACKAGES = ("torch", "numpy", "sentencepiece", "tiktoken", "tqdm")  # those of requirements.txt
+UNPRINTABLE = dict.fromkeys(
+    {
+        *range(32),  # C0
+        *range(127, 160),  # DEL and C1
+        *(0xAD, 0x61C, 0x180E, 0x200B, 0x200E, 0x200F, 0xFEFF),
+        *range(0x2028, 0x202F),  # ends of lines and paragraphs, directions
+        *range(0x2060, 0x2070),  # invisible operators, directions
+        *range(0xFFF9, 0xFFFC),  # annotations
+        *range(0xE0000, 0xE0080),  # tags
+    }
+    - {ord("\t"), ord("\n")}
+)
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -165,6 +177,14 @@ def one_line(error: object, most: int = 1500) -> str:
     return text if len(text) <= most else f"{text[: most - 300]} ... {text[-295:]}"
 
 
+def printable(text: str) -> str:
+    """The text without what a terminal would obey or not show: control characters (but not tab and
+    newline), and characters that change the direction of text or have no width. What joins letters
+    (U+200C, U+200D) stays, because Persian, Hindi and emoji are written with it.
+    """
+    return text.translate(UNPRINTABLE)
+
+
 def warn(text: str) -> None:
     """Prints one line on stderr. If stderr cannot be written to, the warning is dropped."""
     with suppress(OSError):
@@ -174,23 +194,32 @@ def warn(text: str) -> None:
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Stands around the part of a command in which the user's mistakes show: a wrong knob, a
-    missing file, a full disk.
+    missing file, a full disk, a model for which there is not enough memory.
 
-    A ValueError or OSError there becomes one line on stderr and exit code 2; `python -X dev` shows
-    the traceback instead. Ctrl-C, SIGTERM and a closed terminal end the program at once, with exit
-    code 128 + n: no training is under way that would have to be saved. They do it by an exception,
-    so that `with` and `finally` remove what is half made.
+    A ValueError, an OSError or lack of memory becomes one line on stderr and exit code 2;
+    `python -X dev` shows the traceback instead. Ctrl-C, SIGTERM and a closed terminal end the
+    program at once, with exit code 128 + n: no training is under way that would have to be saved.
+    They do it by an exception, so that `with` and `finally` remove what is half made.
     """
     before = catch_signals(exit_on_signal)
     try:
         yield
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        no_memory = lacks_memory(error)
+        if sys.flags.dev_mode or not (no_memory or isinstance(error, (ValueError, OSError))):
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        text = f"not enough memory ({error})" if no_memory else error
+        print(f"error: {one_line(text)}", file=sys.stderr)
         raise SystemExit(2) from error
     finally:
         restore_signals(before)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory. torch says it with a RuntimeError."""
+    words = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+    of_torch = isinstance(error, (RuntimeError, OSError)) and any(w in str(error) for w in words)
+    return isinstance(error, MemoryError) or of_torch
 
 
 def catch_signals(handler: Callable) -> dict[int, Any]:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +17,15 @@ def write_atomically(
 
     If anything goes wrong, `path` keeps what it held before and the temporary file is deleted. Only
     kill -9 leaves the temporary file behind. It always has the same name, so the next call
-    overwrites it, and only one process at a time may write in the folder.
+    replaces it, and only one process at a time may write in the folder.
+
+    Nothing is ever written into a file that was there before. So a link in the place of `path`, or
+    a second name of that file, leads no write to another place.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -31,6 +36,28 @@ def write_atomically(
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A file opened for reading. ValueError if it is not a regular file: a FIFO, for one, could
+    make the reader wait for ever.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(f"{path} is not a regular file")
+    return open(handle, "rb")
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether a path is a regular file that has no other name. What is appended to any other one,
+    such as a link, would be written elsewhere.
+    """
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 @contextmanager

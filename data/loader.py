@@ -228,7 +228,7 @@ def check_regular(path: Path) -> os.stat_result:
 
 
 def is_count(value: object) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 2**63  # float() of a larger one may fail
 
 
 def is_counts(value: object) -> bool:
@@ -268,6 +268,9 @@ def read_meta(path: Path) -> dict:
     for field, (good, meaning) in FIELDS.items():
         if not good(meta.get(field)):
             raise ValueError(f"{path}: {field} is {meta.get(field)!r:.80}, must be {meaning}")
+    bits = meta.get("val_xz_bits_per_byte", 0.0)
+    if not (type(bits) in (int, float) and 0 <= bits < 2**63):
+        raise ValueError(f"{path}: val_xz_bits_per_byte is {bits!r:.80}, must be a number")
     bos_id = meta.get("bos_id")
     if not (bos_id is None or type(bos_id) is int and 0 <= bos_id < meta["vocab_size"]):
         raise ValueError(f"{path}: bos_id is {bos_id!r:.80}, must be null or below vocab_size")

@@ -35,7 +35,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from exchange.tokenizer import json_bytes, tokenizer_files
 from model import ModelConfig, knob, parameter_count
 from run.machine import versions
-from run.metrics import read_metrics
+from run.metrics import METRICS_FILE, read_metrics
 from weights import checkpoint
 from weights.hf_folder import hf_name, is_hf_folder, read_hf, weight_shapes
 from weights.lock import Lock
@@ -341,9 +341,11 @@ def model_card(weights: Weights, tokenizer: Tokenizer, options: ExportOptions) -
         "weights": options.dtype,
         "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens",
     }
-    if "name" in data:
+    if "name" in data and "train" in data.get("tokens", {}):
         rows["data"] = f"{data['name']}, {data['tokens']['train']:,} training tokens"
         rows["steps"] = f"{step:,}"
+        if math.isfinite(state["best_val_loss"]):  # in the checkpoint, which has a checksum
+            rows["best validation loss"] = f"{state['best_val_loss']:.4f} nats per token"
         rows |= last_evaluation(weights.folder, step)
     if run.get("init_from"):
         lora = f", LoRA of rank {run['lora_rank']}" if run["lora_rank"] else ""
@@ -391,10 +393,9 @@ def last_evaluation(folder: Path, step: int) -> dict[str, str]:
         return {}
     last = evaluations[-1]
     perplexity = math.exp(min(last["val_loss"], 700))  # exp overflows above 709
-    return {
-        f"validation at step {last['step']:,}": f"loss {last['val_loss']:.4f} nats per token, "
-        f"perplexity {perplexity:.2f}, {last['val_bpb']:.4f} bits per byte"
-    }
+    name = f"validation at step {last['step']:,}, by its {METRICS_FILE}"
+    found = f"loss {last['val_loss']:.4f} nats per token, perplexity {perplexity:.2f}"
+    return {name: f"{found}, {last['val_bpb']:.4f} bits per byte"}
 
 
 def two_columns(left: str, right: str, rows: Iterable[tuple[str, str]]) -> str:

@@ -59,6 +59,7 @@ from run.machine import (
     flops_per_token,
     matmul_rate,
     peak_memory,
+    total_memory,
 )
 from run.setup import Run, read_config
 from sample import SampleOptions, generate, prepare_for_inference
@@ -231,6 +232,14 @@ def sampling(arguments: list[str]) -> None:
     model = replace(config.model, vocab_size=config.model.vocab_size or 32000)
     config = replace(config, model=model, device=device)
     ways = ways_to_sample(options, device)
+    copies = 1 + len({way.quantize if way.quantize != "none" else way.dtype for way in ways})
+    needed, room = 4 * parameter_count(model) * copies, total_memory(device)
+    if needed > room:
+        raise ValueError(
+            f"{copies} copies of {parameter_count(model) / 1e9:.1f} billion parameters need about "
+            f"{needed / 1e9:,.0f} GB, {device} has {room / 1e9:,.0f} GB: lower n_embd, n_layer or "
+            f"vocab_size, or ask for fewer dtypes and quantize=none"
+        )
     if options.beside == "transformers":
         check_comparable(config)
     base, theirs = Decoder(model), None

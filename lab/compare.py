@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,11 +36,11 @@ from tqdm import tqdm
 
 import norm
 import train
-from config.command import run_command, user_errors
+from config.command import one_line, printable, run_command, user_errors
 from config.help import help_text, training_help
-from config.preset import KNOBS, read_knobs, read_layers
+from config.preset import KNOBS, load_json, read_knobs, read_layers
 from config.schema import Config, parse_value, without_effect
-from data.files import write_atomically
+from data.files import is_own_file, open_regular, write_atomically
 from lab.measure import (
     as_arguments,
     fresh_run,
@@ -48,11 +49,11 @@ from lab.measure import (
     seconds_of_step,
     values_in_turn,
 )
-from lab.report import Study, best_cells, speed_section, write_report
+from lab.report import WRITTEN, Study, best_cells, speed_section, write_report
 from lab.verdict import time_ratio
 from model import knob
 from run.machine import processor, versions
-from run.metrics import read_metrics
+from run.metrics import METRICS_FILE, is_number, read_metrics
 from run.setup import read_config
 from run.signals import Interrupts
 from train import NOT_FINITE, warm_up
@@ -152,7 +153,8 @@ def main(argv: list[str]) -> int:
         lock = Lock(plan.folder)
     with lock:
         with user_errors():
-            lab = Lab(plan, shlex.join(["python", "-m", "lab.compare", *argv]))
+            lab = Lab(plan, shlex.join(["python", "-m", "lab.compare", *argv]), lock)
+            lock.clean_up()
         with lab.interrupts:
             try:
                 lab.run()
@@ -160,7 +162,9 @@ def main(argv: list[str]) -> int:
             except SystemExit as stop:  # after a signal
                 reason, code = "stopped", stop.code
             except CellFailed as error:
-                reason, code = str(error), 1
+                reason, code = printable(str(error)), 1
+            except (ValueError, OSError) as error:  # files, which may be damaged or lost meanwhile
+                reason, code = f"error: {one_line(error)}", 1
             hint = "finished cells are kept, and the same command goes on from here"
             print(f"{reason}\n{hint}", file=sys.stderr)
             return code
@@ -276,31 +280,76 @@ def grid(plan: Plan) -> list[Cell]:
     ]
 
 
-def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Cell.key -> the record of each finished cell. A last line that a kill cut short is cut off
-    the file, too."""
-    content = path.read_bytes() if path.exists() else b""
-    whole_lines = content[: content.rfind(b"\n") + 1]
-    if whole_lines != content:
-        os.truncate(path, len(whole_lines))
-    try:
-        records = [json.loads(line) for line in whole_lines.splitlines()]
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): delete the bad line, and its cell is trained again"
-        ) from error
-    return {json.dumps(record["knobs"], sort_keys=True): record for record in records}
+def read_results(path: Path) -> tuple[bytes, dict[str, dict[str, Any]]]:
+    """The whole lines of results.jsonl, and Cell.key -> the record of each finished cell. A last
+    line that a kill cut short is left out."""
+    if not path.exists():
+        return b"", {}
+    with open_regular(path) as file:
+        content = file.read()
+    lines, found = content[: content.rfind(b"\n") + 1], {}
+    for number, line in enumerate(lines.splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            sound = is_result(record)
+            found[json.dumps(record["knobs"], sort_keys=True)] = record
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            sound = False
+        if not sound:
+            raise ValueError(
+                f"{path} is damaged (line {number}): delete the bad line, and its cell is trained "
+                f"again"
+            )
+    return lines, found
+
+
+def is_result(record: dict[str, Any]) -> bool:
+    """Whether a line of results.jsonl can be from `result_of`: what the report reads is there, and
+    is of the right type. TypeError, LookupError and AttributeError also mean that it is not."""
+    numbers = "learning_rate seed max_iters train_seconds peak_memory_mb parameters threads".split()
+    losses, versions_of = (record["val_loss"], record["val_bpb"]), record["versions"].values()
+    return (
+        all(is_number(record[name]) for name in numbers)
+        and all(type(record[name]) is bool for name in ("diverged", "compile"))
+        and all(type(record[name]) is str for name in ("cell", "device", "dtype"))
+        and all(loss is None and record["diverged"] or is_number(loss) for loss in losses)
+        and all(type(version) in (str, type(None)) for version in versions_of)
+        and type(record["knobs"]) is dict
+        and Path(record["cell"]).name == record["cell"]  # no path to another folder
+    )
+
+
+def read_timing(path: Path) -> dict[str, Any]:
+    """What timing.json says, or {} if there is none. ValueError if it is damaged."""
+    if not path.exists():
+        return {}
+    saved, sound = load_json(path), False
+    with suppress(TypeError, LookupError, AttributeError):
+        times, micro = saved["seconds"], saved["micro_batch_size"]
+        sound = times.keys() == micro.keys() == saved["cells"].keys()
+        sound = sound and all(type(size) is int for size in micro.values())
+        sound = sound and all(len(each) == saved["steps"] for each in times.values())
+        sound = sound and all(is_number(t) and t > 0 for each in times.values() for t in each)
+    if not sound:
+        raise ValueError(f"{path} is damaged: delete it, and the steps are timed again")
+    return saved
 
 
 def result_of(cell: Cell, folder: Path, exit_code: int) -> dict[str, Any]:
-    """The record of a finished cell; its curves stay in its metrics.jsonl."""
-    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    """The record of a finished cell; its curves stay in its metrics.jsonl. CellFailed if what the
+    cell has written is not there any more."""
+    about = load_json(folder / "config.json")
     records = read_metrics(folder)
-    steps = [record for record in records if "loss" in record]
+    steps = [record for record in records if {"loss", "step_ms", "peak_memory_mb"} <= record.keys()]
+    evaluations = [record for record in records if {"val_loss", "val_bpb"} <= record.keys()]
     val_loss = val_bpb = None
     if exit_code == 0:
-        last = [record for record in records if "val_loss" in record][-1]
-        val_loss, val_bpb = last["val_loss"], last["val_bpb"]
+        if not steps or not evaluations:
+            raise CellFailed(
+                f"error: {folder / METRICS_FILE} lacks the steps or the evaluation of this "
+                f"cell any more: delete {folder}, and the cell is trained again"
+            )
+        val_loss, val_bpb = evaluations[-1]["val_loss"], evaluations[-1]["val_bpb"]
     # step_ms of a record is a mean over the steps since the record before.
     before = [0, *(record["step"] for record in steps)]
     milliseconds = sum((r["step"] - b) * r["step_ms"] for r, b in zip(steps, before, strict=False))
@@ -372,13 +421,23 @@ def follow(process: subprocess.Popen, log: Path, ended: queue.SimpleQueue, cell:
 class Lab:
     """Does what a Plan says, and keeps the results. Raises ValueError before anything is made."""
 
-    def __init__(self, plan: Plan, command: str):
+    def __init__(self, plan: Plan, command: str, lock: Lock | None = None):
         self.plan, self.options, self.command = plan, plan.options, command
+        self.lock = lock
         self.interrupts = CellInterrupts()
         self.cells = grid(plan)
         self.first = {arm: cell_of(plan, arm, plan.rates[0], plan.first_seed) for arm in plan.arms}
         self.results_file = plan.folder / "results.jsonl"
-        self.results = read_results(self.results_file)
+        self.timing_file = plan.folder / "timing.json"
+        ours = (self.results_file, self.timing_file, plan.folder / "cells")
+        theirs = [name for name in WRITTEN if os.path.lexists(plan.folder / name)]
+        if theirs and not any(path.exists() for path in ours):
+            raise ValueError(
+                f"out_dir={plan.folder} has a {theirs[0]}, which is not of a comparison and would "
+                f"be replaced: name another folder"
+            )
+        self.lines, self.results = read_results(self.results_file)
+        self.timing = read_timing(self.timing_file)
         self.threads = max(1, torch.get_num_threads() // self.options.jobs)
         self.choices = self.choose()
         self.timed, self.control = self.timed_cells()
@@ -413,6 +472,7 @@ class Lab:
             return
         extra = self.equal_time_cells(timing["seconds"])
         self.train(list(itertools.chain(*extra.values())))
+        self.check_lock()
         print(f"\n{write_report(self.study(timing, extra))}\n\n{self.plan.folder / 'report.md'}")
 
     def train(self, cells: list[Cell]) -> None:
@@ -456,22 +516,33 @@ class Lab:
     def start(self, cell: Cell, ended: queue.SimpleQueue) -> None:
         """Starts the cell's process, and a thread that follows it."""
         folder = self.folder_of(cell)
+        self.check_lock()
+        log = folder / "log.txt"
+        if folder.is_symlink():
+            raise CellFailed(f"error: {folder} is a link, and nothing is written through one")
         folder.mkdir(parents=True, exist_ok=True)
+        if not is_own_file(log):
+            log.unlink(missing_ok=True)
         own = {"out_dir": str(folder), "resume": "auto", "sample_tokens": "0"}
         knobs = that_count(self.plan.preset, cell.knobs | self.automatic(cell) | own)
         threads = self.threads if self.options.jobs > 1 else None
         process = launch([*self.plan.preset, *as_arguments(knobs)], threads)
         self.interrupts.processes[cell.name] = process
-        threading.Thread(target=follow, args=(process, folder / "log.txt", ended, cell)).start()
+        threading.Thread(target=follow, args=(process, log, ended, cell)).start()
+
+    def check_lock(self) -> None:
+        """To be called before anything is written: FolderLost if it may be another process's."""
+        if self.lock is not None:
+            self.lock.check()
 
     def finish(self, cell: Cell, code: int) -> str:
         """Keeps the result and then deletes the weights, which are large and can be made again.
         Returns a line to print."""
         folder = self.folder_of(cell)
         result = result_of(cell, folder, code) | {"threads": self.threads}
-        with open(self.results_file, "a", encoding="utf-8") as file:
-            print(json.dumps(result), file=file, flush=True)
-            os.fsync(file.fileno())
+        self.check_lock()
+        self.lines += (json.dumps(result) + "\n").encode()
+        write_atomically(self.results_file, lambda file: file.write(self.lines))
         self.results[cell.key] = result
         for path in (folder / "best.pt", *(path for _, path in all_in(folder))):
             path.unlink(missing_ok=True)
@@ -510,12 +581,10 @@ class Lab:
     def time_arms(self) -> dict[str, Any]:
         """Seconds per training step of all arms and controls in turn, while nothing else runs.
         They are kept in timing.json."""
-        path = self.plan.folder / "timing.json"
         cells = {name: json.loads(cell.key) for name, cell in self.timed.items()}
         steps = self.options.steps
-        saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if (saved.get("cells"), saved.get("steps")) == (cells, steps):
-            return saved
+        if (self.timing.get("cells"), self.timing.get("steps")) == (cells, steps):
+            return self.timing
         print(f"timing {steps} steps of each: {'; '.join(self.timed)}")
         torch._dynamo.reset()
         runs = {name: fresh_run(cell.config) for name, cell in self.timed.items()}
@@ -531,7 +600,9 @@ class Lab:
             "steps": steps,
             "cells": cells,
         }
-        write_atomically(path, lambda file: file.write((json.dumps(timing) + "\n").encode()))
+        self.check_lock()
+        text = json.dumps(timing) + "\n"
+        write_atomically(self.timing_file, lambda file: file.write(text.encode()))
         return timing
 
     def equal_time_cells(self, seconds: dict[str, list[float]]) -> dict[str, list[Cell]]:
@@ -582,6 +653,7 @@ class Lab:
         device, dtype, compiled = (self.choices[name] for name in AUTOMATIC)
         micro = " and ".join(map(str, sorted(set(timing["micro_batch_size"].values()))))
         versions_of = [", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in results]
+        versions_of = [re.sub(r"[^\w .,+-]", "?", text) for text in versions_of]  # from a file
         again = as_arguments(cell.knobs | self.automatic(cell) | {"out_dir": "out/again"})
         weights = shlex.join(["python", "train.py", *plan.preset, *again])
         return {

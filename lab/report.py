@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from config.command import printable
+from data.files import write_atomically
 from lab.verdict import POWER, Difference, judge, time_ratio
-from run.metrics import plot_label, read_metrics
+from run.metrics import plot_label, read_metrics, save_figure
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = "#222222 #0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #8c6d31".split()
@@ -176,8 +178,9 @@ def write_report(study: Study) -> str:
     verdict = verdicts_text(study)
     page = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items())
     text = f"# {study.title}\n\n{verdict}\n\n{page}\n"
-    (study.folder / "report.md").write_text(text, encoding="utf-8")
-    return verdict
+    page = printable(text).encode()
+    write_atomically(study.folder / "report.md", lambda file: file.write(page))
+    return printable(verdict)
 
 
 def p_text(p: float) -> str:
@@ -328,7 +331,7 @@ def draw_plots(study: Study) -> list[str]:
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.3)
             axes.set_axisbelow(True)
-        figure.savefig(study.folder / f"{name}.png", dpi=150)
+        save_figure(figure, study.folder / f"{name}.png")
     return drawn
 
 
@@ -340,6 +343,8 @@ def loss_curve(folder: Path, cells: Cells, key: str) -> tuple[np.ndarray, np.nda
         for cell in cells
     ]
     steps = sorted(set.intersection(*map(set, records)))
+    if not steps:
+        return np.empty(0), np.empty((len(cells), 0))
     width = max(1, len(steps) // 25) if key == "loss" else 1
     window = np.ones(width) / width
     losses = [np.convolve([own[step] for step in steps], window, "valid") for own in records]
@@ -418,3 +423,4 @@ PLOTS = {
     "step_time": plot_step_times,
     "learning_rate": plot_learning_rates,
 }
+WRITTEN = ("report.md", *(f"{name}.png" for name in PLOTS))

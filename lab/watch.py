@@ -22,7 +22,7 @@ import numpy as np
 
 from config.command import run_command, split_arguments, user_errors
 from config.schema import parse_knobs
-from run.metrics import METRICS_FILE, plot_label, read_metrics
+from run.metrics import METRICS_FILE, plot_label, read_metrics, save_figure
 
 USAGE = """\
 Draw what runs with watch=true recorded of the scales inside their model, each in a column:
@@ -32,6 +32,7 @@ python -m lab.watch RUN_FOLDER [RUN_FOLDER ...] [out=FILE.png]
 Without out=, the picture is watch.png in the first folder."""
 
 DEPTH_LINES = 12  # steps drawn in a panel by depth, evenly spread; more lines would hide each other
+ALWAYS = "residual_rms residual_mean_share ffn_rms attn_logit_max blocks_grad_norm".split()
 PANELS = (  # of each run, from top to bottom: label and scale of the vertical axis
     ("residual stream: RMS", "log"),
     ("residual: |mean| / RMS", "linear"),
@@ -69,6 +70,11 @@ def watched(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     records = [record for record in read_metrics(folder) if "watch" in record]
     if not records:
         raise ValueError(f"{folder} was not watched: train it with watch=true")
+    shapes = [{name: len(each) for name, each in record["watch"].items()} for record in records]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(
+            f"{folder / METRICS_FILE} does not say the same quantities at each step: it is damaged"
+        )
     values = {
         name: np.array([record["watch"][name] for record in records], dtype=float)
         for name in records[0]["watch"]
@@ -88,6 +94,9 @@ def plot(folders: list[Path], file: Path) -> None:
     except ImportError as error:
         raise ValueError("this picture needs matplotlib: pip install matplotlib") from error
     runs = [watched(folder) for folder in folders]
+    for folder, (_, values) in zip(folders, runs, strict=True):
+        if missing := [name for name in ALWAYS if name not in values]:
+            raise ValueError(f"{folder / METRICS_FILE} lacks {missing[0]}: it is damaged")
     last_step = max(steps[-1] for steps, _ in runs)
     n_layer = max(values["ffn_rms"].shape[1] for _, values in runs)
     by_step = ScalarMappable(Normalize(0, last_step), "viridis")
@@ -108,7 +117,7 @@ def plot(folders: list[Path], file: Path) -> None:
     whole = MaxNLocator(integer=True)
     figure.colorbar(by_step, ax=grid[:2], label="step", aspect=30)
     figure.colorbar(by_layer, ax=grid[3:], label="Block", aspect=45, ticks=whole)
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file, dpi=120)
 
 
 def draw_by_depth(axes: Any, steps: np.ndarray, values: np.ndarray, colours: Any) -> None:

@@ -4,18 +4,39 @@ run/log.py writes metrics.jsonl there. weights.lock.Lock keeps other processes f
 """
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from config.command import warn
+from config.preset import load_json
 from data.files import write_atomically
 from data.tokenizer import FILES as TOKENIZER_FILES
 from data.tokenizer import tokenizer_file
 from model import parameter_count
 from run import sharded
 from run.machine import versions
+from run.metrics import METRICS_FILE
 from run.parallel import gather_on_main
 from run.setup import Run
 from weights import checkpoint
+
+
+def refuse_foreign(folder: Path) -> None:
+    """ValueError if a run in this folder would replace a file that is not of a run."""
+    begun = [*folder.glob("ckpt_*"), *folder.glob("best*")]  # run/setup.py says what is done then
+    names = ("config.json", METRICS_FILE, "tokenizer.json", "tokenizer.model", "loss.png")
+    there = [name for name in names if os.path.lexists(folder / name)]
+    if begun or not there:
+        return
+    with suppress(ValueError, OSError):  # then it is not of a run
+        said = load_json(folder / "config.json")
+        if "model_type" in said or {"out_dir", "data", "versions"} <= said.keys():
+            return  # a Hugging Face folder is refused by run/setup.py
+    raise ValueError(
+        f"out_dir={folder} has a {there[0]}, which is not of a run and would be replaced: name "
+        f"another folder"
+    )
 
 
 def claim_folder(run: Run) -> None:
@@ -27,7 +48,10 @@ def claim_folder(run: Run) -> None:
 
 
 def _write_config_and_tokenizer(run: Run) -> None:
-    run.folder.mkdir(exist_ok=True)  # the lock has made the folder, but it may have vanished since
+    if not run.folder.is_dir():  # the lock has made the folder, but it may have vanished since
+        run.folder.mkdir(exist_ok=True)
+        if run.lock is not None:
+            run.lock.take_again()
     about = {
         "versions": versions(),
         "parameters": parameter_count(run.config.model),
@@ -98,6 +122,7 @@ def _save(run: Run, path: Path, optimizer: dict, required: bool) -> bool:
     }
     if config.sharded:
         path = sharded.folder_of(path, run.step)
+    check_lock(run)
     try:
         if ranks.is_main:
             _restore_what_vanished(run)
@@ -116,11 +141,20 @@ def _save(run: Run, path: Path, optimizer: dict, required: bool) -> bool:
         if ranks.is_main:
             warn(f"{reason}; training goes on")
         return False
+    run.damaged.discard(path)
     return True
+
+
+def check_lock(run: Run) -> None:
+    """To be called by all ranks before a run writes. If another process may have written to the
+    folder, main raises FolderLost, and the other ranks exit."""
+    with run.ranks.all_or_exit():
+        if run.lock is not None:
+            run.lock.check()
 
 
 def prune_checkpoints(run: Run) -> None:
     """Removes the numbered checkpoints up to this step, except the newest `keep` of them."""
     with run.ranks.all_or_none():
         if run.ranks.is_main:
-            checkpoint.prune(run.folder, run.config.keep, run.step)
+            checkpoint.prune(run.folder, run.config.keep, run.step, run.damaged)

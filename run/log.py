@@ -15,8 +15,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from config.command import reader_left, shell_path, warn
-from data.files import write_atomically
+from config.command import printable, reader_left, shell_path, warn
+from data.files import is_own_file, write_atomically
 from model import parameter_count
 from run.machine import flops_per_token, matmul_rate, memory_estimate, peak_memory
 from run.metrics import METRICS_FILE, has_evaluation, read_metrics
@@ -61,6 +61,12 @@ class Log:
             # Later records are dropped, because a resumed run does their steps once more.
             before = read_metrics(self.folder) if run.step else []
             self.records = [r for r in before if r["step"] <= run.step]
+            last = max((r["step"] for r in self.records), default=0)
+            if run.step - last > max(self.interval, config.eval_interval):
+                warn(
+                    f"{self.folder / METRICS_FILE} ends at step {last}, and the run goes on "
+                    f"from {run.step}: the records between them are missing"
+                )
             try:
                 self._write_all()
             except OSError as error:
@@ -88,7 +94,7 @@ class Log:
         if not self.ranks.is_main:
             return
         stream = stream or sys.stdout
-        self.bar.write(text, file=stream)
+        self.bar.write(printable(text), file=stream)
         stream.flush()
         if reader_left(stream):
             self.interrupts.ask_to_stop(signal.SIGPIPE)
@@ -183,10 +189,10 @@ class Log:
                 self.tracker = None
 
     def _append(self, record: dict[str, Any]) -> None:
-        """Appends a whole line or nothing. If the file has vanished, or could not be written when
-        the run began, writes all records again."""
+        """Appends a whole line or nothing. If the file has vanished or is another one's, too, or
+        could not be written when the run began, writes all records into a new file."""
         path = self.folder / METRICS_FILE
-        if not (self.file_is_ours and path.exists()):
+        if not (self.file_is_ours and is_own_file(path)):
             self._write_all()
             return
         line = (json.dumps(record) + "\n").encode()
@@ -330,7 +336,7 @@ def wandb(folder: Path, knobs: dict[str, Any]) -> Tracker:
         id=known,
         resume="allow",
     )
-    file.write_text(known)
+    write_atomically(file, lambda new: new.write(known.encode()))
     return lambda record: run.log(record, step=record["step"])
 
 

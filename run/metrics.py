@@ -1,29 +1,56 @@
 """Reads metrics.jsonl, which run/log.py writes, a JSON object per line; draws it as loss.png."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from config.command import one_line, warn
+from data.files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
+MAY_BE_INFINITE = ("grad_norm",)  # in float16
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run, in order. A line that is damaged, or that a kill cut short, is left out
-    with a warning that names it."""
-    path, records = folder / METRICS_FILE, []
+    """The records of a run, in order of their steps. A line that is damaged, that a kill cut short,
+    or that is at an earlier step than the line before it, is left out with a warning."""
+    path, records, left_out = folder / METRICS_FILE, [], []
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line) if line.endswith(b"\n") else None
         except (ValueError, RecursionError):
             record = None
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            records.append(record)
+        if not is_record(record):
+            left_out.append(f"{number} is damaged")
+        elif records and record["step"] < records[-1]["step"]:
+            left_out.append(f"{number} is at an earlier step than the line before it")
         else:
-            warn(f"{path}:{number} is damaged and left out")
+            records.append(record)
+    if left_out:
+        others = f" (and {len(left_out) - 1:,} more)" if left_out[1:] else ""
+        warn(f"{path}:{left_out[0]} and left out{others}")
     return records
+
+
+def is_record(record: Any) -> bool:
+    """Whether a line of metrics.jsonl can be from run/log.py: numbers by name, and what
+    run/watch.py measured."""
+    if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 0:
+        return False
+    watch = record.get("watch", {})
+    lists = watch.values() if isinstance(watch, dict) else [None]
+    return all(is_number(value, name) for name, value in record.items() if name != "watch") and all(
+        isinstance(values, list) and all(v is None or is_number(v) for v in values)
+        for values in lists
+    )
+
+
+def is_number(value: Any, name: str = "") -> bool:
+    if type(value) is int:
+        return abs(value) < 2**63  # float() of a larger one may fail
+    return type(value) is float and (math.isfinite(value) or name in MAY_BE_INFINITE)
 
 
 def has_evaluation(records: list[dict[str, Any]], step: int) -> bool:
@@ -57,5 +84,11 @@ def plot_losses(folder: Path) -> Path | None:
             axes.plot(steps, losses, style, linewidth=1, markersize=4, label=label)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(folder / "loss.png", dpi=150)
+    save_figure(figure, folder / "loss.png")
     return folder / "loss.png"
+
+
+def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
+    """Saves a figure of matplotlib in the format that the path's suffix names, or as a PNG."""
+    kind = path.suffix[1:] or "png"
+    write_atomically(path, lambda file: figure.savefig(file, dpi=dpi, format=kind))

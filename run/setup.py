@@ -51,6 +51,7 @@ from run.parallel import (
 from run.ranks import ALONE, Ranks
 from weights import checkpoint
 from weights.hf_folder import is_hf_folder
+from weights.lock import Lock
 from weights.open import Weights, knobs_of_base, open_base, open_weights
 
 SCHEDULE = (  # the knobs on which the learning rate of a step depends
@@ -78,6 +79,8 @@ class Run:
     grad_norms: list[float] = field(default_factory=list)  # of the last steps, to find spikes
     # The config with the learning rate's schedule as it was until now, if the run is resumed.
     schedule_before: Config | None = None
+    damaged: set[Path] = field(default_factory=set)  # checkpoints found damaged when it was resumed
+    lock: Lock | None = None  # of out_dir, on main; a run that writes nothing has none
 
     @property
     def folder(self) -> Path:
@@ -201,7 +204,12 @@ def kept_choices(wanted: Config, device: str, before: dict[str, Any], ranks: int
         automatic.add("micro_batch_size")
     if "dtype" in automatic:
         choose_dtype(before.get("dtype", "auto"), device)  # ValueError on an older GPU
-    kept = {name: before[name] for name in automatic if name in before}
+    kept = {
+        name: before[name]
+        for name in automatic
+        if before.get(name, "auto") != "auto"
+        and (name != "micro_batch_size" or before[name] >= 1)  # another program may have written it
+    }
     if wanted.batch_size % (ranks * kept.get("micro_batch_size", 1)):
         kept.pop("micro_batch_size", None)  # there are more ranks now
     return kept
@@ -298,7 +306,9 @@ def build(config: Config, data: Dataset, begin: dict[str, Any], ranks: Ranks) ->
     run.step, run.grad_norms, run.restored = saved["step"], saved["grad_norms"], True
     before = {name: saved["config"][name] for name in SCHEDULE if name in saved["config"]}
     run.schedule_before = replace(config, **before)
-    if saved["config"]["eval_iters"] == config.eval_iters:  # else it was measured on other windows
+    run.damaged = set(saved["damaged"])
+    # Else it was measured on other windows.
+    if saved["config"].get("eval_iters") == config.eval_iters:
         run.best_val_loss = saved["best_val_loss"]
     return run
 
@@ -345,7 +355,10 @@ def find_checkpoint(config: Config) -> dict[str, Any] | None:
         raise ValueError(
             f"resume=yes, but there is no checkpoint in {folder}: resume=auto would start afresh"
         )
-    return checkpoint.load_newest(folder, sharded.load_parts) if numbered else None
+    if not numbered:
+        return None
+    damaged: dict[Path, str] = {}
+    return checkpoint.load_newest(folder, sharded.load_parts, damaged) | {"damaged": damaged}
 
 
 def find_first_weights(config: Config, saved: dict[str, Any] | None) -> Weights | None:

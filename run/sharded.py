@@ -10,7 +10,9 @@ run the code of whoever wrote it. So it is never written and never read.
 Reading order: save_parts and its steps; load_parts and read_into; the manifest; the command.
 """
 
+import io
 import json
+import math
 import os
 import re
 import shutil
@@ -36,9 +38,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from config.command import run_command, split_arguments, user_errors
+from config.command import lacks_memory, run_command, split_arguments, user_errors
 from data import checksum
 from data.files import sync, write_atomically
+from data.loader import is_count
 from run.ranks import ALONE, Ranks
 from weights import checkpoint
 from weights.lock import Lock
@@ -167,13 +170,20 @@ def load_parts(path: Path) -> dict[str, Any]:
 def read_into(state: dict[str, Any], folder: Path) -> None:
     """Fills the tensors in `state`, or this rank's parts of them, from a sharded checkpoint.
     ValueError if one holds NaN or Inf."""
+    from torch.distributed.checkpoint import CheckpointException
     from torch.distributed.checkpoint import load as dcp_load
 
     tensors = tensors_by_name(state)
     reader = storage_classes()[1](folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DCP warns a process that is alone
-        dcp_load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # DCP warns a process that is alone
+            dcp_load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        if lacks_memory(reason):
+            raise MemoryError(str(reason)) from error
+        raise ValueError(f"{folder} cannot be read ({reason!s:.300})") from error
     for name, tensor in tensors.items():
         if not torch.isfinite(local_part(tensor)).all():
             raise ValueError(f"{folder}: {name} holds NaN or Inf")
@@ -231,7 +241,15 @@ def storage_classes() -> tuple[type, type]:
                 self.places[name]["parts"].append(part)
 
     class Reader(FileSystemReader):
-        """Takes from the manifest what DCP would take from its pickle."""
+        """Takes from the manifest what DCP would take from its pickle, and lets torch.load see
+        nothing that is not as checkpoint.verify wants it."""
+
+        def _slice_file(self, file: Any, info: Any) -> Any:
+            part = io.BytesIO(super()._slice_file(file, info).read())
+            # The checksum of the whole file has been compared.
+            checkpoint.verify_file(part, Path(self.path) / info.relative_path, checksums=False)
+            part.seek(0)
+            return part
 
         def read_metadata(self, *_: Any, **__: Any) -> Metadata:
             tensors, where = {}, {}
@@ -268,18 +286,36 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         sound = manifest["format"] == checkpoint.FORMAT
         sound = sound and manifest["checksum"] == checksum(manifest)
         sound = sound and all(PART_NAME.fullmatch(name) for name in manifest["files"])
-        for place in manifest["tensors"].values():
-            sound = sound and place["dtype"] in DTYPES
-            numbers = list(place["shape"])
-            for part in place["parts"]:
-                sound = sound and part["file"] in manifest["files"]
-                numbers += [part["at"], part["bytes"], *part["offset"], *part["shape"]]
-            sound = sound and all(type(n) is int and n >= 0 for n in numbers)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        for name, place in manifest["tensors"].items():
+            sound = sound and name.startswith(("model/", "optimizer/"))
+            sound = sound and is_whole(place, manifest["files"])
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r:.200})") from None
     if not sound:
         raise ValueError(f"{path} is damaged, or not from this program")
     return manifest
+
+
+def is_whole(place: dict[str, Any], files: dict[str, list[int]]) -> bool:
+    """Whether the parts of a tensor, which FSDP cuts along the first dimension, are all of it,
+    without gap and overlap, and each lies within its file and has room for its numbers."""
+    shape, row = place["shape"], 0
+    numbers, parts = list(shape), sorted(place["parts"], key=lambda part: part["offset"])
+    for part in parts:
+        numbers += [part["at"] + 1, part["bytes"], *part["shape"], *(n + 1 for n in part["offset"])]
+    # Our tensors are matrices, vectors and, for an optimizer's count of steps, single numbers.
+    if place["dtype"] not in DTYPES or len(shape) > 2 or not all(map(is_count, numbers)):
+        return False
+    size = DTYPES[place["dtype"]].itemsize
+    for part in parts:
+        alike = len(part["shape"]) == len(shape) and part["shape"][1:] == shape[1:]
+        if not alike or part["offset"] != [row, 0][: len(shape)]:
+            return False
+        row += (part["shape"] or [1])[0]
+        inside = part["at"] + part["bytes"] <= files[part["file"]][0]
+        if not inside or part["bytes"] < size * math.prod(part["shape"]):
+            return False
+    return row == (shape or [1])[0]
 
 
 def sizes_and_sums(files: list[Path]) -> dict[str, list[int]]:
@@ -330,8 +366,9 @@ def main(argv: list[str]) -> int:
             )
         folder = Path(places[0])
         parts = find_parts(folder, which)
-        with Lock(folder):
+        with Lock(folder) as lock:
             state = load_parts(parts)
+            lock.clean_up()
             for tensors in (state["model"], *state["optimizer"].values()):
                 for name, tensor in tensors.items():
                     tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype)

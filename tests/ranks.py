@@ -128,7 +128,7 @@ def save_the_start(folder: Path) -> None:
 
     def save_there(begun, tracker):
         config = replace(begun.config, out_dir=str(folder), sharded=False)
-        save_checkpoint(replace(begun, config=config), required=True)
+        save_checkpoint(replace(begun, config=config, lock=None), required=True)
 
     before_call(train, "train", save_there)
 

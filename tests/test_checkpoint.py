@@ -1,14 +1,20 @@
 """A checkpoint is whole or it is not there; what is not sound is never loaded."""
 
+import contextlib
+import math
 import os
 import re
+import struct
+import threading
 import zipfile
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from config.command import user_errors
 from data.files import write_atomically
 from model import LARGEST, Decoder, ModelConfig
 from weights import checkpoint
@@ -244,6 +250,141 @@ def test_compressed_repeated_and_appended_content_is_refused(folder):
             load(path_of(folder, step))
 
 
+# Two readers of zip files
+
+
+END_64, LOCATOR, END = "<4sQ2H2I4Q", "<4sIQI", "<4s4H2IH"
+
+
+def pieces(content):
+    """(the entries, the directory, how many there are) of a zip file."""
+    *_, count, length, start, _ = struct.unpack(END, content[-22:])
+    return content[:start], content[start : start + length], count
+
+
+def end_64(count, length, start):
+    return struct.pack(END_64, b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, start)
+
+
+def moved(directory, distance):
+    """A directory whose entries all stand further on in the file."""
+    result = bytearray(directory)
+    for at in (found.start() for found in re.finditer(b"PK\1\2", directory)):
+        place = struct.unpack_from("<I", result, at + 42)[0]
+        struct.pack_into("<I", result, at + 42, place + distance)
+    return bytes(result)
+
+
+def two_archives(shown, hidden):
+    """zipfile reads the end in 64 bits that stands before the locator, PyTorch the one that the
+    locator points to."""
+    entries, directory, count = pieces(hidden)
+    pointed_to = len(entries) + len(directory)
+    before = entries + directory + end_64(count, len(directory), len(entries))
+    entries, directory, count = pieces(shown)
+    start = len(before) + len(entries)
+    return b"".join(
+        (
+            before + entries + moved(directory, len(before)),
+            end_64(count, len(directory), start),
+            struct.pack(LOCATOR, b"PK\6\7", 0, pointed_to, 1),
+            struct.pack(END, b"PK\5\6", 0, 0, count, count, len(directory), start, 0),
+        )
+    )
+
+
+def test_a_file_in_which_two_readers_find_two_archives_is_refused(folder):
+    path, other = path_of(folder, 100), path_of(folder, 9)
+    path.write_bytes(two_archives(path.read_bytes(), other.read_bytes()))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None  # zipfile finds nothing wrong
+    assert torch.load(path, weights_only=True)["step"] == 9  # but PyTorch would load this
+    with pytest.raises(ValueError, match="damaged or not a checkpoint of this program"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: b"PK\3\4" + bytes(60) + c,
+        lambda c: c + c,
+        lambda c: c + bytes(22),
+        lambda c: c[:-2] + b"\2\0hi",
+        lambda c: c[:-98] + c[-22:],  # no end in 64 bits: PyTorch's writer always writes it
+        lambda c: c[:-98] + bytes(20) + c[-98:],
+        lambda c: c.replace(b"PK\3\4\0\0\x08\x08\0\0", b"PK\3\4\0\0\x08\x08\x08\0", 1),
+    ],
+    ids=["before", "twice", "after", "comment", "no 64", "gap", "local method"],
+)
+def test_a_file_that_is_not_laid_out_as_torch_does_it_is_refused(folder, change, request):
+    path = path_of(folder, 100)
+    path.write_bytes(change(path.read_bytes()))
+    if request.node.callspec.id == "no 64":
+        assert load(path)["step"] == 100  # both readers take it for the same archive
+    else:
+        with pytest.raises(ValueError, match="damaged|not a checkpoint"):
+            load(path)
+
+
+def test_no_byte_of_the_directory_and_the_end_can_change_what_is_loaded(folder):
+    path = path_of(folder, 100)
+    content = path.read_bytes()
+    start = len(pieces(content)[0])
+    whole = load(path)
+    for at in range(start, len(content), 7):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :])
+        with contextlib.suppress(ValueError):
+            found = load(path)
+            assert found["step"] == 100 and found["config"] == whole["config"]
+            assert all(torch.equal(t, whole["model"][n]) for n, t in found["model"].items())
+
+
+def test_more_than_4_gb_are_laid_out_as_torch_does_it(tmp_path):
+    """A file with holes, which takes no room: an entry of 5 GB, and a small one after it."""
+    path, size, most = tmp_path / "x.pt", 5 * 2**30, 2**32 - 1
+    names = (b"x/data/0", b"x/version")
+    second = 30 + len(names[0]) + size + 24  # after the descriptor in 64 bits
+    start = second + 30 + len(names[1]) + 2 + 24
+    local = "<4s5H3I2H"
+    directory = b""
+    for name, length, at in ((names[0], size, 0), (names[1], 2, second)):
+        large = [n for n in (length, length, at) if n >= most]
+        extra = struct.pack(f"<2H{len(large)}Q", 1, 8 * len(large), *large)
+        numbers = (0, min(length, most), min(length, most), len(name), len(extra), 0, 0, 0, 0)
+        record = ("<4s6H3I5H2I", b"PK\1\2", 0, 0, 0x808, 0, 0, 0, *numbers, min(at, most))
+        directory += struct.pack(*record) + name + extra
+    with open(path, "wb") as file:
+        for name, at in zip(names, (0, second), strict=True):
+            file.seek(at)
+            file.write(
+                struct.pack(local, b"PK\3\4", 0, 0x808, 0, 0, 0, 0, 0, 0, len(name), 0) + name
+            )
+        file.write(b"3\n")  # what PyTorch looks for
+        file.seek(start)
+        file.write(directory + end_64(2, len(directory), start))
+        file.write(struct.pack(LOCATOR, b"PK\6\7", 0, start + len(directory), 1))
+        file.write(struct.pack(END, b"PK\5\6", 0, 0, 2, 2, len(directory), most, 0))
+    reader = torch._C.PyTorchFileReader(str(path))
+    assert reader.get_record_offset("version") == second + 30 + len(names[1])
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        length = path.stat().st_size
+        assert checkpoint.unexpected_entry(archive.infolist(), length) is None
+        assert checkpoint.unexpected_layout(file, archive, length) is None
+        assert checkpoint.unexpected_layout(file, archive, length - 1) == "its end"
+
+
+class Built:
+    """A dict with attributes that hide its methods, as a pickle can make one."""
+
+    def __init__(self, content=(), **attributes):
+        self.content, self.attributes = content, attributes
+
+    def __reduce__(self):
+        return OrderedDict, (), self.attributes, None, iter(dict(self.content).items())
+
+
+SCALER = {"scale": 2.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 9}
+
 VIEW = torch.zeros(1).as_strided((10**9,), (0,))  # large, but of a small storage
 
 
@@ -267,6 +408,23 @@ VIEW = torch.zeros(1).as_strided((10**9,), (0,))  # large, but of a small storag
         ({"model": {"w": torch.zeros(1, dtype=torch.float64)}}, "torch DoubleStorage"),
         ({"model": {"w": torch.tensor([1.0, float("nan")])}}, "w holds NaN or Inf"),
         ({"model": {1: torch.zeros(1)}}, "name is not a text"),
+        ({"optimizer": Built(items="x")}, "optimizer must be dict, got OrderedDict"),
+        ({"optimizer": {"w": Built(values=1)}}, "not a dense tensor"),
+        ({"data": {"tokens": Built(keys=1)}}, "a OrderedDict stands where"),
+        ({"model": {"w": torch.ones(1).requires_grad_()}}, "more than its numbers"),
+        ({"model": {"w": torch._neg_view(torch.ones(1))}}, "more than its numbers"),
+        ({"step": -1}, "its step cannot be right"),
+        ({"best_val_loss": math.nan}, "its best_val_loss cannot be right"),
+        ({"grad_norms": ["x"]}, "its grad_norms cannot be right"),
+        ({"grad_norms": [math.inf]}, "its grad_norms cannot be right"),
+        ({"scaler": {"scale": "x"}}, "its scaler cannot be right"),
+        ({"scaler": SCALER | {"_growth_tracker": "x"}}, "its scaler cannot be right"),
+        ({"scaler": SCALER | {"_growth_tracker": 0, "scale": -1.0}}, "its scaler cannot be right"),
+        ({"base": {"context": 10**400}}, "its base context cannot be right"),
+        ({"base": {"path": "\0"}}, "its base path cannot be right"),
+        ({"data": {"tokens": {"train": "x"}}}, "its data tokens cannot be right"),
+        ({"data": {"tokens": 7}}, "data 'tokens' is 7"),
+        ({"data": {"vocab_size": 10**400}}, "its data vocab_size cannot be right"),
         (
             {"model": dict.fromkeys(map(str, range(9)), torch.zeros(9999))},
             "its tensors are larger than the file",
@@ -359,6 +517,85 @@ def test_a_damaged_newest_falls_back_loudly(folder, capsys):
 def test_a_checkpoint_that_is_not_there_is_named(folder, which, words):
     with pytest.raises(ValueError, match=words):
         load_named(folder, which)
+
+
+def test_a_checkpoint_that_a_training_removes_is_no_damage(folder, capsys):
+    def late(path):
+        if path_of(folder, 100).exists():  # the training goes on before the file is opened
+            save(path_of(folder, 101), state(101))
+            prune(folder, 1, step=101)
+        return load(path)
+
+    assert load_newest(folder, late)["step"] == 101
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_verified_is_loaded_while_another_takes_its_name(folder):
+    """A run is sampled while it saves, and removes what it saved before, again and again."""
+    stop = threading.Event()
+
+    def training():
+        step = 100
+        while not stop.is_set():
+            step += 1
+            save(path_of(folder, step), state(step))
+            save(folder / "best.pt", state(step))
+            prune(folder, 1, step)
+
+    save(folder / "best.pt", state(100))
+    thread = threading.Thread(target=training)
+    thread.start()
+    try:
+        for which in ("latest", "best") * 10:
+            assert load_named(folder, which)["step"] >= 100
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_link_to_nothing_is_named_and_left_out(folder, capsys):
+    path_of(folder, 200).symlink_to(folder / "gone")
+    path_of(folder, 300).symlink_to(path_of(folder, 300))
+    assert load_newest(folder)["step"] == 100
+    warned = capsys.readouterr().err
+    assert "ckpt_00000200.pt" in warned and "ckpt_00000300.pt" in warned
+
+
+def test_only_damage_sends_a_run_back_to_an_older_checkpoint(folder, capsys):
+    """Lack of memory, or a file that may not be read, says nothing of the file."""
+
+    def without_memory(path):
+        torch.empty(2**55)
+
+    def unreadable(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    def of_another_version(path):
+        torch.save(HEAD | state(100) | {"format_version": 3}, path)
+        return load(path)
+
+    for read, words in (
+        (without_memory, "error: not enough memory .*can't allocate memory"),
+        (unreadable, "error: .*Permission denied: '.*ckpt_00000100.pt'\n"),
+        (of_another_version, "error: .*ckpt_00000100.pt has format version 3, this program reads"),
+    ):
+        with pytest.raises(SystemExit), user_errors():
+            load_newest(folder, read)
+        printed = capsys.readouterr().err
+        assert re.match(words, printed) and printed.count("\n") == 1
+
+
+def test_what_a_checkpoint_says_cannot_command_a_terminal():
+    saved = {"config": {"dataset": "\x1b]52;c;eA==\x07\u202e", "seed": "\x9b2J"}, "data": {}}
+    (line,) = compare_with_run(saved, {"dataset": "words"}, {})
+    with pytest.raises(ValueError) as error:
+        compare_with_run(saved, {"seed": 1}, {})
+    assert line.isprintable() and str(error.value).isprintable()
+
+
+def test_pruning_does_not_count_a_checkpoint_that_is_known_to_be_damaged(folder):
+    prune(folder, 1, step=100, damaged={path_of(folder, 100)})
+    assert steps_in(folder) == [10]
 
 
 def test_pruning_keeps_the_newest_and_all_files_of_others(folder):

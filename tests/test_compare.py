@@ -248,6 +248,104 @@ def test_a_line_that_a_kill_cut_short_is_cut_off_and_its_cell_trained_again(comp
     assert code == 2 and f"{path} is damaged" in err and err.count("\n") == 1
 
 
+NO_RECORDS = {
+    "number": "5",
+    "null": "null",
+    "list": "[]",
+    "deep": "[" * 10**5,
+    "deep knobs": '{"knobs": ' + "[" * 10**5,
+    "long number": '{"seed": ' + "9" * 10_000 + "}",
+    "empty": "{}",
+}
+WRONG = {
+    "val_loss": "\x1b[2J",
+    "val_bpb": None,
+    "learning_rate": 10**400,
+    "diverged": 0,
+    "versions": {"torch": [1]},
+    "knobs": [],
+    "cell": "../../outside",
+    "compile": "auto",
+    "threads": True,
+}
+
+
+def test_results_that_are_not_ours_are_one_line(compared):
+    sound = (ROOT / "docs" / "small-norms" / "results.jsonl").read_text().splitlines()[0]
+    record, path = json.loads(sound), compared.folder / "results.jsonl"
+    compared.folder.mkdir()
+    lines = NO_RECORDS | {name: json.dumps(record | {name: value}) for name, value in WRONG.items()}
+    for name, line in lines.items():
+        path.write_text(f"{sound}\n{line}\n")
+        with pytest.raises(ValueError, match="damaged .line 2.: delete the bad line") as error:
+            compare.read_results(path)
+        assert str(error.value).count("\n") == 0, name
+    path.unlink()
+    os.mkfifo(path)
+    code, _, err = compared("seeds=1")
+    assert code == 2 and "results.jsonl is not a regular file" in err and err.count("\n") == 1
+    path.unlink()
+    timing = {"seconds": {"a": [1.0]}, "micro_batch_size": {"a": 1}, "steps": 1, "cells": {"a": {}}}
+    path = compared.folder / "timing.json"
+    path.write_text(json.dumps(timing))
+    assert compare.read_timing(path) == timing
+    wrong = [{"seconds": 5}, {"steps": []}, {"cells": None}, {"seconds": {"a": ["x"]}}]
+    for change in (*wrong, {"seconds": {"a": [0]}}, {"micro_batch_size": {"a": "x"}}):
+        path.write_text(json.dumps(timing | change))
+        with pytest.raises(ValueError, match="timing.json is damaged: delete it"):
+            compare.read_timing(path)
+
+
+def test_nothing_is_written_through_a_link_in_the_folder_of_a_comparison(compared, tmp_path):
+    compared("seeds=1")
+    bad = "\x1b]52;c;eA==\x07<script>|`"
+    rewrite_results(compared.folder, lambda record: record["versions"].update(commit=bad))
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("results.jsonl", "report.md", "timing.json"):
+        content = (compared.folder / name).read_bytes() + b"cut short" * (name[2] == "s")
+        (outside / name).write_bytes(content)
+        (compared.folder / name).unlink()
+        (compared.folder / name).symlink_to(outside / name)
+    before = {path.name: path.read_bytes() for path in outside.iterdir()}
+    assert compared("norm=none,dyt", "learing_rate=1")[0] == 2  # refused
+    assert compared("seeds=2", "steps=3")[0] == 0
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+    assert not any(path.is_symlink() for path in compared.folder.iterdir())
+    assert [record["seed"] for record in results(compared.folder)] == [1337, 1338]
+    report = (compared.folder / "report.md").read_text()  # which is made of what others wrote
+    assert not set(report) & set("\x1b\x07") and "<script" not in report and "?script" in report
+
+
+def test_a_comparison_replaces_no_foreign_files_and_writes_into_no_linked_cell(compared, tmp_path):
+    compared.folder.mkdir()
+    (compared.folder / "report.md").write_text("mine")
+    code, _, err = compared("seeds=1")
+    assert code == 2 and "has a report.md, which is not of a comparison" in err
+    assert [path.name for path in compared.folder.iterdir()] == ["report.md"]
+    (compared.folder / "report.md").unlink()
+    (cell,) = compare.grid(plan("seeds=1"))
+    (compared.folder / "cells").mkdir()
+    (tmp_path / "outside").mkdir()
+    (compared.folder / "cells" / cell.name).symlink_to(tmp_path / "outside")
+    code, _, err = compared("seeds=1")
+    assert code == 1 and "is a link, and nothing is written through one" in err
+    assert not list((tmp_path / "outside").iterdir())
+
+
+def test_a_comparison_whose_folder_another_one_has_taken_ends(compared, monkeypatch):
+    launch = compare.launch
+
+    def taken(*arguments):
+        (compared.folder / ".lock").unlink()
+        return launch(*arguments)
+
+    monkeypatch.setattr(compare, "launch", taken)
+    code, _, err = compared("seeds=2")
+    assert code == 1 and "lab is not this process's any more" in err
+    assert not results(compared.folder) and len(compared.cells) == 1
+
+
 def test_a_cut_comparison_goes_on_in_the_middle_of_a_cell(compared):
     """As after a kill at step 3 of the first cell, which had saved at step 2."""
     cell = compare.grid(plan(NORMS, "seeds=1", "save_interval=2"))[0]

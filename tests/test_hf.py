@@ -259,7 +259,10 @@ def test_the_card_tells_of_the_run(tmp_path):
     assert run_hf("export", run, tmp_path / "out") == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| `learning_rate` | `0.0123` |" in card and "words, 1,234 training tokens" in card
-    assert "loss 2.2500 nats" in card and "1.25" not in card  # the weights are those of step 3
+    assert "| best validation loss | 2.0000 nats per token |" in card  # by the checkpoint itself
+    assert (
+        "2, by its metrics.jsonl | loss 2.2500 nats" in card and "1.25" not in card
+    )  # the weights are those of step 3
 
 
 def test_the_card_of_an_imported_model_tells_of_no_run(tmp_path):

@@ -106,6 +106,8 @@ WRONG = [("vocab_size", value) for value in (0, -5, float("nan"), "257", None, T
 WRONG += [("dtype", "float16"), ("dtype", ["uint16"]), ("tokenizer", {}), ("content_sha256", 7)]
 WRONG += [("tokens", value) for value in (140, {"train": 100}, {"train": 100, "val": -1})]
 WRONG += [("bytes", {"train": 0, "val": 3}), ("bos_id", 257), ("bos_id", "x")]
+WRONG += [("bytes", {"train": 10**400, "val": 3}), ("val_xz_bits_per_byte", "\x1b]0;x")]
+WRONG += [("val_xz_bits_per_byte", 10**400), ("vocab_size", 10**400)]
 WRONG += [("format_version", 2), ("format_version", "1"), ("tokenizer_sha256", None)]
 
 

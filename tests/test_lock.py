@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from weights.lock import Lock
+from weights.lock import FolderLost, Lock
 
 
 def hold(folder, held):
@@ -82,11 +82,16 @@ def test_only_our_own_unfinished_files_are_removed(tmp_path):
         ".metrics.jsonl.tmp",
         ".config.json.tmp",
         ".tokenizer.model.tmp",
+        ".loss.png.tmp",
+        ".ckpt_00000004.shards.old",
     ]
-    others = [".notes.tmp", "ckpt_00000004.pt", "x.json.tmp"]
+    others = [".notes.tmp", "ckpt_00000004.pt", "x.json.tmp", ".mine.json.tmp", ".my.shards.old"]
+    others += [".ckpt_mine.pt.tmp", ".tokenizer.txt.tmp", "ckpt_00000004.shards"]
     for name in ours + others:
         (tmp_path / name).touch()
-    with Lock(tmp_path):
+    with Lock(tmp_path) as lock:
+        assert set(ours) < set(os.listdir(tmp_path))  # the command may still be refused
+        lock.clean_up()
         assert sorted(os.listdir(tmp_path)) == sorted([*others, ".lock"])
 
 
@@ -97,6 +102,51 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     with pytest.raises(OSError):
         Lock(tmp_path / "run")
     assert (tmp_path / "precious").read_text() == "text"
+
+
+def test_a_lock_with_another_name_elsewhere_is_not_written_to(tmp_path):
+    (tmp_path / "precious").write_text("text")
+    (tmp_path / "run").mkdir()
+    os.link(tmp_path / "precious", tmp_path / "run" / ".lock")
+    with pytest.raises(ValueError, match="lock is not a file of its own"):
+        Lock(tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "text"
+    (tmp_path / "run" / ".lock").unlink()
+    os.mkfifo(tmp_path / "run" / ".lock")
+    with pytest.raises(ValueError, match="lock is not a file of its own"):
+        Lock(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["cells", "tensorboard", "wandb"])
+def test_a_folder_inside_that_is_a_link_is_refused(tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"{name} is a link, and nothing is written through one"):
+        Lock(tmp_path / "run")
+
+
+def test_an_owner_notices_that_the_folder_is_not_its_own_any_more(tmp_path):
+    run, file = tmp_path / "run", tmp_path / "run" / "file"
+    with Lock(run) as lock:
+        file.touch()
+        lock.check()
+        lock.path.unlink()
+        with pytest.raises(FolderLost, match="nothing more is written there"):
+            lock.check()
+        with Lock(run):  # another process
+            with pytest.raises(FolderLost):
+                lock.check()
+            with pytest.raises(ValueError, match="in use"):
+                lock.take_again()
+        run.rename(tmp_path / "moved")
+        lock.check()  # nobody has the folder: it may be made and locked again
+        run.mkdir()
+        lock.check()
+        lock.take_again()
+        lock.check()
+        with pytest.raises(ValueError, match="in use"):
+            Lock(run)
 
 
 def test_a_file_is_no_folder(tmp_path):

@@ -113,6 +113,13 @@ DAMAGED = {
     "no step": b'{"loss": 1}\n',
     "deep": b"[" * 10**5 + b"\n",
     "no end": b'{"step": 2}',
+    "text": b'{"step": 2, "loss": "\\u001b[2J"}\n',
+    "huge": b'{"step": 2, "loss": 1' + b"0" * 400 + b"}\n",
+    "infinite": b'{"step": 2, "val_loss": Infinity}\n',
+    "negative": b'{"step": -2, "loss": 1}\n',
+    "list of a value": b'{"step": 2, "loss": [1]}\n',
+    "watched": b'{"step": 2, "watch": {"rms": ["x"]}}\n',
+    "watch is a number": b'{"step": 2, "watch": 5}\n',
 }
 
 
@@ -121,6 +128,38 @@ def test_a_damaged_line_is_named_and_left_out(tmp_path, capsys, line):
     (tmp_path / METRICS_FILE).write_bytes(b'{"step": 1}\n' + line)
     assert read_metrics(tmp_path) == [{"step": 1}]
     assert "metrics.jsonl:2 is damaged and left out" in capsys.readouterr().err
+
+
+def test_records_that_stand_there_twice_are_left_out(tmp_path, capsys):
+    lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3)]
+    (tmp_path / METRICS_FILE).write_text("".join(lines * 2))
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 3]
+    said = "metrics.jsonl:4 is at an earlier step than the line before it and left out (and 1 more)"
+    assert said in capsys.readouterr().err
+
+
+def test_records_are_not_appended_through_a_link(tmp_path):
+    (tmp_path / "run").mkdir()
+    for link in (os.link, os.symlink):
+        with log_in(tmp_path / "run") as log:
+            (tmp_path / "mine").write_text("mine")
+            (tmp_path / "run" / METRICS_FILE).unlink()
+            link(tmp_path / "mine", tmp_path / "run" / METRICS_FILE)
+            log.evaluation(2, 1.5)
+        assert (tmp_path / "mine").read_text() == "mine"
+        assert [record["step"] for record in read_metrics(tmp_path / "run")] == [2]
+
+
+def test_a_link_to_nothing_takes_no_room(tmp_path):
+    (tmp_path / "ckpt_00000004.pt").symlink_to(tmp_path / "gone")
+    with log_in(tmp_path):
+        pass
+
+
+def test_a_line_cannot_command_a_terminal(tmp_path, capsys):
+    with log_in(tmp_path) as log:
+        log.line("data \x1b]52;c;eA==\x07words\u202e")
+    assert "data ]52;c;eA==words\n" in capsys.readouterr().out
 
 
 def test_a_reader_that_left_asks_the_run_to_stop(tmp_path):

@@ -17,7 +17,7 @@ from model import Decoder, ModelConfig
 from run.metrics import read_metrics
 from weights import checkpoint
 from weights.lora import LoRALinear, adapter_count, add_adapters, merge_adapters
-from weights.open import knobs_of_base, load_model, open_weights
+from weights.open import LONGEST_CHAIN, knobs_of_base, load_model, open_weights
 
 MODEL = ModelConfig(
     n_layer=2, n_head=2, n_kv_head=1, n_embd=16, n_hidden=24, block_size=16, vocab_size=30
@@ -375,8 +375,9 @@ def test_adapters_can_be_watched(tune, tmp_path):
 def test_what_a_checkpoint_says_of_its_base_must_make_sense(tune, tmp_path):
     assert tune("lora_rank=2")[0] == 0
     path = checkpoint.all_in(tmp_path / "run")[-1][1]
+    itself = ("../run", f"../run/../run/{path.name}", f"{tmp_path / 'run'}/../run", path.name)
     for base, words in (
-        ({"path": path.name, "checksum": 0}, "has adapters for itself"),
+        *(({"path": way, "checksum": 0}, "has adapters for itself") for way in itself),
         ({}, "does not say for which weights"),
         ({"more": 1}, "base 'more' is 1"),
         ({"context": "long"}, "base 'context' is 'long'"),
@@ -388,6 +389,11 @@ def test_what_a_checkpoint_says_of_its_base_must_make_sense(tune, tmp_path):
         with pytest.raises(ValueError, match=words):
             load_model(path)
         path.write_bytes(sound)
+    for i in range(LONGEST_CHAIN + 2):
+        (tmp_path / f"{i}.pt").write_bytes(sound)
+        save_again(tmp_path / f"{i}.pt", base={"path": f"{i + 1}.pt", "checksum": 0})
+    with pytest.raises(ValueError, match="this is too deep"):
+        load_model(tmp_path / "0.pt")
 
 
 def test_the_checksum_knows_which_weight_is_which(base):
@@ -417,7 +423,7 @@ def test_a_checkpoint_can_be_named_by_its_file(start, base, tmp_path, place):
 def test_a_folder_whose_config_is_of_another_model_is_refused(tune, base, tmp_path):
     (base / "config.json").write_text(json.dumps(said(base) | {"norm_eps": 0.5}))
     code, _, error = tune()
-    assert code == 2 and "one of the two is not from this run" in error
+    assert code == 2 and "is not of the run that" in error
     assert not (tmp_path / "run").exists()
 
 

@@ -295,6 +295,14 @@ def test_without_matplotlib_the_report_has_no_plots_and_says_so(study, monkeypat
     assert "](" not in page(study()) and not list(study().folder.glob("*.png"))
 
 
+def test_a_report_cannot_command_a_terminal(study, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    bad = "norms \x1b]52;c;eA==\x07\u202e"
+    write_report(study(title=bad, facts={"command": bad}))
+    assert page(study()).startswith("# norms ]52;c;eA==\n")
+    assert not set(page(study())) & set("\x1b\x07\u202e")
+
+
 def test_an_arm_between_dollars_is_drawn_to_the_letter(study):
     cells = [c | {"arm": "$x_{$"} if c["arm"] == "rms" else c for c in study().cells]
     seconds = {"$x_{$": [0.01, 0.02], "layer": [0.01, 0.02]}

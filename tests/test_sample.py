@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from test_generate import tiny
 
 import sample
+from config.command import printable
 from config.schema import Config
 from data.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_sha256
 from model import Decoder, ModelConfig
@@ -259,6 +261,36 @@ def test_a_terminal_gets_no_control_characters_unless_raw(tmp_path):
     assert "".join(written(*words)) == "[2J]0;x\n\té\n"
     assert "".join(written(*words, "raw=true")) == f"{prompt}{text}\n"
     assert "".join(written(*words, terminal=False)) == f"{prompt}{text}\n"
+
+
+def test_a_terminal_gets_nothing_that_it_does_not_show_but_what_joins_letters():
+    hidden = "\u200b\u200e\u200f\u061c\ufeff\u2028\u2066\u00ad\U000e0041"
+    assert printable(f"a{hidden}b\u200cc\u200dd\u06dd\t\n") == "ab\u200cc\u200dd\u06dd\t\n"
+
+
+def test_a_checkpoint_of_another_run_in_the_folder_is_refused(tmp_path, run, capsys):
+    config = Config(model=load_model(run)[0].config, out_dir=str(run)).flat()
+    (run / "config.json").write_text(json.dumps(config | {"data": {}}))
+    sampled(capsys, run, "prompt=a", "max_new_tokens=1")
+    (run / "config.json").write_text(json.dumps(config | {"norm_pos": "post", "seed": 7}))
+    for which in ("latest", "10"):
+        error = refused(capsys, run, "prompt=a", f"checkpoint={which}")
+        assert "ckpt_00000010.pt is not of the run that" in error
+        assert "norm_pos: checkpoint=pre, now=post" in error and "seed: checkpoint=1337" in error
+
+
+@pytest.mark.parametrize("knob", ["norm", "mynob"])
+def test_a_checkpoint_with_a_knob_of_other_code_is_told_once(tmp_path, run, capsys, knob):
+    """It is sound, so no older one takes its place."""
+    for step in (11, 12):
+        save_run(run, CharTokenizer(CHARS), step=step)
+        state = torch.load(checkpoint.path_of(run, step), weights_only=True)
+        torch.save(
+            state | {"config": state["config"] | {knob: "mynorm"}}, checkpoint.path_of(run, step)
+        )
+    error = refused(capsys, run, "prompt=a")
+    assert error.count("mynorm" if knob == "norm" else "mynob") == 1
+    assert "ckpt_00000012.pt: " in error and "the version of the program that wrote it" in error
 
 
 def test_ctrl_c_ends_with_130_and_no_traceback(run, capsys):

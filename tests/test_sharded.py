@@ -1,10 +1,12 @@
 """A checkpoint in parts keeps the promises of one in a file, and becomes one."""
 
+import io
 import json
 import os
 import pickle
 import shutil
 import struct
+import zipfile
 from functools import partial
 
 import pytest
@@ -114,6 +116,25 @@ def gain(manifest):
 @pytest.mark.parametrize(
     "change",
     [
+        lambda m: gain(m).update(parts=[]),
+        lambda m: gain(m)["parts"].append(gain(m)["parts"][0]),
+        lambda m: gain(m)["parts"][0].update(shape=[7]),
+        lambda m: gain(m)["parts"][0].update(offset=[1]),
+        lambda m: gain(m)["parts"][0].update(offset=[0, 0]),
+        lambda m: gain(m)["parts"][0].update(offset="0"),
+        lambda m: gain(m)["parts"][0].update(at=10**9),
+        lambda m: gain(m)["parts"][0].update(bytes=31),
+        lambda m: gain(m)["parts"][0].update(bytes=10**30),
+        lambda m: (gain(m).update(shape=[2**62]), gain(m)["parts"][0].update(shape=[2**62])),
+        lambda m: (gain(m).update(shape=[0]), gain(m)["parts"][0].update(shape=[0])),
+        lambda m: (gain(m).update(shape=[1] * 99), gain(m)["parts"][0].update(shape=[1] * 99)),
+        lambda m: gain(m).update(shape=[8.0]),
+        lambda m: gain(m).update(shape=8),
+        lambda m: gain(m).update(parts=[7]),
+        lambda m: m["files"].update({"__0_0.distcp": []}),
+        lambda m: m["files"].update({"__0_0.distcp": "x"}),
+        lambda m: m["tensors"].update({"norm.gain": m["tensors"].pop("model/norm.gain")}),
+        lambda m: m.update(grad_norms=["x"]),
         lambda m: m["files"].update({"../x.distcp": [0, 0]}),
         lambda m: m["files"].update({"/dev/null": [0, 0]}),
         lambda m: gain(m).update(dtype="object"),
@@ -133,6 +154,30 @@ def test_a_forged_manifest_is_refused(parts, change):
     forge(parts, change)
     with pytest.raises(ValueError):
         sharded.load_parts(parts)
+
+
+def test_a_part_that_unfolds_to_more_than_it_is_is_refused(parts):
+    """A part is a file of torch.save in itself. This one is compressed, with a right checksum."""
+    file = parts / "__0_0.distcp"
+    whole, place = file.read_bytes(), gain(json.loads((parts / "manifest.json").read_bytes()))
+    at, size = (place["parts"][0][name] for name in ("at", "bytes"))
+    squeezed = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(whole[at : at + size])) as before,
+        zipfile.ZipFile(squeezed, "w", zipfile.ZIP_DEFLATED) as after,
+    ):
+        for name in before.namelist():
+            after.writestr(name, before.read(name))
+    file.write_bytes(whole + squeezed.getvalue())
+
+    def change(manifest):
+        moved = {"at": len(whole), "bytes": len(squeezed.getvalue())}
+        gain(manifest)["parts"][0].update(moved)
+        manifest["files"] = sharded.sizes_and_sums([file])
+
+    forge(parts, change)
+    with pytest.raises(ValueError, match="__0_0.distcp is damaged or not a checkpoint"):
+        read(parts)
 
 
 # What is saved
@@ -191,8 +236,9 @@ def test_a_kill_loses_nothing_and_the_next_run_clears_up(parts, monkeypatch):
     half.mkdir()
     (half / "__0_0.distcp").write_text("half")
     assert not parts.exists()
-    with Lock(parts.parent):
+    with Lock(parts.parent) as lock:
         assert same(read(parts)["model"], wanted["model"])
+        lock.clean_up()
         assert not list(parts.parent.glob(".*.tmp"))
     sharded.save_parts(parts, state(7), ALONE)
     assert [path.name for path in parts.parent.iterdir()] == [parts.name]

@@ -859,6 +859,86 @@ def test_a_tokenizer_that_is_gone_everywhere_does_not_keep_the_weights_from_bein
     assert checkpoint.load_newest(tmp_path / "run")["step"] == 12
 
 
+def another_run(folder):
+    """What another process leaves that has trained there."""
+    with Lock(folder):
+        (folder / "config.json").write_text("another run's")
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("how", ["moved", "removed", "lock removed"])
+def test_a_run_whose_folder_another_one_has_taken_ends(start, tmp_path, monkeypatch, how):
+    run, there = tmp_path / "run", {}
+
+    def take():
+        if how == "moved":
+            run.rename(tmp_path / "old")
+        elif how == "removed":
+            shutil.rmtree(run)
+        else:
+            (run / ".lock").unlink()
+        there["after"] = another_run(run)
+
+    during_step(monkeypatch, 7, take)
+    code, _, err = start()
+    assert code == 1 and err.count("\n") == 1
+    assert err.startswith(f"error: {run} is not this process's any more")
+    assert {path.name for path in run.iterdir()} == there["after"]
+    assert (run / "config.json").read_text() == "another run's"
+
+
+def test_foreign_files_are_neither_replaced_nor_removed(start, tmp_path):
+    run = tmp_path / "run"
+    for name in ("config.json", "metrics.jsonl", "tokenizer.json", "loss.png"):
+        run.mkdir()
+        for file in (name, ".mine.json.tmp", ".config.json.tmp"):
+            (run / file).write_text('{"mine": 1}')
+        code, _, err = start()
+        assert code == 2 and err.count("\n") == 1
+        assert f"has a {name}, which is not of a run and would be replaced: name another" in err
+        left = {path.name: path.read_text() for path in run.iterdir()}
+        assert left == dict.fromkeys((name, ".mine.json.tmp", ".config.json.tmp"), '{"mine": 1}')
+        shutil.rmtree(run)
+
+
+def test_nothing_is_written_through_a_link_in_the_folder_of_a_run(start, tmp_path):
+    start("max_iters=4", "keep=1")
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    outside.mkdir()
+    names = ["config.json", "tokenizer.json", "loss.png", "metrics.jsonl", ".metrics.jsonl.tmp"]
+    names += [".ckpt_00000008.pt.tmp", "ckpt_00000008.pt", "best.pt"]
+    for i, name in enumerate(names):
+        content = (run / name).read_bytes() if (run / name).exists() else b""
+        (outside / name).write_bytes(content)
+        (run / name).unlink(missing_ok=True)
+        if i % 2:
+            os.link(outside / name, run / name)
+        else:
+            (run / name).symlink_to(outside / name)
+    (run / "ckpt_00000008.pt").unlink()  # it would be resumed
+    before = {path.name: path.read_bytes() for path in outside.iterdir()}
+    code, _, err = start("resume=yes", "max_iters=8")
+    assert code == 0 and err == ""
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+    assert [path.name for path in run.iterdir() if path.is_symlink()] == []
+    assert read_metrics(run)[-1]["step"] == 8
+
+
+def test_a_damaged_checkpoint_takes_no_place_of_a_sound_one(start, tmp_path):
+    start("max_iters=8", "save_interval=2", "keep=2")
+    damaged = tmp_path / "run" / "ckpt_00000008.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    start("max_iters=9", "save_interval=3", "keep=2", "resume=yes")
+    assert [step for step, _ in checkpoint.all_in(tmp_path / "run")] == [6, 9]
+
+
+def test_metrics_that_are_missing_at_a_resume_are_told(start, tmp_path):
+    start("max_iters=8", "eval_interval=2")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    code, _, err = start("max_iters=12", "eval_interval=2", "resume=yes")
+    assert code == 0 and "metrics.jsonl ends at step 0, and the run goes on from 8" in err
+
+
 def test_data_that_change_while_they_are_read_end_the_run(
     start, tmp_path, monkeypatch, data_folder
 ):

@@ -1,8 +1,10 @@
 """The lock on a run's folder: only one process at a time writes there."""
 
 import os
+import re
 import shutil
 import socket
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -14,9 +16,19 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+CHECKPOINT_IN_PARTS = r"(ckpt|best)_\d{8,15}\.shards"
 # The files and folders there that are written under another name first: .NAME.tmp. If a process is
-# killed meanwhile, it leaves that one behind.
-ATOMIC_FILES = ("ckpt_*.pt", "best.pt", "*.shards", "tokenizer.*", "*.json", "*.jsonl")
+# killed meanwhile, it leaves that one behind. A file that somebody else calls so stays.
+ATOMIC_FILES = re.compile(
+    rf"{CHECKPOINT_IN_PARTS}|ckpt_\d{{8,15}}\.pt|best\.pt|(config|tokenizer|timing)\.json|"
+    r"tokenizer\.model|(metrics|results)\.jsonl|report\.md|wandb\.id|"
+    r"(loss|loss_curves|step_time|learning_rate)\.png"
+)
+INNER_FOLDERS = ("cells", "tensorboard", "wandb")  # into which a run or a comparison writes
+
+
+class FolderLost(OSError):
+    """Another process has, or had, the folder of this one."""
 
 
 class Lock:
@@ -24,30 +36,64 @@ class Lock:
     process has it.
 
     The kernel releases the lock when a process ends, however it ends, so no lock is left behind.
-    Files that a killed process had not finished are removed, and what it had put aside is put back.
+    What a killed process had put aside is put back. Its unfinished files stay until `clean_up`.
     """
 
     def __init__(self, folder: Path):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"out_dir={folder} is a file: name a folder")
         self.folder, self.path = folder, folder / ".lock"
+        for inner in (folder / name for name in INNER_FOLDERS):
+            if inner.is_symlink():
+                raise ValueError(
+                    f"{inner} is a link, and nothing is written through one: make it a folder; "
+                    f"out_dir itself may be a link"
+                )
         # The folders that this makes, the innermost first.
         self.made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = self._locked_file()
+            self.file = self._lock()
         except OSError:  # no permission, or a name that is too long
             self._remove_empty()
             raise
-        while not self._is_at_path():  # its last owner removed it after we opened it
-            self.file.close()
-            self.file = self._locked_file()
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=self.file, flush=True)
-        self._clean_up()
+        self._put_back()
+
+    def take_again(self) -> None:
+        """Locks a folder that has vanished and was made again."""
+        before, self.file = self.file, self._lock()
+        before.close()
+
+    def _lock(self) -> TextIO:
+        file = self._locked_file()
+        while not self._is_at_path(file):  # its last owner removed it after we opened it
+            file.close()
+            file = self._locked_file()
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        return file
+
+    def check(self) -> None:
+        """To be called before anything is written. FolderLost if the lock is not this process's any
+        more, although there is something in the folder: somebody has moved or removed the folder,
+        or the lock, and another process may have written there. If all of it has just vanished,
+        that is no reason to end: see `take_again`."""
+        if self._is_at_path(self.file) or not (self.folder.is_dir() and any(self.folder.iterdir())):
+            return
+        raise FolderLost(
+            f"{self.folder} is not this process's any more: its {self.path.name} was moved, "
+            f"removed or replaced, so nothing more is written there"
+        )
 
     def _locked_file(self) -> TextIO:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         handle = os.open(self.path, flags, 0o644)
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            os.close(handle)
+            raise ValueError(
+                f"{self.path} is not a file of its own, as a lock is: remove it, or name another "
+                f"out_dir"
+            )
         file = open(handle, "r+", encoding="utf-8", errors="replace")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,21 +109,30 @@ class Lock:
         file.truncate(0)
         return file
 
-    def _is_at_path(self) -> bool:
+    def _is_at_path(self, file: TextIO) -> bool:
         try:
-            return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
+            return os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path))
         except FileNotFoundError:
             return False
 
-    def _clean_up(self) -> None:
-        """Removes what a killed process left unfinished. If it was killed in sharded.commit_parts,
-        a checkpoint may be aside without a new one in its place. Then that one is put back."""
-        for aside in self.folder.glob(".*.shards.old"):
+    def _put_back(self) -> None:
+        """If a process was killed in sharded.commit_parts, a checkpoint may be aside without a new
+        one in its place."""
+        for aside in self.folder.glob(".*.old"):
             original = aside.with_name(aside.name[1:].removesuffix(".old"))
-            shutil.rmtree(aside) if original.exists() else aside.rename(original)
-        for name in ATOMIC_FILES:
-            for unfinished in self.folder.glob(f".{name}.tmp"):
-                shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+            if re.fullmatch(CHECKPOINT_IN_PARTS, original.name) and not original.exists():
+                aside.rename(original)
+
+    def clean_up(self) -> None:
+        """Removes what a killed process left unfinished. A command calls this when nothing can be
+        refused any more."""
+        for left in (*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old")):
+            name, pattern = left.stem[1:], ATOMIC_FILES
+            if left.suffix == ".old":
+                pattern = re.compile(CHECKPOINT_IN_PARTS)
+            if pattern.fullmatch(name):
+                is_folder = left.is_dir() and not left.is_symlink()
+                shutil.rmtree(left) if is_folder else left.unlink()
 
     def __enter__(self) -> "Lock":
         return self
@@ -85,7 +140,7 @@ class Lock:
     def __exit__(self, *_) -> None:
         # If the disk has become read-only, the file stays, but nobody holds the lock any more.
         with self.file, suppress(OSError):
-            if self._is_at_path():
+            if self._is_at_path(self.file):
                 self.path.unlink()
             self._remove_empty()
 

@@ -10,6 +10,7 @@ without reading its weights.
 """
 
 import dataclasses
+import os
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from weights.lora import merge_adapters
 # Tokens of a window, unless the user asks for more. Some models read 100,000 tokens at once, but
 # few machines can train or evaluate them on so many.
 LONGEST_WINDOW = 2048
+LONGEST_CHAIN = 16  # of adapters for weights that have adapters themselves, and so on
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,30 @@ def open_weights(place: str | Path, which: str = "latest", chain: tuple[Path, ..
     else:
         state = checkpoint.load_named(place, which)
         file = place / "best.pt" if which == "best" else checkpoint.path_of(place, state["step"])
+        check_belongs(state, file)
     config, stored = checkpoint.model_config(state), state.pop("model")
     rank = state["config"].get("lora_rank", 0)
     if not rank:
+        checkpoint.check_fit(config, stored)
         return Weights(config, stored, file, state)
     base = open_base(state["base"], file, chain)
-    tensors = merge_adapters(base.tensors, stored, state["config"]["lora_alpha"] / rank)
+    alpha = state["config"].get("lora_alpha", Config.lora_alpha)
+    tensors = merge_adapters(base.tensors, stored, alpha / rank)
     return Weights(config, tensors, file, state, stored)
+
+
+def check_belongs(state: dict[str, Any], file: Path) -> None:
+    """ValueError if a checkpoint is of another run than the config.json beside it. A run that goes
+    on refuses the same differences."""
+    path = file.with_name("config.json")
+    if not path.exists():
+        return
+    said = load_json(path)
+    data = said.get("data", {})
+    fixed = {name: said[name] for name in checkpoint.FIXED if name in said}
+    refused, _ = checkpoint.differences(state, fixed, data if isinstance(data, dict) else {})
+    if refused:
+        raise ValueError(f"{file} is not of the run that {path} describes: {'; '.join(refused)}")
 
 
 def open_base(
@@ -132,16 +151,22 @@ def open_base(
     """
     if "path" not in base:
         raise ValueError(f"{file} is damaged: it has adapters, but does not say for which weights")
-    place = file.parent / base["path"]
+    file = Path(os.path.realpath(file))  # there are many ways to write a path
+    place = Path(os.path.realpath(file.parent / base["path"]))
     if moved is not None and not place.exists():
         place = moved
     if not place.exists():
         raise ValueError(
-            f"{file} has adapters for the weights in {place.resolve()}, which is gone: put it "
+            f"{file} has adapters for the weights in {place}, which is gone: put it "
             f"back, or resume this run once with init_from=where it is now"
         )
     if file in chain:
         raise ValueError(f"{file} is damaged: it has adapters for itself")
+    if len(chain) == LONGEST_CHAIN:
+        raise ValueError(
+            f"{file} has adapters for weights with adapters, and so on, more than {LONGEST_CHAIN} "
+            f"times: this is too deep"
+        )
     weights = open_weights(place, chain=(*chain, file))
     if weights.checksum() != base.get("checksum"):
         raise ValueError(

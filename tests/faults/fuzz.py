@@ -23,11 +23,16 @@ from hypothesis import strategies as st
 from config.command import user_errors
 from config.preset import make_config, read_knobs
 from config.schema import SYNONYMS, Config, knobs_of
+from data import checksum
 from data.loader import open_dataset
 from data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from exchange.hf import config_to_hf
 from exchange.tokenizer import tokenizer_files
+from lab.compare import read_results
 from model import Decoder, ModelConfig
+from run import sharded
+from run.metrics import METRICS_FILE, read_metrics
+from run.ranks import ALONE
 from weights import checkpoint
 from weights.hf_folder import hf_name, read_hf
 
@@ -36,6 +41,7 @@ from .hostile import TIKTOKEN, limit_data, sound_model, torch_file, with_pickle
 
 EACH, FEW = 2000, 100
 MEMORY = 1_000_000_000  # bytes that a row may take beyond what it starts with
+PARTS = "ckpt_00000003.shards"
 SECONDS = 2  # of computing, for one mutation
 TINY = ModelConfig(vocab_size=257, n_layer=1, n_embd=4, n_head=1, n_hidden=4, block_size=4)
 
@@ -248,6 +254,52 @@ def sound_meta(folder: Path) -> dict:
     return json.loads((folder / "meta.json").read_text())
 
 
+RESULT = json.loads((ROOT / "docs/small-norms/results.jsonl").read_text().splitlines()[0])
+METRICS = {
+    "step": 3,
+    "loss": 2.5,
+    "val_loss": 2.4,
+    "val_bpb": 1.2,
+    "step_ms": 9.5,
+    "peak_memory_mb": 100,
+    "watch": {"ffn_rms": [1.0, None]},
+}
+
+
+def try_records(
+    folder: Path, sound: dict, changes: list[tuple], cuts: list[tuple] | None, name: str
+) -> None:
+    """A line of results.jsonl, or of metrics.jsonl, of which a damaged line is left out."""
+    tree = {"results.jsonl": RESULT, METRICS_FILE: METRICS}[name]
+    (folder / name).write_bytes(bent_json(tree, changes, cuts) + b"\n")
+    if name == METRICS_FILE:
+        with contextlib.redirect_stderr(None):
+            losses = [r["loss"] + r["step"] for r in read_metrics(folder) if "loss" in r]
+        f"{sum(losses):.3f}"
+    else:
+        json.dumps(read_results(folder / name)[1])
+
+
+def sound_parts(folder: Path) -> dict:
+    state = {name: v for name, v in small_state().items() if not name.startswith("format")}
+    sharded.save_parts(folder / PARTS, state, ALONE)
+    return json.loads((folder / PARTS / sharded.MANIFEST).read_text())
+
+
+def try_manifest(folder: Path, sound: dict, changes: list[tuple], again: bool) -> None:
+    """`again`: with the checksum that the bent manifest has."""
+    tree = bent(sound, changes)
+    if again and isinstance(tree, dict):
+        with contextlib.suppress(ValueError):
+            tree |= {"checksum": checksum(tree)}
+    (folder / PARTS / sharded.MANIFEST).write_text(json.dumps(tree))
+    state = sharded.load_parts(folder / PARTS)
+    for tensors in (state["model"], *state["optimizer"].values()):
+        for name, tensor in tensors.items():
+            tensors[name] = torch.full(tensor.shape, float("nan"))  # all of it must be read
+    sharded.read_into(state, folder / PARTS)
+
+
 HF_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 Source = tuple[Callable, Callable[[Path], object], tuple]
 SOURCES: dict[str, Source] = {  # name -> (what is tried, the sound example, the mutations)
@@ -259,6 +311,12 @@ SOURCES: dict[str, Source] = {  # name -> (what is tried, the sound example, the
         lambda folder: small_state(),
         (CHANGES, BYTES, st.sampled_from(("fields", "pickle alone", "whole file"))),
     ),
+    "the records of runs and comparisons": (
+        try_records,
+        lambda folder: {},
+        (CHANGES, BYTES, st.sampled_from(("results.jsonl", METRICS_FILE))),
+    ),
+    "a checkpoint in parts": (try_manifest, sound_parts, (CHANGES, st.booleans())),
     "a tokenizer file": (
         try_tokenizer,
         lambda folder: TIKTOKEN,

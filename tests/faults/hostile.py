@@ -34,6 +34,7 @@ import torch
 
 import data.corpus
 import data.prepare
+import lab.compare
 import sample
 import train
 from data.corpus import Corpus, Piece
@@ -50,7 +51,12 @@ PROSE = "the cat sat on a mat and saw the rat run to its hole\n" * 200
 GIT = ["git", "describe", "--match=", "--always", "--abbrev=40", "--dirty"]
 WATCHED = "os.system os.exec os.posix_spawn os.fork os.forkpty pty.spawn subprocess.Popen".split()
 WATCHED += "pickle.find_class socket.connect socket.getaddrinfo webbrowser.open".split()
-PROGRAMS = {"train": train.main, "sample": sample.main, "prepare": data.prepare.main}
+PROGRAMS = {
+    "train": train.main,
+    "sample": sample.main,
+    "prepare": data.prepare.main,
+    "compare": lab.compare.main,
+}
 Make = Callable[[Path, Path], object]  # makes a harmful file: (scene, path of the file)
 
 
@@ -95,6 +101,7 @@ def stage(case: Case, whole: Path, scene: Path) -> None:
     (scene / "prose.txt").write_text(PROSE)
     stopped, outside = scene / "data" / ".made.partial", scene / "outside"
     stopped.mkdir()
+    (scene / "lab").mkdir()
     for split in ("train", "val"):
         (stopped / f"{split}.bin").touch()
     outside.mkdir()
@@ -190,6 +197,13 @@ def training_afresh(scene: Path) -> list[str]:
     return command(scene / "fresh", dataset="words")
 
 
+def comparing(scene: Path) -> list[str]:
+    knobs = dict(argument.split("=", 1) for argument in training_afresh(scene)[1:])
+    knobs |= {"out_dir": str(scene / "lab"), "seeds": "1"}
+    knobs.pop("resume", None)
+    return [training_afresh(scene)[0], *(f"{name}={value}" for name, value in knobs.items())]
+
+
 def with_preset(scene: Path) -> list[str]:
     return [str(scene / "mine.py"), f"out_dir={scene / 'fresh'}"]
 
@@ -216,6 +230,8 @@ PLACES = {
     "a checkpoint to sample": Place("run/ckpt_00000012.pt", "sample", sampling("latest")),
     "best.pt": Place("run/best.pt", "sample", sampling("best")),
     "metrics.jsonl": Place("run/metrics.jsonl", "train", training, (0, 2)),  # not needed to go on
+    "results.jsonl": Place("lab/results.jsonl", "compare", comparing),
+    "timing.json": Place("lab/timing.json", "compare", comparing),
     "config.json": Place("run/config.json", "train", training, (0, 2)),  # written, never read
     "a run's tokenizer.json": Place(TOKENIZER, "sample", sampling("best")),
     "a run's tokenizer.model": Place(
@@ -341,12 +357,37 @@ def listed_often(content: bytes, times: int = 3000) -> bytes:
     return file.getvalue()
 
 
+def two_archives(shown: bytes, hidden: bytes) -> bytes:
+    """A file that is one archive by the first of its ends in 64 bits, and another one by that which
+    its locator names."""
+    end = shown[-98:]
+    count, length, start = struct.unpack("<QQQ", end[32:56])
+    hidden_count, hidden_length, hidden_start = struct.unpack("<10xHII2x", hidden[-22:])
+    numbers = (hidden_count, hidden_count, hidden_length, len(shown) - 98 + hidden_start)
+    other = end[:24] + struct.pack("<4Q", *numbers)
+    body = shown[:start] + hidden[:-22] + other
+    moved = struct.pack("<4Q", count, count, length, len(body))
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, len(body) - 56, 1)
+    last = shown[-22:-6] + struct.pack("<IH", len(body), 0)
+    return body + shown[start : start + length] + end[:24] + moved + locator + last
+
+
 def laughs(depth: int = 30, width: int = 10) -> list:
     """10 ** 30 elements, in a few hundred bytes of a pickle."""
     value = ["ha"]
     for _ in range(depth):
         value = [value] * width
     return value
+
+
+class Built:
+    """An OrderedDict with attributes that hide its methods."""
+
+    def __init__(self, **attributes: object):
+        self.attributes = attributes
+
+    def __reduce__(self):
+        return OrderedDict, (), self.attributes
 
 
 def config(state: dict, **changes: object) -> dict:
@@ -393,6 +434,15 @@ STATES: dict[str, Callable[[dict], Any]] = {  # of a sound state
     "escapes as names": lambda s: s | {"model": {ESCAPES: torch.zeros(3)}},
     "escapes in the data": lambda s: s | {"data": dict.fromkeys(LAUGHING, ESCAPES)},
     "numbers for names": lambda s: s | {"model": {7: torch.zeros(3)}, "optimizer": {8: {9: 1}}},
+    "an optimizer whose items() is a text": lambda s: s | {"optimizer": Built(items="x")},
+    "data whose values() is a number": lambda s: s | {"data": Built(values=7)},
+    "a weight with a gradient": lambda s: weight(s, torch.ones(3).requires_grad_()),
+    "texts as gradient norms": lambda s: s | {"grad_norms": [ESCAPES]},
+    "texts as a loss scale": lambda s: s | {"scaler": {"scale": ESCAPES}},
+    "a context of 10**400 tokens": lambda s: s | {"base": {"context": 10**400}},
+    "a best loss that is NaN": lambda s: s | {"best_val_loss": float("nan")},
+    "step -1": lambda s: s | {"step": -1},
+    "a norm that is none": lambda s: config(s, norm="mine"),
     "other optimizer states": lambda s: config(
         s | {"optimizer": {"norm.gain": {"x": torch.ones(1)}}}, n_layer=3
     ),
@@ -430,6 +480,9 @@ ARCHIVES: dict[str, Callable[[bytes], bytes]] = {  # of the whole file of a soun
     "one entry listed 3,000 times": listed_often,
     "entries said to have 2**62 bytes": lambda c: (
         c[:-22].replace(struct.pack("<I", 4096), b"\xff\xff\xff\x7f") + c[-22:]
+    ),
+    "another archive, to which only PyTorch goes": lambda c: two_archives(
+        c, zip_file([("x", b"")])
     ),
     "another archive in the comment": lambda c: zip_file([("x", b"")], comment=c[-60_000:]),
 }
@@ -498,7 +551,17 @@ JSON = {  # for any JSON file
     "a number of 10,000 digits": lambda: b'{"kind": ' + b"9" * 10_000 + b"}",
     "an empty object": lambda: b"{}",
 }
+RECORDS = {  # of a .jsonl of ours
+    "a number": b"5",
+    "null": b"null",
+    "100,000 brackets": b"[" * 100_000,
+    "an object": b"{}",
+    "a number of 10,000 digits": b'{"step": ' + b"9" * 10_000 + b"}",
+    "a loss of 400 digits": b'{"step": 1, "loss": ' + b"9" * 400 + b"}",
+    "texts as numbers": b'{"step": 1, "loss": "\\u001b[2J", "val_loss": [], "knobs": []}',
+}
 META = {
+    "val_xz_bits_per_byte": ESCAPES,
     "tokens": {"train": 10**15, "val": 10**15},
     "dtype": "../../outside/secret.bin",
     "vocab_size": 10**30,
@@ -652,6 +715,9 @@ def cases() -> list[Case]:
     for place in ("meta.json", "a run's tokenizer.json", "progress.json"):
         for name, content in JSON.items():
             add(place, name, written(content))
+    for name, content in RECORDS.items():
+        for place in ("results.jsonl", "metrics.jsonl"):
+            add(place, name, written(lambda c=content: c + b"\n"))
     for name, value in META.items():
         add("meta.json", f"{name}={value!r:.40}", partial(meta, {name: value}))
     for name, value in PROGRESS.items():
