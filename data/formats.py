@@ -55,7 +55,10 @@ def not_text(head: bytes) -> tuple[str, str] | None:
         if head.startswith(mark) or (has_nul and reads_as(head, encoding)):
             cure = f"convert it to UTF-8: iconv -f {encoding} -t UTF-8 OLD > NEW"
             return f"probably text in {encoding}", cure
-    return ("binary (it has NUL bytes)", SAVE_AS_TEXT) if has_nul else None
+    if has_nul:
+        cure = "take it out; or, if it is a text, tr -d '\\000' < OLD > NEW removes these"
+        return "binary (it has NUL bytes)", cure
+    return None
 
 
 def reads_as(head: bytes, encoding: str) -> bool:

@@ -269,7 +269,7 @@ def result_of(cell: Cell, folder: Path, exit_code: int) -> dict[str, Any]:
     val_loss = val_bpb = None
     if exit_code == 0:
         last = [record for record in records if "val_loss" in record][-1]
-        val_loss, val_bpb = last["val_loss"], last["val_bpb"]
+        val_loss, val_bpb = last["val_loss"], last.get("val_bpb")
     # step_ms of a record is a mean over the steps since the record before.
     before = [0, *(record["step"] for record in steps)]
     milliseconds = sum((r["step"] - b) * r["step_ms"] for r, b in zip(steps, before, strict=False))
@@ -397,7 +397,7 @@ class Lab:
             total=len(cells),
             initial=len(cells) - len(waiting),
             unit="cell",
-            disable=not sys.stderr.isatty(),
+            disable=not waiting or not sys.stderr.isatty(),  # of nothing it would print 0cell
             dynamic_ncols=True,
         )
         with bar:

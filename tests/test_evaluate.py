@@ -28,7 +28,8 @@ from weights.hf_folder import hf_name
 @pytest.fixture(autouse=True)
 def data(data_folder, monkeypatch):
     """The folder of the data set `words`."""
-    monkeypatch.setattr(evaluate, "DATA", data_folder)
+    for module in ("run.setup", "run.evaluate"):
+        monkeypatch.setattr(f"{module}.DATA", data_folder)
     return data_folder / "words"
 
 
