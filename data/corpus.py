@@ -425,8 +425,12 @@ def shakespeare() -> Corpus:
             f"{SHAKESPEARE}: what came is not tinyshakespeare (its SHA-256 differs); "
             "try again later"
         )
-    pieces, source = cut_text(content.decode()), "tinyshakespeare of karpathy/char-rnn"
-    return Corpus("shakespeare", source, lambda: iter(pieces), len(content), tokenizer="char")
+
+    def pieces() -> Iterator[Piece]:
+        yield from cut_text(content.decode())
+
+    source = "tinyshakespeare of karpathy/char-rnn"
+    return Corpus("shakespeare", source, pieces, len(content), tokenizer="char")
 
 
 def hub_stream(name: str, path: str, tokenizer: str, /, **options) -> Corpus:

@@ -62,9 +62,9 @@ def not_text(head: bytes) -> tuple[str, str] | None:
 
 
 def reads_as(head: bytes, encoding: str) -> bool:
-    """Whether these bytes, which may end inside a character, are printable text in the encoding."""
+    """Whether these bytes are printable text in the encoding. HEAD of them may cut a character."""
     try:
-        text = codecs.getincrementaldecoder(encoding)().decode(head)
+        text = codecs.getincrementaldecoder(encoding)().decode(head, final=len(head) < HEAD)
     except UnicodeDecodeError:
         return False
     return bool(text) and all(char.isprintable() or char.isspace() for char in text)

@@ -58,7 +58,7 @@ XZ_LIMIT = (
     16_000_000  # bytes: xz takes about 1 s for each MB, so a longer val split is not measured
 )
 LOSSLESS = ("byte", "char", "tiktoken")  # kinds of tokenizers that keep any text by construction
-EXAMPLES = 6  # characters that are named if others lose some
+EXAMPLES = 8  # characters that are named if others lose some
 SAVE_EVERY = 64_000_000  # bytes of text after which a stream saves its progress
 
 
@@ -115,8 +115,8 @@ def warn_of_loss(meta: dict, such_as: str) -> None:
     shares = (f"{meta['lost_bytes'][s] / meta['bytes'][s]:.2%} of the {s} text" for s in SPLITS)
     print(
         f"warning: this tokenizer loses {' and '.join(shares)}, such as "
-        f"{', '.join(map(repr, such_as))}: a model cannot learn that, and no bits per byte will be "
-        "given; tokenizer=sentencepiece or byte keeps all of it",
+        f"{', '.join(map(repr, such_as))}: a model cannot learn that, and bits per byte are "
+        "withheld; tokenizer=sentencepiece or byte keeps all of it",
         file=sys.stderr,
     )
 

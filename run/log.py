@@ -82,7 +82,7 @@ class Log:
         if self.ranks.is_main:
             self.line(summary(run))
             if withheld:
-                self.line(f"warning: no bits per byte are given: {withheld}")
+                self.line(f"warning: bits per byte are withheld: {withheld}")
 
     def __enter__(self) -> "Log":
         return self
