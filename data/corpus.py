@@ -22,7 +22,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from data.formats import HEAD, not_text, not_utf8
+from data.formats import HEAD, not_text, not_utf8, printable
 
 CHUNK = 2**20  # bytes: a longer file comes in pieces of this size; a row is always one piece
 SHAKESPEARE = (
@@ -287,8 +287,7 @@ def folder_files(folder: Path) -> dict[str, Path]:
     tables, root = [], folder.resolve()
 
     def leave_out(path: str | Path, why: str, what: str = "") -> None:
-        name = Path(path).relative_to(folder).as_posix()
-        shown = "".join(c if c.isprintable() else "?" for c in name)
+        shown = printable(Path(path).relative_to(folder).as_posix())
         left_out.setdefault(why, []).append(f"{shown}: {what}" if what else shown)
 
     def unreadable(error: OSError) -> None:
@@ -311,7 +310,7 @@ def folder_files(folder: Path) -> dict[str, Path]:
         refuse_tables(sorted(tables))
     if left_out:
         parts = (f"{counted(len(n), why)} ({some(sorted(n))})" for why, n in left_out.items())
-        print(f"{folder}: left out {', '.join(sorted(parts))}")
+        print(f"{printable(folder)}: left out {', '.join(sorted(parts))}")
     return kept
 
 

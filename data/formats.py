@@ -1,4 +1,4 @@
-"""What a file holds that is not a text in UTF-8, told by its first bytes."""
+"""What a file holds that is not a text in UTF-8, told by its first bytes; and how to say so."""
 
 import codecs
 import re
@@ -68,6 +68,11 @@ def reads_as(head: bytes, encoding: str) -> bool:
     except UnicodeDecodeError:
         return False
     return bool(text) and all(char.isprintable() or char.isspace() for char in text)
+
+
+def printable(text: object) -> str:
+    """A name or a message without what a terminal would obey, or what no encoding can write."""
+    return "".join(char if char.isprintable() else "?" for char in str(text))
 
 
 def not_utf8(content: bytes, at: int) -> str:

@@ -241,7 +241,7 @@ def check_regular(path: Path) -> os.stat_result:
 
 
 def is_count(value: object) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 2**63
 
 
 def is_counts(value: object) -> bool:
@@ -250,7 +250,7 @@ def is_counts(value: object) -> bool:
 
 def is_loss(value: object) -> bool:
     return isinstance(value, dict) and all(
-        type(value.get(split)) is int and value[split] >= 0 for split in SPLITS
+        is_count(value.get(split)) or value.get(split) == 0 for split in SPLITS
     )
 
 
@@ -261,6 +261,10 @@ def is_checksums(value: object) -> bool:
     )
 
 
+def is_bits(value: object) -> bool:
+    return value is None or (type(value) in (int, float) and 0 < value < 1000)
+
+
 FIELDS = {  # of meta.json: the test that a value must pass, and the words for it
     "format_version": (lambda value: is_count(value) and value == 1, "1 (from another version?)"),
     "dtype": (lambda value: value in ("uint16", "uint32"), "'uint16' or 'uint32'"),
@@ -268,6 +272,7 @@ FIELDS = {  # of meta.json: the test that a value must pass, and the words for i
     "tokens": (is_counts, "a number of tokens above 0 for train and for val"),
     "bytes": (is_counts, "a number of bytes above 0 for train and for val"),
     "crc32": (is_checksums, "a list of checksums for train and for val"),
+    "val_xz_bits_per_byte": (is_bits, "null or a number of bits"),
     **dict.fromkeys(
         ("tokenizer", "tokenizer_sha256", "content_sha256"),
         (lambda value: isinstance(value, str), "a text"),

@@ -4,8 +4,8 @@ python data/prepare.py python                     the standard library of the Py
 python data/prepare.py shakespeare                1 MB, downloaded
 python data/prepare.py tinystories | fineweb-edu  streamed from Hugging Face; after a stop, the
                                                   same command goes on
-python data/prepare.py FILE-OR-FOLDER...          your own text, .jsonl (field 'text') or .parquet
-                                                  (column 'text')
+python data/prepare.py FILE-OR-FOLDER...          your own text; rows in .jsonl, .ndjson or .json
+                                                  (field 'text') or .parquet (column 'text')
 
 tokenizer=sentencepiece   trained on the train split, with vocab_size=4096 ids
 tokenizer=byte | char | tiktoken:gpt2 | PATH.model
@@ -40,6 +40,7 @@ if not __package__:  # run as a script: import from the repository's root, not f
 from data import PART_TOKENS, SPLITS, checksum
 from data.corpus import CHUNK, Corpus, Piece, open_corpus
 from data.files import new_folder, sync, write_atomically
+from data.formats import printable
 from data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -102,12 +103,13 @@ def prepare(
 def print_result(out: Path, meta: dict, seconds: float) -> None:
     """One line: what was made, and how fast."""
     tokens, size = (sum(meta[key].values()) for key in ("tokens", "bytes"))
-    print(
+    text = (
         f"{out}: {meta['source']}, {size / 1e6:.2f} MB -> {meta['tokens']['train']:,} train and "
         f"{meta['tokens']['val']:,} val tokens, vocabulary {meta['vocab_size']:,} "
         f"({meta['tokenizer']}), {size / tokens:.2f} bytes/token; {seconds:.1f} s, "
         f"{size / 1e6 / seconds:.1f} MB/s"
     )
+    print(printable(text))
 
 
 def warn_of_loss(meta: dict, such_as: str) -> None:
@@ -142,7 +144,7 @@ def make_tokenizer(choice: str, vocab_size: int | None, corpus: Corpus) -> Token
     path = Path(os.path.expanduser(choice))
     if choice and path.is_dir():
         return load_tokenizer(path)
-    if choice.endswith(".model"):
+    if path.suffix.lower() == ".model":
         return read_sentencepiece(path)
     raise ValueError(
         f"tokenizer={choice} is unknown; choose from byte, char, sentencepiece, tiktoken:NAME, "
