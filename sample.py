@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config.command import help_text, print_help, split_arguments, user_errors
+from config.command import help_text, print_help, split_arguments, user_errors, warn
 from config.schema import knobs_of, parse_knobs
 from data.formats import HEAD, not_text, not_utf8
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -250,7 +250,8 @@ def read_prompt(file: BinaryIO, name: str) -> str:
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a prompt, at least one. ValueError if the text cannot be encoded.
+    """The ids of a prompt, at least one. ValueError if the text cannot be encoded, and a warning if
+    the tokenizer loses some of it.
 
     They begin with bos, as a document does in training, unless the tokenizer puts no bos before
     prompts. An empty text gets a bos even then, because the model must read something. If there is
@@ -264,7 +265,10 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
             "terminal, or the program that it is from, use UTF-8"
         ) from None
     with_bos = tokenizer.bos_id is not None and (tokenizer.bos_before_prompts or not text)
-    ids = ([tokenizer.bos_id] if with_bos else []) + tokenizer.encode(text)
+    encoded = tokenizer.encode(text)
+    if (seen := tokenizer.decode(encoded)) != text:
+        warn(f"the tokenizer loses some of the prompt, the model sees {seen!r:.300}")
+    ids = ([tokenizer.bos_id] if with_bos else []) + encoded
     if ids:
         return ids
     try:

@@ -13,7 +13,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-UNFINISHED = ".unfinished"  # the end of the name of a folder that new_folder has made
+UNFINISHED = ".rootllama-unfinished"  # the end of the name of a folder that its owner has locked
 
 
 def write_atomically(
@@ -47,7 +47,7 @@ def new_folder(out: Path, progress: str | None = None) -> Iterator[Path]:
     If the work stops before that, the folder is deleted, with one exception: `progress` names a
     file that makes it possible to go on. If that file is in the folder, the folder stays, and the
     next call with the same `out` gets it back. A process that is killed by kill -9 leaves its
-    folder behind; the next call beside it deletes that folder.
+    folder behind; the next call beside it deletes that folder, if the disk has locks.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(out.parent)
@@ -56,11 +56,13 @@ def new_folder(out: Path, progress: str | None = None) -> Iterator[Path]:
         folder = out.parent / f".{out.name}.partial"
         folder.mkdir(exist_ok=True)
     else:
-        made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        made.chmod(0o755)  # mkdtemp lets only this user in
-        lock = lock_folder(made)  # before it has the name by which another process could delete it
-        folder = made.rename(made.with_name(made.name + UNFINISHED))
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
+        if not progress:
+            folder.chmod(0o755)  # mkdtemp lets only this user in
+            lock = lock_folder(folder)
+            if lock is not None:  # only then does the name say that others may delete it
+                folder = folder.rename(folder.with_name(folder.name + UNFINISHED))
         yield folder
     finally:
         if folder.exists() and not (progress and (folder / progress).exists()):
@@ -71,7 +73,7 @@ def new_folder(out: Path, progress: str | None = None) -> Iterator[Path]:
 
 def remove_abandoned(parent: Path) -> None:
     """Deletes the folders that new_folder has made here and whose owner has been killed."""
-    for folder in parent.glob(f".*{UNFINISHED}"):
+    for folder in parent.glob(f".*.????????{UNFINISHED}"):
         lock = None if folder.is_symlink() else lock_folder(folder)
         if lock is not None:
             shutil.rmtree(folder, ignore_errors=True)  # another user's stays

@@ -114,7 +114,10 @@ def print_result(out: Path, meta: dict, seconds: float) -> None:
 
 def warn_of_loss(meta: dict, such_as: str) -> None:
     """One line: how much of the text the tokenizer loses, and what follows from it."""
-    shares = (f"{meta['lost_bytes'][s] / meta['bytes'][s]:.2%} of the {s} text" for s in SPLITS)
+    shares = (
+        f"{100 * meta['lost_bytes'][split] / meta['bytes'][split]:.3g}% of the {split} text"
+        for split in SPLITS
+    )
     print(
         f"warning: this tokenizer loses {' and '.join(shares)}, such as "
         f"{', '.join(map(repr, such_as))}: a model cannot learn that, and bits per byte are "
@@ -300,10 +303,12 @@ def lost_by(tokenizer: Tokenizer, ids: list[int], piece: Piece) -> Counter:
     if tokenizer.kind in LOSSLESS:
         return Counter()
     text = tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
-    if piece.start and tokenizer.dummy_prefix:
-        text = text.removeprefix(" ")
     if text == piece.text:
         return Counter()
+    if piece.start and tokenizer.dummy_prefix:
+        text = text.removeprefix(" ")
+        if text == piece.text:
+            return Counter()
     missing = Counter(piece.text) - Counter(text) or Counter(piece.text[:1])
     return Counter({char: count * len(char.encode()) for char, count in missing.items()})
 
@@ -480,6 +485,8 @@ def read_command(argv: list[str]) -> tuple[Corpus, Path, str | None, int | None]
             sources.append(word)
         elif key not in OPTIONS:
             raise ValueError(f"unknown option {key!r}; choose from {', '.join(OPTIONS)}")
+        elif key in options:
+            raise ValueError(f"{key} is given twice, as {options[key]!r} and {value!r}: keep one")
         else:
             options[key] = value
     if not sources:

@@ -148,7 +148,7 @@ def bytes_per_predicted_token(
     here can say what they spell, it is None, and the text says why in words.
     """
     if lost := data.lost_share(split):
-        return None, f"the tokenizer has lost {lost:.2%} of the {split} text"
+        return None, f"the tokenizer has lost {100 * lost:.3g}% of the {split} text"
     try:
         tokenizer = load_tokenizer(data.folder)
     except (ValueError, OSError) as error:  # for instance, a library that it needs is missing
@@ -189,7 +189,13 @@ def open_known_dataset(name: str, known: dict[str, Any], place: Path) -> Dataset
         raise ValueError(
             f"{place} says it was trained on {wanted!r:.80}, which is no name of a data set"
         )
-    data = open_dataset(dataset_folder(name) if name else find_same_data(known) or DATA / wanted)
+    folder = dataset_folder(name) if name else find_same_data(known) or DATA / wanted
+    if not name and not folder.exists():
+        raise ValueError(
+            f"the data set {wanted} that {place} was trained on is not under data/: name where it "
+            f"is with dataset=FOLDER"
+        )
+    data = open_dataset(folder)
     if data.meta["tokenizer_sha256"] != known["tokenizer_sha256"]:
         raise ValueError(
             f"{data.folder} was not made with the tokenizer of {place}: python data/prepare.py "

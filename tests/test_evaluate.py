@@ -249,7 +249,8 @@ def test_bits_per_byte_of_a_text_that_the_tokenizer_loses_are_withheld(
     start, tmp_path, capsys, lossy
 ):
     code, out, _ = start(f"dataset={lossy.folder}", "max_iters=5", "eval_iters=2")
-    share = f"the tokenizer has lost {open_dataset(lossy.folder).lost_share('val'):.2%} of the val"
+    lost = open_dataset(lossy.folder).lost_share("val")
+    share = f"the tokenizer has lost {100 * lost:.3g}% of the val"
     assert code == 0 and out.count(f"warning: bits per byte are withheld: {share} text\n") == 1
     assert "| val loss" in out and "bits per byte |" not in out
     (record,) = [r for r in read_metrics(tmp_path / "run") if "val_loss" in r]
@@ -365,6 +366,8 @@ def test_data_that_have_changed_since_are_only_used_when_they_are_named(data):
     ):
         open_known_dataset("", known, data)
     assert open_known_dataset("words", known, data).folder == data
+    with pytest.raises(ValueError, match="the data set gone .* is not under data/: name where"):
+        open_known_dataset("", known | {"name": "gone"}, data)
 
 
 def test_a_loss_that_is_not_finite_ends_the_command_with_one_line(data, tmp_path, capsys):

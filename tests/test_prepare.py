@@ -212,7 +212,7 @@ def test_a_normalising_tokenizer_is_measured(text, tmp_path, hugging_face, capsy
     meta = prepare([str(text)], tmp_path / "out", str(hugging_face))
     lost = {"train": PROSE[:CUT].count("q"), "val": PROSE[CUT:].count("q")}
     assert meta["lost_bytes"] == lost and meta["val_xz_bits_per_byte"] is None
-    share = f"{lost['train'] / CUT:.2%}"
+    share = f"{100 * lost['train'] / CUT:.3g}%"
     assert f"warning: this tokenizer loses {share} of the train text" in capsys.readouterr().err
 
 
@@ -241,7 +241,7 @@ def test_the_share_of_a_text_that_its_tokenizer_loses_is_told(run, tmp_path, let
     data = open_dataset(tmp_path / "data" / "t")
     assert data.meta["lost_bytes"] == {"train": 90, "val": 30}  # newlines; \u00e4 has two bytes
     assert (data.lost_share("train"), data.lost_share("val")) == (0.1, 0.3)
-    words = "10.00% of the train text and 30.00% of the val text, such as"
+    words = "10% of the train text and 30% of the val text, such as"
     assert f"warning: this tokenizer loses {words}" in err
     assert "'\u00e4'" in err and "'7'" in err and "tokenizer=sentencepiece or byte keeps all" in err
 
@@ -385,6 +385,7 @@ WRONG = [
     ("TEXT vocab_size=", "got ''"),
     ("TEXT tokenizer=tiktoken:no", "tiktoken:no is unknown"),
     ("TEXT tokenizer=no.model", "no.model: no such tokenizer file"),
+    ("TEXT tokenizer=byte --tokenizer=char", "tokenizer is given twice, as 'byte' and 'char'"),
     ("TEXT name=../x", "must be a bare folder name"),
     ("TEXT name=a/b", "must be a bare folder name"),
     ("TEXT name=..", "must be a bare"),
@@ -439,6 +440,7 @@ def test_what_a_killed_command_left_is_removed_by_the_next_one(text, tmp_path):
     """And what a living one is making stays, as do folders that only look like it."""
     sets = tmp_path / "data"
     (sets / ".theirs.abcdefgh").mkdir(parents=True)
+    (sets / ".mine.rootllama-unfinished").mkdir()
     words = [sys.executable, "-c", BUILD, str(sets / "other")]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         folder = Path(process.stdout.readline().strip())
@@ -446,7 +448,7 @@ def test_what_a_killed_command_left_is_removed_by_the_next_one(text, tmp_path):
         assert (folder / "large.bin").exists() and folder.parent == sets
         process.kill()
     prepare([str(text)], sets / "second", "byte")
-    assert names_in(sets) == [".theirs.abcdefgh", "first", "second"]
+    assert names_in(sets) == [".mine.rootllama-unfinished", ".theirs.abcdefgh", "first", "second"]
 
 
 def test_the_home_folder_may_be_written_as_a_tilde(run, text, tmp_path, monkeypatch):

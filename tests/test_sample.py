@@ -10,12 +10,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from test_generate import tiny
 
 import sample
 from config.schema import Config
-from data.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_sha256
+from data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    SentencePieceTokenizer,
+    tokenizer_sha256,
+)
 from model import Decoder, ModelConfig
 from sample import SampleOptions, generate, prepare_for_inference, prompt_ids
 from weights import checkpoint
@@ -107,6 +113,25 @@ def test_a_prompt_starts_with_bos_or_else_like_a_line():
     assert prompt_ids(CharTokenizer("xyz"), "zy") == [2, 1]
     with pytest.raises(ValueError, match="not text in UTF-8 after 'hi'"):
         prompt_ids(ByteTokenizer(), "hi\udcff")
+
+
+def test_a_prompt_of_which_the_tokenizer_loses_a_part_draws_a_warning(capsys):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a bad cab"]),
+        model_writer=model,
+        model_type="char",
+        vocab_size=8,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    prompt_ids(tokenizer, "a cab")
+    prompt_ids(tokenizer, "")
+    assert capsys.readouterr().err == ""
+    prompt_ids(tokenizer, "a 7 cab")
+    words = "the tokenizer loses some of the prompt, the model sees 'a cab'"
+    assert capsys.readouterr().err == f"warning: {words}\n"
 
 
 def test_an_empty_prompt_starts_from_bos_and_standard_input_is_not_read(
