@@ -180,6 +180,7 @@ def test_the_last_end_of_line_of_a_prompt_goes_as_a_whole(content, text):
         (gzip.compress(b"the dog"), "p.txt is gzip, not text in UTF-8: unpack it first"),
         (b"the\0dog", "p.txt is binary .it has NUL bytes"),
     ],
+    ids=["Latin-1", "UTF-16", "gzip", "NUL"],
 )
 def test_a_prompt_that_is_no_text_is_refused_in_the_words_for_data(content, words):
     with pytest.raises(ValueError, match=words):

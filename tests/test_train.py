@@ -787,7 +787,8 @@ def test_data_that_change_while_they_are_read_end_the_run(
     during_step(monkeypatch, 5, lambda: os.utime(words / "train.bin", (1, 1)))  # is no change
     zeros = bytes((words / "train.bin").stat().st_size)
     during_step(monkeypatch, 7, lambda: (words / "train.bin").write_bytes(zeros))
-    code, _, err = start(f"dataset={words}")
+    code, out, err = start(f"dataset={words}")
+    assert "step 7/12" in out
     text = r"error: .*train.bin was changed while .* Last good .*00000004.pt.\n"
     assert code == 1 and re.fullmatch(text, err)
 
