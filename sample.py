@@ -318,14 +318,13 @@ def print_evaluation(
 
 def answer_prompts(model: Decoder, tokenizer: Tokenizer, options: SampleOptions) -> None:
     """Asks for a prompt and continues it, again and again until the input ends."""
+    sys.stdin.reconfigure(errors="surrogateescape")  # so one bad line does not take others along
     while True:
         try:
             ids = prompt_ids(tokenizer, input("prompt> " if sys.stdin.isatty() else ""))
         except EOFError:
             return
-        except UnicodeDecodeError:
-            print("error: this prompt is not text in UTF-8", file=sys.stderr)
-        except ValueError as error:  # a character that is not in the vocabulary
+        except ValueError as error:  # not UTF-8, or a character that is not in the vocabulary
             print(f"error: {error}", file=sys.stderr)
         else:
             print_samples(model, tokenizer, ids, options)

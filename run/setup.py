@@ -384,7 +384,7 @@ def find_dataset_of_run(name: str, saved: dict[str, Any], tokenizer: Path | None
     state = "has changed since" if (text or expected).exists() else "is not here"
     if text and text.exists():
         with suppress(ValueError, OSError):  # it has become unreadable
-            if text_dataset(text, open_corpus([name]), tokenizer).name == saved["data"]["name"]:
+            if text_dataset(text, open_corpus([name]), tokenizer).name == saved["data"].get("name"):
                 return found
     print(f"{name} {state}: going on with {found}, the data that this run was begun with")
     return found

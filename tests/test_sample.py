@@ -213,9 +213,10 @@ def test_a_prompt_longer_than_the_context_keeps_its_end_and_warns(run, capsys):
 
 def test_interactive_asks_until_the_input_ends_and_survives_bad_prompts(run, capsys, monkeypatch):
     texts = [sampled(capsys, run, f"prompt={p}")[0].removeprefix(p) for p in ("ab", "", "cd")]
-    give_input(monkeypatch, b"ab\nxyz\n\ncd\n")
+    give_input(monkeypatch, b"ab\nxyz\n\na\xff\ncd\n")
     out, err = sampled(capsys, run, "interactive=true")
     assert out == "".join(texts)
+    assert "error: the prompt is not text in UTF-8 after 'a'" in err
     assert "error: characters 'xyz' are not among" in err and err.count("tokens/s") == 3
 
 
