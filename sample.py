@@ -10,6 +10,8 @@ import codecs
 import dataclasses
 import functools
 import math
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +42,7 @@ from config.command import (
 )
 from config.help import help_text
 from config.schema import knobs_of, parse_knobs, refuse_without_effect, without_effect
+from data.formats import HEAD, not_text, not_utf8
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import Decoder, ModelConfig, knob
 from run.evaluate import evaluate, open_known_dataset
@@ -88,7 +91,7 @@ class SampleOptions:
     prompt: str = knob(
         "",
         "text to continue; FILE:path = what is in a file, - = what is on standard input, both "
-        "without their last newline",
+        "without their last end of line",
     )
     checkpoint: str = knob("latest", "latest, best or a step")
     max_new_tokens: int = knob(200, "tokens to generate")
@@ -123,7 +126,7 @@ class SampleOptions:
         "none", "instead of sampling, print the loss on this split of dataset"
     )
     dataset: str = knob(
-        "", "eval: folder under data/, made by data/prepare.py; '' = what the run was trained on"
+        "", "eval: a data set, named as for train.py, but no text; '' = what the run was trained on"
     )
     eval_iters: int = knob(
         0, "eval: number of windows, spread evenly, always the same ones; 0 = the whole split"
@@ -238,7 +241,7 @@ def prompt_text(prompt: str) -> str:
             raise ValueError("prompt=-, but there is no standard input")
         return read_prompt(sys.stdin.buffer, "standard input")
     if prompt.startswith("FILE:"):
-        path = Path(prompt.removeprefix("FILE:"))
+        path = Path(os.path.expanduser(prompt.removeprefix("FILE:")))
         if path.exists() and not path.is_file():  # a FIFO could make us wait for ever
             raise ValueError(f"{path} is not a regular file: use prompt=- to read from a pipe")
         with open(path, "rb") as file:
@@ -247,9 +250,10 @@ def prompt_text(prompt: str) -> str:
 
 
 def read_prompt(file: BinaryIO, name: str) -> str:
-    """The text of a file without its last newline, which echo and editors put there.
+    """The text of a file without its last end of line (LF or CRLF), which echo and editors put
+    there. All else is taken as it is, as data are.
 
-    ValueError if it is too long or not UTF-8.
+    ValueError if it is too long or no text in UTF-8.
     """
     content = file.read(LARGEST_PROMPT + 1)
     if len(content) > LARGEST_PROMPT:
@@ -257,22 +261,35 @@ def read_prompt(file: BinaryIO, name: str) -> str:
             f"{name} is longer than {LARGEST_PROMPT:,} bytes: give its end only, a model does not "
             f"see more of it"
         )
+    if found := not_text(content[:HEAD]):
+        what, cure = found
+        raise ValueError(f"{name} is {what}, not text in UTF-8: {cure}")
     try:
-        return content.decode().removesuffix("\n")
+        return re.sub("\r?\n\\Z", "", content.decode())
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text (at byte {error.start})") from error
+        raise ValueError(f"{name}: byte {error.start} {not_utf8(content, error.start)}") from error
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a prompt, at least one. ValueError if the text cannot be encoded.
+    """The ids of a prompt, at least one. ValueError if the text cannot be encoded, and a warning if
+    the tokenizer loses some of it.
 
     They begin with bos, as a document does in training, unless the tokenizer puts no bos before
     prompts. An empty text gets a bos even then, because the model must read something. If there is
     no bos at all, an empty text becomes a newline, or the first token if newline has no token.
     """
-    text.encode()  # raises ValueError for lone surrogates: the command line was not UTF-8
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # Python has put a surrogate where a byte was not UTF-8
+        raise ValueError(
+            f"the prompt is not text in UTF-8 after {text[: error.start][-30:]!r}: let the "
+            "terminal, or the program that it is from, use UTF-8"
+        ) from None
     with_bos = tokenizer.bos_id is not None and (tokenizer.bos_before_prompts or not text)
-    ids = ([tokenizer.bos_id] if with_bos else []) + tokenizer.encode(text)
+    encoded = tokenizer.encode(text)
+    if (seen := tokenizer.decode(encoded)) != text:
+        warn(f"the tokenizer loses some of the prompt, the model sees {seen!r:.300}")
+    ids = ([tokenizer.bos_id] if with_bos else []) + encoded
     if ids:
         return ids
     try:
@@ -324,6 +341,7 @@ def print_evaluation(
 
 def answer_prompts(model: Decoder, tokenizer: Tokenizer, options: SampleOptions) -> None:
     """Asks for a prompt and continues it, again and again until the input ends."""
+    sys.stdin.reconfigure(errors="surrogateescape")  # so one bad line does not take others along
     while not reader_left(sys.stdout):
         try:
             ids = prompt_ids(tokenizer, input("prompt> " if sys.stdin.isatty() else ""))

@@ -22,6 +22,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
+from data.formats import HEAD, not_text, not_utf8, printable
+
 CHUNK = 2**20  # bytes: a longer file comes in pieces of this size; a row is always one piece
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -58,13 +60,16 @@ def open_corpus(sources: list[str]) -> Corpus:
     """The corpus that the command line names: one of NAMED, or the user's files and folders."""
     if len(sources) == 1 and sources[0] in NAMED:
         return NAMED[sources[0]]()
-    paths = [Path(source) for source in sources]
+    # Path.expanduser would raise RuntimeError for a user that does not exist.
+    paths = [Path(os.path.expanduser(source)) for source in sources]
     for path in paths:
         if not (path.is_dir() or path.is_file()):
             raise FileNotFoundError(
                 f"{path} is not a file or folder, nor one of {', '.join(NAMED)}"
             )
-    one_text = len(paths) == 1 and paths[0].is_file() and paths[0].suffix not in ROWS
+        if path.is_file():
+            check_readable(path)
+    one_text = len(paths) == 1 and paths[0].is_file() and rows_of(paths[0]) is None
     return text_file(paths[0]) if one_text else documents(paths)
 
 
@@ -73,14 +78,18 @@ def open_corpus(sources: list[str]) -> Corpus:
 
 def split_of(name: str, val_share: float) -> str:
     """'train' or 'val', by a hash of the document's name, so other documents do not matter."""
-    number = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+    number = int(name_hash(name)[:8], 16)
     return "val" if number < val_share * 2**32 else "train"
+
+
+def name_hash(name: str) -> str:
+    """SHA-256 of a name, which need not be UTF-8, in hexadecimal."""
+    return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
 
 
 def split_files(names: dict[str, Path], val_share: float) -> list[tuple[str, Path]]:
     """(split, path) of each document, in the order of their names' hashes, so val comes first."""
-    order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    return [(split_of(name, val_share), names[name]) for name in order]
+    return [(split_of(name, val_share), names[name]) for name in sorted(names, key=name_hash)]
 
 
 def cut_text(text: str) -> list[Piece]:
@@ -110,9 +119,9 @@ def text_pieces(split: str, path: Path, start: int, stop: int) -> Iterator[Piece
             try:
                 text = decoder.decode(block, final=position + len(block) == stop)
             except UnicodeDecodeError as error:
+                place = position - waiting + error.start
                 raise ValueError(
-                    f"{path}: byte {position - waiting + error.start} is not UTF-8; "
-                    "convert the file to UTF-8"
+                    f"{path}: byte {place} {not_utf8(error.object, error.start)}"
                 ) from None
             yield Piece(split, position == start, text)
             position += len(block)
@@ -136,21 +145,60 @@ def text_file(path: Path) -> Corpus:
     return Corpus(path.stem, path.name, pieces, size)
 
 
-def json_rows(path: Path) -> Iterator[str]:
-    """The 'text' of each line of a .jsonl file. Blank lines are skipped."""
+def text_in(row: object) -> str:
+    """The 'text' of a row; ValueError says what the row has instead."""
+    if not isinstance(row, dict):
+        raise ValueError(f"it is {row!r:.40}")
+    if "text" not in row:
+        fields = ", ".join(map(repr, row)) or "nothing"
+        raise ValueError(f"it has {fields:.200}, but no 'text'")
+    text = row["text"]
+    if not isinstance(text, str):
+        raise ValueError(f"its 'text' is {text!r:.40}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("its 'text' spells half a surrogate pair") from None
+    return text
+
+
+def json_lines(path: Path) -> Iterator[str]:
+    """The 'text' of each line of a .jsonl or .ndjson file. Blank lines are skipped."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)["text"]
-                text.encode()  # fails on half a surrogate pair, which JSON can spell
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                text = text_in(json.loads(line))
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"{path}: line {number} is not a JSON object with a 'text' string; "
-                    "mend or drop it"
+                    f"{path}: line {number} is not a JSON object with a 'text' string "
+                    f"({error}); mend or drop it"
                 ) from None
             yield text
+
+
+def json_list(path: Path) -> Iterator[str]:
+    """The 'text' of each object in the list that a .json file holds, which is read whole.
+
+    Some programs give the name .json to a file of lines, so one that is not a list is read as such.
+    """
+    with open(path, "rb") as file:
+        is_list = file.read(HEAD).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    where = ""
+    try:
+        if is_list:
+            for number, row in enumerate(json.loads(path.read_bytes()), 1):
+                where = f"item {number}: "
+                yield text_in(row)
+        else:
+            yield from json_lines(path)
+    except (ValueError, RecursionError) as error:
+        reason = f"{where}{error}".removeprefix(f"{path}: ")
+        raise ValueError(
+            f"{path}: neither a JSON list of objects with a 'text' string nor a line for each "
+            f"({reason})"
+        ) from None
 
 
 def parquet_rows(path: Path) -> Iterator[str]:
@@ -161,11 +209,17 @@ def parquet_rows(path: Path) -> Iterator[str]:
         raise ValueError(f"{path}: reading it needs pyarrow; pip install pyarrow") from None
     try:
         with parquet.ParquetFile(path) as file:
+            names, before = file.schema_arrow.names, 0
+            if "text" not in names:
+                raise ValueError(f"it has {', '.join(map(repr, names)):.200}, but no 'text'")
+            kind = file.schema_arrow.field("text").type
             for rows in file.iter_batches(batch_size=1000, columns=["text"]):
-                texts = rows.column("text").to_pylist()
-                if not all(isinstance(text, str) for text in texts):
-                    raise ValueError("a row has no text")
-                yield from texts
+                for number, text in enumerate(rows.column("text").to_pylist(), before + 1):
+                    if not isinstance(text, str):
+                        found = "null" if text is None else kind
+                        raise ValueError(f"in row {number}, 'text' is {found}")
+                    yield text
+                before += len(rows)
     except (ArrowException, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -173,31 +227,118 @@ def parquet_rows(path: Path) -> Iterator[str]:
         ) from None
 
 
-ROWS = {".jsonl": json_rows, ".parquet": parquet_rows}  # files of which each row is a document
+ROWS = {  # files of which each row is a document
+    ".jsonl": json_lines,
+    ".ndjson": json_lines,
+    ".json": json_list,
+    ".parquet": parquet_rows,
+}
+TABLES = (".csv", ".tsv")
 
 
-def looks_like_text(path: Path) -> bool:
-    """Whether the first 8 KB of a file hold no NUL byte."""
+def rows_of(path: Path) -> Callable[[Path], Iterator[str]] | None:
+    """The function that reads the rows of this file; None for a text."""
+    return ROWS.get(path.suffix.lower())
+
+
+def what_it_holds(path: Path) -> tuple[str, str] | None:
+    """not_text of a file that is read as text or as JSON."""
+    if rows_of(path) is parquet_rows:
+        return None
     with open(path, "rb") as file:
-        return b"\0" not in file.read(8192)
+        return not_text(file.read(HEAD))
+
+
+def check_readable(path: Path) -> None:
+    """ValueError with the way out for a file that is named and is neither text nor rows."""
+    if found := what_it_holds(path):
+        what, cure = found
+        raise ValueError(f"{path} is {what}, not text in UTF-8: {cure}")
+    if path.suffix.lower() in TABLES:
+        refuse_tables([str(path)])
+
+
+def refuse_tables(names: list[str]) -> None:
+    raise ValueError(
+        f"{some(names)}: the columns of a table are not read, and as text they would be trained on "
+        'with their commas: write each row as a line {"text": "..."} of a .jsonl file'
+    )
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """The first few of the names."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def counted(number: int, words: str) -> str:
+    """'2 hidden files' for 2 and 'hidden file*'."""
+    return f"{number:,} {words.replace('*', '' if number == 1 else 's')}"
 
 
 def folder_files(folder: Path) -> dict[str, Path]:
-    """The text files below a folder, by their names relative to it.
+    """The files below a folder that hold text or rows, by their names relative to it.
 
-    Hidden and empty files are left out. So are binary files, and links to files outside of the
-    folder: a folder from elsewhere must not bring private files of this machine into a data set.
+    What is left out is counted and named on one line. Links to folders and to files outside of the
+    folder are among it: a folder from elsewhere must not bring private files of this machine into
+    a data set. A table is an error, since it may be what the user wants to be read.
     """
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
-    inside = [path for path in found if path.resolve().is_relative_to(folder.resolve())]
-    if len(inside) < len(found):
-        print(f"{folder}: skipped {len(found) - len(inside)} links to files outside of it")
-    names = {path.relative_to(folder).as_posix(): path for path in inside}
-    shown = {n: p for n, p in names.items() if not any(part[0] == "." for part in n.split("/"))}
-    kept = {n: p for n, p in shown.items() if p.suffix in ROWS or looks_like_text(p)}
-    if len(kept) < len(shown):
-        print(f"{folder}: skipped {len(shown) - len(kept)} binary files")
+    kept: dict[str, Path] = {}
+    left_out: dict[str, list[str]] = {}  # why, as in `counted` -> names
+    tables, root = [], folder.resolve()
+
+    def leave_out(path: str | Path, why: str, what: str = "") -> None:
+        shown = printable(Path(path).relative_to(folder).as_posix())
+        left_out.setdefault(why, []).append(f"{shown}: {what}" if what else shown)
+
+    def unreadable(error: OSError) -> None:
+        leave_out(error.filename, "unreadable file* or folder*")
+
+    for place, folders, files in os.walk(folder, onerror=unreadable):
+        for name in list(folders):
+            hidden = name.startswith(".")
+            if hidden or os.path.islink(os.path.join(place, name)):
+                leave_out(Path(place, name), HIDDEN if hidden else "link* to folders")
+                folders.remove(name)
+        for path in (Path(place, name) for name in sorted(files)):
+            if why := why_left_out(path, root):
+                leave_out(path, *why)
+            elif path.suffix.lower() in TABLES:
+                tables.append(str(path))
+            else:
+                kept[path.relative_to(folder).as_posix()] = path
+    if tables:
+        refuse_tables(sorted(tables))
+    if left_out:
+        parts = (f"{counted(len(n), why)} ({some(sorted(n))})" for why, n in left_out.items())
+        print(f"{printable(folder)}: left out {', '.join(sorted(parts))}")
     return kept
+
+
+HIDDEN = "hidden file* or folder*"
+
+
+def why_left_out(path: Path, root: Path) -> tuple[str, ...]:
+    """Why a file in a folder is not read, as arguments of leave_out; () if it is read."""
+    if path.name.startswith("."):
+        return (HIDDEN,)
+    if not os.path.exists(path):
+        return ("broken link*",)
+    if not os.path.isfile(path):  # a FIFO could make us wait for ever
+        return ("special file*",)
+    if not path.resolve().is_relative_to(root):
+        return ("link* to files outside of it",)
+    if not os.access(path, os.R_OK):
+        return ("unreadable file* or folder*",)
+    if not path.stat().st_size:
+        return ("empty file*",)
+    if found := what_it_holds(path):
+        return "file* not in UTF-8", found[0]
+    if rows_of(path) is json_list:
+        try:
+            next(json_list(path), None)
+        except ValueError:
+            return (".json file* without rows of text",)
+    return ()
 
 
 def documents(paths: list[Path]) -> Corpus:
@@ -210,7 +351,7 @@ def documents(paths: list[Path]) -> Corpus:
     for path in paths:
         found = folder_files(path) if path.is_dir() else {path.name: path}
         names |= {(name if name not in names else f"{path}/{name}"): found[name] for name in found}
-    texts = {name: path for name, path in names.items() if path.suffix not in ROWS}
+    texts = {name: path for name, path in names.items() if rows_of(path) is None}
 
     def pieces(whole: bool = True) -> Iterator[Piece]:
         for split, path in split_files(texts, 0.1):
@@ -219,7 +360,7 @@ def documents(paths: list[Path]) -> Corpus:
             else:
                 yield from text_file(path).pieces()
         for name in sorted(names.keys() - texts.keys()):
-            for row, text in enumerate(ROWS[names[name].suffix](names[name])):
+            for row, text in enumerate(rows_of(names[name])(names[name])):
                 if whole:
                     yield Piece(split_of(f"{name}:{row}", 0.1), True, text)
                 else:
@@ -230,7 +371,8 @@ def documents(paths: list[Path]) -> Corpus:
         sizes[piece.split] += len(piece.text.encode())
     whole = 0.05 * sizes.total() <= sizes["val"] <= 0.2 * sizes.total()
     how = "split by document" if whole else "few or unequal, so each is cut 90/10"
-    source = f"{len(names)} files of {', '.join(path.resolve().name for path in paths)}, {how}"
+    of = ", ".join(path.resolve().name for path in paths)
+    source = f"{counted(len(names), 'file*')} of {of}, {how}"
     first = paths[0].resolve()
     name = first.name if first.is_dir() else first.stem
     return Corpus(name, source, partial(pieces, whole), sizes.total())
@@ -282,8 +424,12 @@ def shakespeare() -> Corpus:
             f"{SHAKESPEARE}: what came is not tinyshakespeare (its SHA-256 differs); "
             "try again later"
         )
-    pieces, source = cut_text(content.decode()), "tinyshakespeare of karpathy/char-rnn"
-    return Corpus("shakespeare", source, lambda: iter(pieces), len(content), tokenizer="char")
+
+    def pieces() -> Iterator[Piece]:
+        yield from cut_text(content.decode())
+
+    source = "tinyshakespeare of karpathy/char-rnn"
+    return Corpus("shakespeare", source, pieces, len(content), tokenizer="char")
 
 
 def hub_stream(name: str, path: str, tokenizer: str, /, **options) -> Corpus:

@@ -9,6 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+UNFINISHED = ".rootllama-unfinished"  # the end of the name of a folder that its owner has locked
+
 
 def write_atomically(
     path: Path, write: Callable[[BinaryIO], Any], check: Callable[[Path], None] | None = None
@@ -66,20 +73,54 @@ def new_folder(out: Path, progress: str | None = None) -> Iterator[Path]:
 
     If the work stops before that, the folder is deleted, with one exception: `progress` names a
     file that makes it possible to go on. If that file is in the folder, the folder stays, and the
-    next call with the same `out` gets it back.
+    next call with the same `out` gets it back. A process that is killed by kill -9 leaves its
+    folder behind; the next call beside it deletes that folder, if the disk has locks.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(out.parent)
+    lock = None
     if progress:
         folder = out.parent / f".{out.name}.partial"
         folder.mkdir(exist_ok=True)
     else:
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        folder.chmod(0o755)  # mkdtemp lets only this user in
     try:
+        if not progress:
+            folder.chmod(0o755)  # mkdtemp lets only this user in
+            lock = lock_folder(folder)
+            if lock is not None:  # only then does the name say that others may delete it
+                folder = folder.rename(folder.with_name(folder.name + UNFINISHED))
         yield folder
     finally:
         if folder.exists() and not (progress and (folder / progress).exists()):
             shutil.rmtree(folder)
+        if lock is not None:
+            os.close(lock)
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Deletes the folders that new_folder has made here and whose owner has been killed."""
+    for folder in parent.glob(f".*.????????{UNFINISHED}"):
+        lock = None if folder.is_symlink() else lock_folder(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)  # another user's stays
+            os.close(lock)
+
+
+def lock_folder(folder: Path) -> int | None:
+    """Locks a folder until the handle is closed or this process ends, however it ends.
+
+    None if another process has the lock, or if this system or disk has no such locks.
+    """
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    except (OSError, AttributeError):
+        if handle is not None:
+            os.close(handle)
+        return None
 
 
 def sync(path: Path) -> None:

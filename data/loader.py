@@ -51,10 +51,15 @@ class Dataset:
         """UTF-8 bytes of text per token. Bits per byte = loss in nats / ln 2 / this."""
         return self.meta["bytes"][split] / self.meta["tokens"][split]
 
-    def check_unchanged(self) -> None:
-        """OSError if a file was written to after it was opened: its memory map has changed, too.
+    def lost_share(self, split: str) -> float:
+        """The share of the split's bytes that the tokenizer could not keep."""
+        return self.meta.get("lost_bytes", {}).get(split, 0) / self.meta["bytes"][split]
 
-        A file that was deleted or replaced is no error: the map keeps the old content.
+    def check_unchanged(self) -> None:
+        """OSError if a file was changed after it was opened: its memory map has changed, too.
+
+        A file that was deleted or replaced is no error: the map keeps the old content. Nor is one
+        that has a new time and the same content, as after `touch`.
         """
         for path, before in self.opened.items():
             try:
@@ -63,10 +68,18 @@ class Dataset:
                 continue
             if not os.path.samestat(now, before):
                 continue
-            if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            if (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
+                continue
+            try:
+                if now.st_size != before.st_size:
+                    raise ValueError("it has another size now")
+                tokens, checksums = getattr(self, path.stem), self.meta["crc32"][path.stem]
+                check_content(path, tokens, self.meta["vocab_size"], checksums, scanned=len(tokens))
+            except ValueError:
                 raise OSError(
                     f"{path} was changed while it was being read: prepare the data set again"
-                )
+                ) from None
+            self.opened[path] = now
 
 
 # The batch of a step
@@ -235,11 +248,21 @@ def is_counts(value: object) -> bool:
     return isinstance(value, dict) and all(is_count(value.get(split)) for split in SPLITS)
 
 
+def is_loss(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        is_count(value.get(split)) or value.get(split) == 0 for split in SPLITS
+    )
+
+
 def is_checksums(value: object) -> bool:
     return isinstance(value, dict) and all(
         isinstance(value.get(split), list) and all(type(crc) is int for crc in value[split])
         for split in SPLITS
     )
+
+
+def is_bits(value: object) -> bool:
+    return value is None or (type(value) in (int, float) and 0 < value < 1000)
 
 
 FIELDS = {  # of meta.json: the test that a value must pass, and the words for it
@@ -249,6 +272,7 @@ FIELDS = {  # of meta.json: the test that a value must pass, and the words for i
     "tokens": (is_counts, "a number of tokens above 0 for train and for val"),
     "bytes": (is_counts, "a number of bytes above 0 for train and for val"),
     "crc32": (is_checksums, "a list of checksums for train and for val"),
+    "val_xz_bits_per_byte": (is_bits, "null or a number of bits"),
     **dict.fromkeys(
         ("tokenizer", "tokenizer_sha256", "content_sha256"),
         (lambda value: isinstance(value, str), "a text"),
@@ -268,12 +292,14 @@ def read_meta(path: Path) -> dict:
     for field, (good, meaning) in FIELDS.items():
         if not good(meta.get(field)):
             raise ValueError(f"{path}: {field} is {meta.get(field)!r:.80}, must be {meaning}")
-    bits = meta.get("val_xz_bits_per_byte", 0.0)
-    if not (type(bits) in (int, float) and 0 <= bits < 2**63):
-        raise ValueError(f"{path}: val_xz_bits_per_byte is {bits!r:.80}, must be a number")
     bos_id = meta.get("bos_id")
     if not (bos_id is None or type(bos_id) is int and 0 <= bos_id < meta["vocab_size"]):
         raise ValueError(f"{path}: bos_id is {bos_id!r:.80}, must be null or below vocab_size")
+    if "lost_bytes" in meta and not is_loss(meta["lost_bytes"]):
+        raise ValueError(
+            f"{path}: lost_bytes is {meta['lost_bytes']!r:.80}, must be a number of bytes for "
+            "train and for val"
+        )
     if meta.get("checksum") != found:
         raise ValueError(f"{path}: its checksum says that it was changed or damaged")
     return meta
@@ -295,15 +321,23 @@ def map_tokens(path: Path, size: int, meta: dict, split: str) -> np.ndarray:
     return tokens
 
 
-def check_content(path: Path, tokens: np.ndarray, vocab_size: int, checksums: list[int]) -> None:
+def check_content(
+    path: Path,
+    tokens: np.ndarray,
+    vocab_size: int,
+    checksums: list[int],
+    scanned: int | None = None,
+) -> None:
     """ValueError if tokens are not those that were prepared, or if an id is not below vocab_size.
 
+    Of a larger file, about `scanned` tokens are looked at; None = FULL_SCAN of them.
     On a GPU such an id would end the run with a device-side assert that does not name the cause.
     """
     parts = -(-len(tokens) // PART_TOKENS)
     if len(checksums) != parts:
         raise ValueError(f"{path}: has {parts} parts, meta.json {len(checksums)} checksums")
-    checked = np.linspace(0, parts - 1, min(parts, FULL_SCAN // PART_TOKENS)).astype(int)
+    most = -(-(FULL_SCAN if scanned is None else scanned) // PART_TOKENS)
+    checked = np.linspace(0, parts - 1, min(parts, most)).astype(int)
     for i in checked.tolist():
         begin = i * PART_TOKENS
         part = tokens[begin : begin + PART_TOKENS]

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -32,6 +32,7 @@ from config.command import run_command, user_errors
 from data import PART_TOKENS, SPLITS, checksum
 from data.corpus import CHUNK, Corpus, Piece, open_corpus
 from data.files import new_folder, sync, write_atomically
+from data.formats import printable
 from data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -48,8 +49,8 @@ python data/prepare.py python                     the standard library of the Py
 python data/prepare.py shakespeare                1 MB, downloaded
 python data/prepare.py tinystories | fineweb-edu  streamed from Hugging Face; after a stop, the
                                                   same command goes on
-python data/prepare.py FILE-OR-FOLDER...          your own text, .jsonl (field 'text') or .parquet
-                                                  (column 'text')
+python data/prepare.py FILE-OR-FOLDER...          your own text; rows in .jsonl, .ndjson or .json
+                                                  (field 'text') or .parquet (column 'text')
 
 tokenizer=sentencepiece   trained on the train split, with vocab_size=4096 ids
 tokenizer=byte | char | tiktoken:gpt2 | PATH.model
@@ -61,6 +62,8 @@ SAMPLE_DOCUMENTS = 20_000  # of a stream: its tokenizer is trained on those at i
 XZ_LIMIT = (
     16_000_000  # bytes: xz takes about 1 s for each MB, so a longer val split is not measured
 )
+LOSSLESS = ("byte", "char", "tiktoken")  # kinds of tokenizers that keep any text by construction
+EXAMPLES = 8  # characters that are named if others lose some
 SAVE_EVERY = 64_000_000  # bytes of text after which a stream saves its progress
 
 
@@ -96,17 +99,34 @@ def prepare(
         os.rename(folder, out)
         sync(out.parent)
     print_result(out, meta, time.monotonic() - begin)
+    if "lost_bytes" in meta:
+        warn_of_loss(meta, progress["lost_such_as"])
     return meta
 
 
 def print_result(out: Path, meta: dict, seconds: float) -> None:
     """One line: what was made, and how fast."""
     tokens, size = (sum(meta[key].values()) for key in ("tokens", "bytes"))
-    print(
+    text = (
         f"{out}: {meta['source']}, {size / 1e6:.2f} MB -> {meta['tokens']['train']:,} train and "
         f"{meta['tokens']['val']:,} val tokens, vocabulary {meta['vocab_size']:,} "
         f"({meta['tokenizer']}), {size / tokens:.2f} bytes/token; {seconds:.1f} s, "
         f"{size / 1e6 / seconds:.1f} MB/s"
+    )
+    print(printable(text))
+
+
+def warn_of_loss(meta: dict, such_as: str) -> None:
+    """One line: how much of the text the tokenizer loses, and what follows from it."""
+    shares = (
+        f"{100 * meta['lost_bytes'][split] / meta['bytes'][split]:.3g}% of the {split} text"
+        for split in SPLITS
+    )
+    print(
+        f"warning: this tokenizer loses {' and '.join(shares)}, such as "
+        f"{', '.join(map(repr, such_as))}: a model cannot learn that, and bits per byte are "
+        "withheld; tokenizer=sentencepiece or byte keeps all of it",
+        file=sys.stderr,
     )
 
 
@@ -128,10 +148,11 @@ def make_tokenizer(choice: str, vocab_size: int | None, corpus: Corpus) -> Token
         return char_tokenizer(corpus)
     if choice.startswith("tiktoken:"):
         return named_tiktoken(choice.removeprefix("tiktoken:"))
-    if choice and Path(choice).is_dir():
-        return load_tokenizer(choice)
-    if choice.endswith(".model"):
-        return read_sentencepiece(choice)
+    path = Path(os.path.expanduser(choice))
+    if choice and path.is_dir():
+        return load_tokenizer(path)
+    if path.suffix.lower() == ".model":
+        return read_sentencepiece(path)
     raise ValueError(
         f"tokenizer={choice} is unknown; choose from byte, char, sentencepiece, tiktoken:NAME, "
         "PATH.model, FOLDER"
@@ -226,17 +247,23 @@ def write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: d
     ):
         groups = group_pieces(islice(pieces, progress["pieces"], None))
         encode = partial(encode_pieces, tokenizer, progress["dtype"])
-        for group, encoded in in_order(encode, groups):
+        for group, (encoded, lost) in in_order(encode, groups):
             for split, file in zip(SPLITS, (train, val), strict=True):
                 file.write(encoded[split])
                 file.flush()
                 text = "".join(piece.text for piece in group if piece.split == split).encode()
                 progress["tokens"][split] += len(encoded[split]) // itemsize
                 progress["bytes"][split] += len(text)
+                progress["lost_bytes"][split] += sum(lost[split].values())
                 if split == "val":
                     progress["val_crc32"] = zlib.crc32(text, progress["val_crc32"])
                 bar.update(len(text))
             progress["pieces"] += len(group)
+            seen = progress["lost_such_as"]
+            new = [
+                char for char, _ in (lost["train"] + lost["val"]).most_common() if char not in seen
+            ]
+            progress["lost_such_as"] = (seen + "".join(new))[:EXAMPLES]
             size = sum(progress["bytes"].values())
             if corpus.stream and size - saved >= SAVE_EVERY:
                 saved = size
@@ -256,15 +283,38 @@ def group_pieces(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield group
 
 
-def encode_pieces(tokenizer: Tokenizer, dtype: str, pieces: list[Piece]) -> dict[str, bytes]:
-    """split -> the ids of the pieces, as the bytes of its .bin file."""
+def encode_pieces(
+    tokenizer: Tokenizer, dtype: str, pieces: list[Piece]
+) -> tuple[dict[str, bytes], dict[str, Counter]]:
+    """split -> the ids of the pieces, as the bytes of its .bin file; and split -> lost_by."""
     ids: dict[str, list[int]] = {split: [] for split in SPLITS}
+    lost: dict[str, Counter] = {split: Counter() for split in SPLITS}
     for piece in pieces:
         if piece.start and tokenizer.bos_id is not None:
             ids[piece.split].append(tokenizer.bos_id)
-        ids[piece.split] += tokenizer.encode(piece.text, start=piece.start)
+        found = tokenizer.encode(piece.text, start=piece.start)
+        ids[piece.split] += found
+        lost[piece.split] += lost_by(tokenizer, found, piece)
     kind = np.dtype(dtype).newbyteorder("<")
-    return {split: np.array(ids[split], dtype=kind).tobytes() for split in SPLITS}
+    return {split: np.array(ids[split], dtype=kind).tobytes() for split in SPLITS}, lost
+
+
+def lost_by(tokenizer: Tokenizer, ids: list[int], piece: Piece) -> Counter:
+    """character -> how many bytes of it the ids of a piece do not give back.
+
+    Characters that change their places count as one that is lost.
+    """
+    if tokenizer.kind in LOSSLESS:
+        return Counter()
+    text = tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
+    if text == piece.text:
+        return Counter()
+    if piece.start and tokenizer.dummy_prefix:
+        text = text.removeprefix(" ")
+        if text == piece.text:
+            return Counter()
+    missing = Counter(piece.text) - Counter(text) or Counter(piece.text[:1])
+    return Counter({char: count * len(char.encode()) for char, count in missing.items()})
 
 
 def in_order(function: Callable, items: Iterable) -> Iterator[tuple]:
@@ -316,6 +366,8 @@ def start_or_resume(
         "tokens": dict.fromkeys(SPLITS, 0),
         "bytes": dict.fromkeys(SPLITS, 0),
         "val_crc32": 0,
+        "lost_bytes": dict.fromkeys(SPLITS, 0),
+        "lost_such_as": "",
     }
 
 
@@ -333,12 +385,15 @@ def read_progress(folder: Path) -> dict:
     try:
         if path.stat().st_size >= 100_000:
             raise ValueError
-        progress = json.loads(path.read_text(encoding="utf-8"))
+        # An older version did not measure what is lost.
+        unmeasured = {"lost_bytes": dict.fromkeys(SPLITS, 0), "lost_such_as": ""}
+        progress = unmeasured | json.loads(path.read_text(encoding="utf-8"))
         itemsize = {"uint16": 2, "uint32": 4}[progress["dtype"]]
         counts = [progress["pieces"], progress["val_crc32"]]
         for split in SPLITS:
-            counts += [progress["tokens"][split], progress["bytes"][split]]
+            counts += [progress[name][split] for name in ("tokens", "bytes", "lost_bytes")]
         sound = isinstance(progress["asked"], dict)
+        sound = sound and isinstance(progress["lost_such_as"], str)
         sound = sound and all(type(count) is int and count >= 0 for count in counts)
         for split in SPLITS:
             size = (folder / f"{split}.bin").stat().st_size
@@ -364,6 +419,7 @@ def meta_of(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: dict) 
             content.update(block)
             checksums[split].append(zlib.crc32(block))
     text = val_text(folder, tokenizer, progress)
+    lost = {"lost_bytes": progress["lost_bytes"]} if any(progress["lost_bytes"].values()) else {}
     meta = {
         "format_version": 1,
         "dtype": progress["dtype"],
@@ -376,7 +432,8 @@ def meta_of(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: dict) 
         "source": corpus.source,
         "content_sha256": content.hexdigest(),
         "crc32": checksums,
-        "val_xz_bits_per_byte": xz_bits_per_byte(text) if tokenizer.exact else None,
+        "val_xz_bits_per_byte": xz_bits_per_byte(text) if tokenizer.exact and not lost else None,
+        **lost,  # only there if there is a loss
     }
     return meta | {"checksum": checksum(meta)}
 
@@ -428,10 +485,12 @@ def read_command(argv: list[str]) -> tuple[Corpus, Path, str | None, int | None]
     sources, options = [], {}
     for word in argv:
         key, equals, value = word.removeprefix("--").partition("=")
-        if not equals or Path(word).exists():
+        if not equals or os.path.exists(os.path.expanduser(word)):
             sources.append(word)
         elif key not in OPTIONS:
             raise ValueError(f"unknown option {key!r}; choose from {', '.join(OPTIONS)}")
+        elif key in options:
+            raise ValueError(f"{key} is given twice, as {options[key]!r} and {value!r}: keep one")
         else:
             options[key] = value
     if not sources:
@@ -440,7 +499,7 @@ def read_command(argv: list[str]) -> tuple[Corpus, Path, str | None, int | None]
         raise ValueError(f"{len(sources)} sources are one data set; give it a name=")
     size = options.get("vocab_size")
     if size is not None and not re.fullmatch("[0-9]{1,7}", size):
-        raise ValueError(f"vocab_size={size}: expected a whole number, below ten million")
+        raise ValueError(f"vocab_size must be a whole number below ten million, got {size!r:.80}")
     corpus = open_corpus(sources)
     name = options.get("name", corpus.name)
     if name != Path(name).name or name.startswith(".") or not name or "\\" in name:

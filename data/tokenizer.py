@@ -15,6 +15,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -52,6 +53,8 @@ PATTERN_PROBE += " words, of all  kinds\n\n\t \u4f60\U0001f600 12 " + 64 * "a" +
 SENTENCEPIECE_CHARS = 2000
 SPACE_RUN = 50_000
 LINE_END = re.compile(r"\n(?!\n)")
+NEEDED_IDS = 3 + 256 + 2  # of every tokenizer that is trained here: special, bytes, space, newline
+BORDER = "\ue000"  # no piece passes this character in the text on which a tokenizer is trained
 
 
 class Tokenizer:
@@ -472,45 +475,69 @@ def train_sentencepiece(blocks: Iterable[str], vocab_size: int) -> SentencePiece
     past the end of a line, so a prompt that ends with its line gets the ids that training has seen.
     Pieces of several words would save a sixth of the tokens, but the models trained on them were
     worse in bits per byte (docs/LOG.md).
+
+    Each character gets an id, except for the rarest, which are spelled by their bytes. A text of
+    many characters, as a Chinese one, may have more of them than vocab_size has room for. Then the
+    most frequent characters get half of the room, and pieces of several characters the rest.
+    ValueError if vocab_size is below NEEDED_IDS.
     """
-    border = "\ue000"  # no merge passes this character, so it stands between lines
-    reserved = re.compile(f"[\0\u2585{SPACE}{border}]")  # border, and marks of the trainer itself
-    lines = re.compile("[^\n]+\n*|\n+")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(
-                border.join(lines.findall(reserved.sub("", block))) for block in blocks
-            ),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            # The special ids of Llama
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            # A space without a piece of its own would become the bytes of U+2581.
-            required_chars=SPACE + "\n",
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            pretokenization_delimiter=border,
-            max_sentencepiece_length=32,
-            max_sentence_length=2**30,
-            # It is written into the file. A fixed number gives the same file on every machine.
-            num_threads=2,
-            minloglevel=2,
+    if vocab_size < NEEDED_IDS:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small for tokenizer=sentencepiece: it needs at least "
+            f"{NEEDED_IDS} ids, of which 256 are for bytes"
         )
+    reserved = re.compile(f"[\0\u2585{SPACE}{BORDER}]")  # border, and marks of the trainer itself
+    lines = re.compile("[^\n]+\n*|\n+")
+    texts = [BORDER.join(lines.findall(reserved.sub("", block))) for block in blocks]
+    try:
+        try:
+            return run_trainer(texts, vocab_size)
+        except RuntimeError as error:
+            if "required_chars" not in str(error):
+                raise
+        return run_trainer(without_rare(texts, (vocab_size - NEEDED_IDS) // 2), vocab_size)
     except RuntimeError as error:
-        needed = re.search(r"\d+ vs (\d+)", str(error))
-        if needed:
-            reason = f"it needs at least {needed[1]}"
-        else:
-            reason = f"no tokenizer can be trained on it ({error})"
-        raise ValueError(f"vocab_size={vocab_size} does not suit this text: {reason}") from None
+        raise ValueError(
+            f"no tokenizer with vocab_size={vocab_size} can be trained on this text ({error})"
+        ) from None
+
+
+def without_rare(texts: list[str], kept: int) -> list[str]:
+    """The texts with BORDER instead of all characters but the `kept` most frequent ones."""
+    counts = Counter(char for text in texts for char in text if char not in BORDER + "\n ")
+    # Those that are equally frequent are in the order of their code points.
+    rare = sorted(counts, key=lambda char: (-counts[char], char))[kept:]
+    table = dict.fromkeys(map(ord, rare), BORDER)
+    return [text.translate(table) for text in texts]
+
+
+def run_trainer(texts: list[str], vocab_size: int) -> SentencePieceTokenizer:
+    """SentencePiece's trainer, which raises RuntimeError."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        # The special ids of Llama
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        byte_fallback=True,
+        character_coverage=0.9995,
+        # A space without a piece of its own would become the bytes of U+2581.
+        required_chars=SPACE + "\n",
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        pretokenization_delimiter=BORDER,
+        max_sentencepiece_length=32,
+        max_sentence_length=2**30,
+        # It is written into the file. A fixed number gives the same file on every machine.
+        num_threads=2,
+        minloglevel=2,
+    )
     return SentencePieceTokenizer(model.getvalue())

@@ -386,16 +386,17 @@ def last_evaluation(folder: Path, step: int) -> dict[str, str]:
     evaluations = [
         record
         for record in read_metrics(folder)
-        if record["step"] <= step
-        and all(isinstance(record.get(name), float) for name in ("val_loss", "val_bpb"))
+        if record["step"] <= step and isinstance(record.get("val_loss"), float)
     ]
     if not evaluations:
         return {}
     last = evaluations[-1]
     perplexity = math.exp(min(last["val_loss"], 700))  # exp overflows above 709
     name = f"validation at step {last['step']:,}, by its {METRICS_FILE}"
-    found = f"loss {last['val_loss']:.4f} nats per token, perplexity {perplexity:.2f}"
-    return {name: f"{found}, {last['val_bpb']:.4f} bits per byte"}
+    said = f"loss {last['val_loss']:.4f} nats per token, perplexity {perplexity:.2f}"
+    if isinstance(last.get("val_bpb"), float):  # left out if the tokenizer loses text
+        said += f", {last['val_bpb']:.4f} bits per byte"
+    return {name: said}
 
 
 def two_columns(left: str, right: str, rows: Iterable[tuple[str, str]]) -> str:

@@ -307,12 +307,13 @@ def is_result(record: dict[str, Any]) -> bool:
     """Whether a line of results.jsonl can be from `result_of`: what the report reads is there, and
     is of the right type. TypeError, LookupError and AttributeError also mean that it is not."""
     numbers = "learning_rate seed max_iters train_seconds peak_memory_mb parameters threads".split()
-    losses, versions_of = (record["val_loss"], record["val_bpb"]), record["versions"].values()
+    loss, bits, versions_of = record["val_loss"], record["val_bpb"], record["versions"].values()
     return (
         all(is_number(record[name]) for name in numbers)
         and all(type(record[name]) is bool for name in ("diverged", "compile"))
         and all(type(record[name]) is str for name in ("cell", "device", "dtype"))
-        and all(loss is None and record["diverged"] or is_number(loss) for loss in losses)
+        and (is_number(loss) or (loss is None and record["diverged"]))
+        and (is_number(bits) or bits is None)
         and all(type(version) in (str, type(None)) for version in versions_of)
         and type(record["knobs"]) is dict
         and Path(record["cell"]).name == record["cell"]  # no path to another folder
@@ -341,7 +342,7 @@ def result_of(cell: Cell, folder: Path, exit_code: int) -> dict[str, Any]:
     about = load_json(folder / "config.json")
     records = read_metrics(folder)
     steps = [record for record in records if {"loss", "step_ms", "peak_memory_mb"} <= record.keys()]
-    evaluations = [record for record in records if {"val_loss", "val_bpb"} <= record.keys()]
+    evaluations = [record for record in records if "val_loss" in record]
     val_loss = val_bpb = None
     if exit_code == 0:
         if not steps or not evaluations:
@@ -349,7 +350,7 @@ def result_of(cell: Cell, folder: Path, exit_code: int) -> dict[str, Any]:
                 f"error: {folder / METRICS_FILE} lacks the steps or the evaluation of this "
                 f"cell any more: delete {folder}, and the cell is trained again"
             )
-        val_loss, val_bpb = evaluations[-1]["val_loss"], evaluations[-1]["val_bpb"]
+        val_loss, val_bpb = evaluations[-1]["val_loss"], evaluations[-1].get("val_bpb")
     # step_ms of a record is a mean over the steps since the record before.
     before = [0, *(record["step"] for record in steps)]
     milliseconds = sum((r["step"] - b) * r["step_ms"] for r, b in zip(steps, before, strict=False))
@@ -488,7 +489,7 @@ class Lab:
             total=len(cells),
             initial=len(cells) - len(waiting),
             unit="cell",
-            disable=not sys.stderr.isatty(),
+            disable=not waiting or not sys.stderr.isatty(),  # of nothing it would print 0cell
             dynamic_ncols=True,
         )
         with bar:

@@ -209,10 +209,12 @@ def quality_table(reference: str, cells_of: dict[str, Cells], found: dict[str, D
             continue
         rate, steps = f"{cells[0]['learning_rate']:g}", f"{cells[0]['max_iters']:,}"
         deviation = f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "-"
-        bits = np.mean([cell["val_bpb"] for cell in cells])
+        measured = [cell["val_bpb"] for cell in cells]
+        # They are left out if the tokenizer loses text.
+        bits = "-" if None in measured else f"{np.mean(measured):.4f}"
         d = found.get(arm, Difference("reference"))
         rows.append(
-            [f"`{arm}`", rate, steps, f"{np.mean(losses):.4f}", deviation, f"{bits:.4f}"]
+            [f"`{arm}`", rate, steps, f"{np.mean(losses):.4f}", deviation, bits]
             + difference_columns(d)
         )
     return markdown_table(head, rows)

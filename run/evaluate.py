@@ -17,15 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.loader import DATA, Dataset, open_dataset, read_windows, val_starts
+from data.tokenizer import load_tokenizer
 from model import IGNORED, Decoder
 from run.machine import autocast, to_device
 from run.ranks import ALONE, Ranks
+from run.setup import dataset_folder, find_same_data
 from run.signals import Interrupts
 from weights.open import LONGEST_WINDOW
 
 # If no batch is given, about this many logits are computed at once: 64 MB in fp32. A CPU gains
 # nothing from more.
 LOGITS_AT_ONCE = 2**24
+WINDOW_TOKENS = 2**20  # tokens whose bytes are counted at once
 
 
 @torch.no_grad()
@@ -68,26 +71,28 @@ class Evaluation:
 
     split: str
     loss: float  # nats per token
-    bytes_per_token: float
+    bytes_per_token: float | None  # of the tokens that were predicted; None: see `withheld`
     windows: int
     block_size: int  # tokens of a window
     seconds: float
+    withheld: str = ""  # why there are no bits per byte, in words
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
-    def bits_per_byte(self) -> float:
+    def bits_per_byte(self) -> float | None:
         """The loss in a unit that does not depend on the tokenizer."""
-        return self.loss / math.log(2) / self.bytes_per_token
+        return self.bytes_per_token and self.loss / math.log(2) / self.bytes_per_token
 
     def __str__(self) -> str:
         tokens = self.windows * self.block_size
+        bits = f"withheld: {self.withheld}" if self.withheld else f"{self.bits_per_byte:.6f}"
         return (
             f"{self.split + ' loss':14}{self.loss:.6f} nats per token\n"
             f"perplexity    {self.perplexity:.4f}\n"
-            f"bits per byte {self.bits_per_byte:.6f}\n"
+            f"bits per byte {bits}\n"
             f"tokens        {tokens:,} in {self.windows:,} windows of {self.block_size:,}\n"
             f"time          {self.seconds:.2f} s, {tokens / self.seconds:,.0f} tokens/s"
         )
@@ -126,8 +131,42 @@ def evaluate(
             f"dtype (then use dtype=float32)"
         )
     seconds = time.perf_counter() - begin
-    bytes_per_token = data.bytes_per_token(split)
-    return Evaluation(split, loss, bytes_per_token, len(starts), block_size, seconds)
+    measured = bytes_per_predicted_token(data, split, starts, block_size)
+    return Evaluation(split, loss, measured[0], len(starts), block_size, seconds, measured[1])
+
+
+def bytes_per_predicted_token(
+    data: Dataset, split: str, starts: np.ndarray, block_size: int
+) -> tuple[float | None, str]:
+    """How many bytes of text a token stands for, in the mean over the tokens that are predicted in
+    the windows of `split` that begin at `starts`; and "".
+
+    Bits per byte = loss in nats / ln 2 / this. If the tokens do not spell their text, or nothing
+    here can say what they spell, it is None, and the text says why in words.
+    """
+    if lost := data.lost_share(split):
+        return None, f"the tokenizer has lost {100 * lost:.3g}% of the {split} text"
+    try:
+        tokenizer = load_tokenizer(data.folder)
+    except (ValueError, OSError) as error:  # for instance, a library that it needs is missing
+        return None, str(error)
+    ends = np.zeros(tokenizer.vocab_size, dtype=bool)  # ids that stand between documents
+    ends[list(tokenizer.end_ids)] = True
+    lengths = np.array([len(piece) for piece in tokenizer.pieces])
+    at_start = lengths  # of the first token of a document, whose dummy prefix is no text
+    if tokenizer.dummy_prefix:
+        at_start = lengths - np.array([piece.startswith(b" ") for piece in tokenizer.pieces])
+    total, count = 0, len(starts) * block_size
+    for some_starts in np.array_split(starts, -(-count // WINDOW_TOKENS)):
+        places = some_starts[:, None] + np.arange(block_size + 1)  # [B, T + 1]
+        tokens = getattr(data, split)[places]
+        before, predicted = tokens[:, :-1], tokens[:, 1:]
+        if ((lengths[predicted] == 0) & ~ends[predicted]).any():
+            return None, f"the tokenizer does not know all characters of the {split} text"
+        total += int(np.where(ends[before], at_start[predicted], lengths[predicted]).sum())
+    if not total:
+        return None, "the tokens that are predicted stand for no text"
+    return total / count, ""
 
 
 def refuse_longer_than_context(block_size: int, context: int) -> None:
@@ -141,8 +180,8 @@ def refuse_longer_than_context(block_size: int, context: int) -> None:
 
 
 def open_known_dataset(name: str, known: dict[str, Any], place: Path) -> Dataset:
-    """The data set `name`: a folder under data/, or a path with a '/'. If `name` is '', it is the
-    data set that the model in `place` was trained on, as its checkpoint describes it in `known`.
+    """The data set `name`, as train.py understands it. If `name` is '', it is the data set under
+    data/ that the model in `place` was trained on, as its checkpoint describes it in `known`.
 
     ValueError if the data set has another tokenizer than the model, or, with name='', if its data
     have changed.
@@ -157,7 +196,13 @@ def open_known_dataset(name: str, known: dict[str, Any], place: Path) -> Dataset
         raise ValueError(
             f"{place} says it was trained on {wanted!r:.80}, which is no name of a data set"
         )
-    data = open_dataset(Path(name) if "/" in name else DATA / wanted)
+    folder = dataset_folder(name) if name else find_same_data(known) or DATA / wanted
+    if not name and not folder.exists():
+        raise ValueError(
+            f"the data set {wanted} that {place} was trained on is not under data/: name where it "
+            f"is with dataset=FOLDER"
+        )
+    data = open_dataset(folder)
     if data.meta["tokenizer_sha256"] != known["tokenizer_sha256"]:
         raise ValueError(
             f"{data.folder} was not made with the tokenizer of {place}: python data/prepare.py "

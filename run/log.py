@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from config.command import printable, reader_left, shell_path, warn
 from data.files import is_own_file, write_atomically
+from data.loader import val_starts
 from model import parameter_count
+from run.evaluate import bytes_per_predicted_token
 from run.machine import flops_per_token, matmul_rate, memory_estimate, peak_memory
 from run.metrics import METRICS_FILE, has_evaluation, read_metrics
 from run.setup import Run
@@ -49,7 +51,6 @@ class Log:
         self.folder, self.device = run.folder, config.device
         self.last_step, self.interval = config.max_iters, config.log_interval
         self.tracker, self.interrupts = tracker, interrupts
-        self.bytes_per_token = run.data.bytes_per_token("val")
         self.tokens_per_step = config.batch_size * config.model.block_size
         self.flops_per_step = self.tokens_per_step * flops_per_token(config.model, config.lora_rank)
         # FLOP/s of large matrix products on all ranks: the training speed is compared with this.
@@ -71,7 +72,14 @@ class Log:
                 self._write_all()
             except OSError as error:
                 warn(f"metrics.jsonl failed, it is written again with the next record: {error}")
+        measured = None, ""
+        with self.ranks.all_or_exit():
+            if self.ranks.is_main:
+                T, split = config.model.block_size, run.data.val
+                starts = val_starts(len(split), T, config.eval_iters)
+                measured = bytes_per_predicted_token(run.data, "val", starts, T)
         self.records = self.ranks.from_main(self.records)
+        self.bytes_per_token, withheld = self.ranks.from_main(measured)
         self.bar = tqdm(
             total=self.last_step,
             initial=run.step,
@@ -82,6 +90,8 @@ class Log:
         )
         if self.ranks.is_main:
             self.line(summary(run))
+            if withheld:
+                self.line(f"warning: bits per byte are withheld: {withheld}")
 
     def __enter__(self) -> "Log":
         return self
@@ -156,13 +166,17 @@ class Log:
         )
 
     def evaluation(self, step: int, val_loss: float) -> None:
-        """val_loss is in nats per token. Bits per byte do not depend on the tokenizer."""
-        bits = val_loss / math.log(2) / self.bytes_per_token
+        """val_loss is in nats per token. Bits per byte do not depend on the tokenizer; they are
+        left out if the tokens do not spell their text."""
+        record, shown = {"step": step, "val_loss": val_loss}, ""
+        if self.bytes_per_token:
+            record["val_bpb"] = val_loss / math.log(2) / self.bytes_per_token
+            shown = f" | {record['val_bpb']:.4f} bits per byte"
         self.line(
-            f"step {step}/{self.last_step} | val loss {val_loss:.4f} | {bits:.4f} bits per byte | "
+            f"step {step}/{self.last_step} | val loss {val_loss:.4f}{shown} | "
             f"perplexity {math.exp(min(val_loss, 700)):.2f}"
         )
-        self.write({"step": step, "val_loss": val_loss, "val_bpb": bits})
+        self.write(record)
 
     def watch(self, step: int, scales: dict[str, list[float]]) -> None:
         """Records what run/watch.py measured just before optimizer step `step`; only main does."""

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from torch import nn
 from config.command import shell_path
 from config.preset import NOT_DECIDED_BY_WEIGHTS, make_config, read_knobs
 from config.schema import Config
-from data.corpus import open_corpus
-from data.loader import DATA, Dataset, open_dataset, train_starts, val_starts
+from data.corpus import Corpus, open_corpus
+from data.loader import DATA, Dataset, open_dataset, read_meta, train_starts, val_starts
 from data.prepare import prepare
 from data.tokenizer import FILES as TOKENIZER_FILES
 from data.tokenizer import tokenizer_file, tokenizer_sha256
@@ -125,7 +126,8 @@ def read_and_check(
     tokenizer = None  # a text that must be prepared gets a tokenizer of its own
     if wanted.init_from:
         tokenizer = Path(wanted.out_dir) if saved else start.folder
-    data = open_dataset(find_dataset(wanted.dataset, tokenizer))
+    folder = find_dataset_of_run(wanted.dataset, saved, tokenizer) if saved else None
+    data = open_dataset(folder or find_dataset(wanted.dataset, tokenizer))
     check_data(wanted, data, start)
     refuse_other_tokenizer(Path(wanted.out_dir), data)
     config = resolve(wanted, device, data, saved, ranks)
@@ -402,6 +404,58 @@ def refuse_another_start(config: Config, saved: dict[str, Any]) -> None:
     )
 
 
+def dataset_folder(name: str) -> Path:
+    """The folder of the prepared data set that dataset=NAME means, whether or not it exists. NAME
+    is the path of the folder, or the name of one under data/.
+    """
+    path = Path(os.path.expanduser(name))  # the method would raise RuntimeError for no such user
+    return path if "/" in name or (path / "meta.json").is_file() else DATA / name
+
+
+def find_same_data(known: dict[str, Any], expected: Path | None = None) -> Path | None:
+    """The data set that has the content and the tokenizer of the fingerprint `known`: the one in
+    the folder `expected`, or one under data/, whatever its name is now. None if there is none.
+    """
+    paths = sorted(DATA.glob("*/meta.json"), key=lambda path: path.parent.name != known.get("name"))
+    for path in [expected / "meta.json", *paths] if expected else paths:
+        try:
+            meta = read_meta(path)
+        except (ValueError, OSError):  # told when it is opened, if it is the one that is needed
+            continue
+        if all(meta[key] == known.get(key) for key in ("content_sha256", "tokenizer_sha256")):
+            return path.parent
+    return None
+
+
+def find_dataset_of_run(name: str, saved: dict[str, Any], tokenizer: Path | None) -> Path | None:
+    """The data set with which the run of the checkpoint `saved` was begun, which said dataset=NAME.
+    None if it is gone, or if the user now names another one.
+
+    So a run that was begun with a text goes on when the text is gone or has been edited.
+    """
+    if name != saved["config"].get("dataset"):
+        return None
+    expected, text = dataset_folder(name), text_meant(name)
+    found = find_same_data(saved["data"], expected)
+    if found in (None, expected):
+        return found
+    state = "has changed since" if (text or expected).exists() else "is not here"
+    if text and text.exists():
+        with suppress(ValueError, OSError):  # it has become unreadable
+            if text_dataset(text, open_corpus([name]), tokenizer).name == saved["data"].get("name"):
+                return found
+    print(f"{name} {state}: going on with {found}, the data that this run was begun with")
+    return found
+
+
+def text_meant(name: str) -> Path | None:
+    """The text, which may be missing, that dataset=NAME means; None if it means a data set."""
+    folder, path = dataset_folder(name), Path(os.path.expanduser(name))
+    if (folder / "meta.json").is_file():
+        return None
+    return path if "/" in name or (path.is_file() and not folder.exists()) else None
+
+
 def find_dataset(name: str, tokenizer: Path | None) -> Path:
     """The folder of the data set that dataset=NAME means. NAME is the path of a data set, the name
     of one under data/, or the path of a text.
@@ -410,10 +464,8 @@ def find_dataset(name: str, tokenizer: Path | None) -> Path:
     The name of the new data set contains a hash of the text and the tokenizer. So the same text is
     prepared only once, and again when the text or the tokenizer has changed.
     """
-    folder, text = DATA / Path(name).name, Path(name)
-    if (text / "meta.json").is_file():
-        return text
-    if "/" not in name and (folder.exists() or not text.is_file()):
+    folder, text = dataset_folder(name), text_meant(name)
+    if text is None:
         if tokenizer is not None and not folder.exists():
             raise ValueError(
                 f"{folder}: no such data set; write dataset=PATH-OF-A-TEXT, or make it with: "
@@ -425,19 +477,25 @@ def find_dataset(name: str, tokenizer: Path | None) -> Path:
         return folder
     if not text.exists():
         raise ValueError(f"dataset={name} does not exist: name a folder under data/, or a text")
-    digest = hashlib.sha256(b"" if tokenizer is None else tokenizer_sha256(tokenizer).encode())
-    for piece in open_corpus([name]).pieces():
-        digest.update(f"{piece.split} {piece.start} {len(piece.text)} ".encode())
-        digest.update(piece.text.encode())
-    folder = DATA / f"{text.resolve().stem.lstrip('.')}-{digest.hexdigest()[:8]}"
+    corpus = open_corpus([name])
+    folder = text_dataset(text, corpus, tokenizer)
     if not folder.exists():
         print(f"preparing {name} as data/{folder.name}")
         try:
-            prepare([name], folder, tokenizer and str(tokenizer))
+            prepare(corpus, folder, tokenizer and str(tokenizer))
         except OSError:
             if not (folder / "meta.json").is_file():  # else another process has just made it
                 raise
     return folder
+
+
+def text_dataset(text: Path, corpus: Corpus, tokenizer: Path | None) -> Path:
+    """The folder for the data set of a text, whether or not it exists. All of it is read."""
+    digest = hashlib.sha256(b"" if tokenizer is None else tokenizer_sha256(tokenizer).encode())
+    for piece in corpus.pieces():
+        digest.update(f"{piece.split} {piece.start} {len(piece.text)} ".encode())
+        digest.update(piece.text.encode())
+    return DATA / f"{text.resolve().stem.lstrip('.')}-{digest.hexdigest()[:8]}"
 
 
 def open_same_dataset(folder: Path, fingerprint: dict[str, Any]) -> Dataset:

@@ -1,12 +1,19 @@
+import bz2
+import gzip
 import hashlib
+import io
 import json
+import lzma
+import os
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
 
 import data.corpus as corpus
 from data.corpus import CHUNK, documents, hub_stream, open_corpus, python_source, split_of
+from data.prepare import prepare
 
 
 def joined(source, split):
@@ -53,7 +60,7 @@ def test_the_split_cuts_no_character(tmp_path, size):
 @pytest.mark.parametrize("shift", range(4))
 def test_a_text_is_read_in_chunks_and_kept_exactly(tmp_path, shift):
     """The chunks end inside of characters, whose bytes are 4, 3 and 2."""
-    begin = "\ufeffone\r\ntwo\rthree\n\0\t" + "x" * shift
+    begin = "\ufeffone\r\ntwo\rthree\n\t" + "x" * shift
     text = begin + "\U0001f600\u4f60\u00e9" * (CHUNK // 4)
     pieces = list(one_text(tmp_path / "a.txt", text).pieces())
     assert "".join(piece.text for piece in pieces) == text
@@ -133,14 +140,49 @@ def test_files_of_the_same_name_are_all_taken(tmp_path):
     assert sorted(texts_of(documents([tmp_path / n / "x.txt" for n in "abc"]))) == ["a", "b", "c"]
 
 
-def test_binary_hidden_and_empty_files_of_a_folder_are_skipped(tmp_path, capsys):
-    (tmp_path / ".git").mkdir()
-    files = {"a.txt": b"a", "b": b"b", "x.png": b"\x89PNG\r\n\0", "e.txt": b""}
-    files |= {".hidden": b"h", ".git/config": b"c"}
+def test_what_a_folder_held_and_was_not_read_is_counted_and_named(tmp_path, capsys):
+    folder = tmp_path / "mine"
+    for name in (".git", "more"):
+        (folder / name).mkdir(parents=True)
+    files = {"a.txt": b"a", "more/b": b"b", "e.txt": b"", ".hidden": b"h", ".git/config": b"c"}
+    files |= {"x.png": b"\x89PNG\r\n\0", "g.txt": gzip.compress(b"x"), "u.md": b"u\0\n\0"}
+    files |= {"package.json": b'{"text": 5}', "list.json": b"[1]", "z\x1b[31m.png": b"\0\1"}
     for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    assert sorted(texts_of(documents([tmp_path]))) == ["a", "b"]
-    assert "skipped 1 binary file" in capsys.readouterr().out
+        (folder / name).write_bytes(content)
+    for name, target in {"linked": "more", "gone": "nowhere", "self": "self"}.items():
+        (folder / name).symlink_to(target)
+    os.mkfifo(folder / "pipe")
+    assert sorted(texts_of(documents([folder]))) == ["a", "b"]
+    assert capsys.readouterr().out == (
+        f"{folder}: left out 1 empty file (e.txt), 1 link to folders (linked), "
+        "1 special file (pipe), 2 .json files without rows of text (list.json, package.json), "
+        "2 broken links (gone, self), 2 hidden files or folders (.git, .hidden), "
+        "4 files not in UTF-8 (g.txt: gzip, u.md: probably text in UTF-16LE, x.png: a PNG image, "
+        "...)\n"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_file_of_a_folder_is_named(tmp_path, capsys):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "b.txt").chmod(0)
+    assert "".join(texts_of(documents([tmp_path]))) == "a.txt"
+    assert "left out 1 unreadable file or folder (b.txt)" in capsys.readouterr().out
+
+
+def test_a_name_that_is_not_utf8_is_no_obstacle(tmp_path):
+    for name in (b"caf\xe9.txt", b"b.txt"):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(b"text")
+    assert "".join(texts_of(documents([tmp_path]))) == "texttext"
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("at home")
+    assert "".join(texts_of(open_corpus(["~/a.txt"]))) == "at home"
+    in_one_line(lambda: open_corpus(["~nobody-here/a"]), "~nobody-here/a is not", FileNotFoundError)
 
 
 def test_links_out_of_a_folder_are_left_out(tmp_path, capsys):
@@ -151,7 +193,7 @@ def test_links_out_of_a_folder_are_left_out(tmp_path, capsys):
     (folder / "inside.txt").symlink_to(folder / "a.txt")
     (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
     assert "".join(texts_of(open_corpus([str(folder)]))) == "minemine"
-    assert "skipped 1 links to files outside of it" in capsys.readouterr().out
+    assert "left out 1 link to files outside of it (notes.txt)" in capsys.readouterr().out
 
 
 def test_each_line_of_jsonl_is_a_document(tmp_path):
@@ -173,6 +215,81 @@ def test_a_bad_line_of_jsonl_is_named(tmp_path, line):
     in_one_line(lambda: open_corpus([str(path)]), match)
 
 
+ROWS = [{"text": "one\n"}, {"text": "two"}, {"text": "\u4f60"}]
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.Json", "lines.json", "bom.json"])
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_rows_are_known_by_their_suffix_in_any_case(tmp_path, name, in_folder, capsys):
+    text = "\n".join(map(json.dumps, ROWS))
+    if name in ("a.Json", "bom.json"):
+        text = json.dumps(ROWS, indent=1)
+    encoding = "utf-8-sig" if name == "bom.json" else "utf-8"
+    (tmp_path / name).write_text(text, encoding=encoding)
+    source = open_corpus([str(tmp_path if in_folder else tmp_path / name)])
+    assert sorted("".join(texts_of(source))) == sorted("one\ntwo\u4f60")
+    assert source.source.startswith("1 file of ") and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", '{\n "a": 1\n}', "[[]]", '[{"text": 5}]', "3", "[" * 10**5]
+)
+def test_a_json_file_without_rows_is_one_error_line(tmp_path, content):
+    (tmp_path / "a.json").write_text(content or "nothing")
+    match = "a.json: neither a JSON list of objects with a 'text' string nor a line for each"
+    in_one_line(lambda: open_corpus([str(tmp_path / "a.json")]), match)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.CSV", "a.tsv"])
+def test_a_table_is_refused_with_the_way_out(tmp_path, name):
+    (tmp_path / "b.txt").write_text("text")
+    (tmp_path / name).write_text("id,text\n1,a\n")
+    for source in (tmp_path, tmp_path / name):
+        match = f'{name}: the columns of a table are not read.*write each row as a line .*"text"'
+        in_one_line(lambda source=source: open_corpus([str(source)]), match)
+
+
+def zipped():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a", "text")
+    return file.getvalue()
+
+
+FOREIGN = {  # what is given as text, and a part of the message
+    "gzip": (gzip.compress(b"x"), "is gzip, .*unpack it first"),
+    "bzip2": (bz2.compress(b"x"), "is bzip2, .*unpack it first"),
+    "xz": (lzma.compress(b"x"), "is xz, .*unpack it first"),
+    "zstd": (b"\x28\xb5\x2f\xfd\x04\x00", "is zstd, .*unpack it first"),
+    "zip": (zipped(), "is a zip archive or an office document"),
+    "PDF": (b"%PDF-1.7\n%", "is a PDF, .*pdftotext"),
+    "parquet": (b"PAR1\x15\0\x15", "is parquet, .*ends with .parquet"),
+    "PNG": (b"\x89PNG\r\n\x1a\n", "is a PNG image"),
+    "JPEG": (b"\xff\xd8\xff\xe0", "is a JPEG image"),
+    "program": (b"\x7fELF\2\1", "is a program"),
+    "UTF-16 with a mark": ("a\u4f60".encode("utf-16"), "UTF-16LE, .*iconv -f UTF-16LE -t UTF-8"),
+    "UTF-16": ("line\n\u4f60\n".encode("utf-16-le"), "UTF-16LE, .*iconv -f UTF-16LE"),
+    "UTF-16BE": ("line\n".encode("utf-16-be"), "UTF-16BE, .*iconv -f UTF-16BE"),
+    "UTF-32": (("x" * 5000).encode("utf-32"), "UTF-32LE, .*iconv -f UTF-32LE"),
+    "NUL": (b"a text with one\0 of them", "is binary .it has NUL bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_text_is_named_with_the_way_out(tmp_path, kind):
+    content, match = FOREIGN[kind]
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_bytes(content)
+        in_one_line(
+            lambda name=name: open_corpus([str(tmp_path / name)]), f"{name} {match}|{match}"
+        )
+
+
+@pytest.mark.parametrize("text", ["BZh is no bzip2", "PK", "PAR1 is a word", "MZ", "GIF87a", "II*"])
+def test_a_text_may_begin_as_another_format_does(tmp_path, text):
+    assert "".join(texts_of(one_text(tmp_path / "a.txt", text))) == text
+
+
 def test_each_row_of_parquet_is_a_document(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow reads parquet")
     from pyarrow import parquet
@@ -187,9 +304,16 @@ def test_each_row_of_parquet_is_a_document(tmp_path):
     write("numbers", text=[1, 2])
     write("null", text=["a", None])
     (tmp_path / "garbage.parquet").write_bytes(b"garbage")
-    for name in ("no", "numbers", "null", "garbage"):
+    write("lists", text=[["a"], ["b"]])
+    found = {"no": "it has 'words', but no 'text'", "numbers": "in row 1, 'text' is int64"}
+    found |= {
+        "null": "in row 2, 'text' is null",
+        "lists": "in row 1, 'text' is list<",
+        "garbage": "",
+    }
+    for name, reason in found.items():
         sources = [str(tmp_path / f"{name}.parquet")]
-        match = f"{name}.parquet: not a parquet file with strings"
+        match = f"{name}.parquet: not a parquet file with strings in a 'text' column .{reason}"
         in_one_line(lambda sources=sources: open_corpus(sources), match)
 
 
@@ -221,6 +345,7 @@ def test_shakespeare_is_split_as_the_same_local_file_is(pretend_shakespeare):
     source = open_corpus(["shakespeare"])
     assert source.name == "shakespeare" and source.tokenizer == "char"
     assert list(source.pieces()) == list(open_corpus([str(pretend_shakespeare)]).pieces())
+    assert prepare(source, pretend_shakespeare.parent / "out")["tokenizer"] == "char"
 
 
 def test_a_download_that_fails_or_is_something_else_is_one_error_line(pretend_shakespeare):

@@ -2,33 +2,40 @@
 refused.
 """
 
+import io
 import json
 import math
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import sample
+from data import checksum
 from data.loader import open_dataset
 from data.prepare import prepare
+from data.tokenizer import load_tokenizer
 from model import Decoder, ModelConfig
 from run import evaluate
-from run.evaluate import Evaluation, mean_loss, open_known_dataset
+from run.evaluate import Evaluation, bytes_per_predicted_token, mean_loss, open_known_dataset
 from run.metrics import read_metrics
+from run.setup import find_dataset
 from weights.hf_folder import hf_name
 
 
 @pytest.fixture(autouse=True)
 def data(data_folder, monkeypatch):
     """The folder of the data set `words`."""
-    monkeypatch.setattr(evaluate, "DATA", data_folder)
+    for module in ("run.setup", "run.evaluate"):
+        monkeypatch.setattr(f"{module}.DATA", data_folder)
     return data_folder / "words"
 
 
@@ -156,6 +163,9 @@ def test_a_model_that_knows_nothing_needs_the_bits_of_its_vocabulary(data):
 
 def test_bits_per_byte_count_the_bytes_and_a_huge_loss_has_no_perplexity():
     result = Evaluation("val", loss=1.0, bytes_per_token=4.0, windows=3, block_size=10, seconds=2.0)
+    withheld = replace(result, bytes_per_token=None, withheld="the tokenizer has lost 5% of it")
+    assert withheld.bits_per_byte is None
+    assert "bits per byte withheld: the tokenizer has lost 5% of it\n" in str(withheld)
     assert result.bits_per_byte == pytest.approx(1 / math.log(2) / 4)
     assert str(result).splitlines() == [
         "val loss      1.000000 nats per token",
@@ -165,6 +175,93 @@ def test_bits_per_byte_count_the_bytes_and_a_huge_loss_has_no_perplexity():
         "time          2.00 s, 15 tokens/s",
     ]
     assert replace(result, loss=1e6).perplexity == math.inf
+
+
+def test_bits_per_byte_count_the_bytes_of_the_tokens_that_are_predicted(tmp_path):
+    """And not the mean over the split, of which the first half has one byte per token here."""
+    (tmp_path / "t.txt").write_text("ab" * (99 + 5) + "\u00e4\u00f6" * 3, encoding="utf-8")
+    prepare([str(tmp_path / "t.txt")], tmp_path / "set", tokenizer="char")
+    words, model = open_dataset(tmp_path / "set"), model_for(tmp_path / "set")
+    assert len(words.val) == 16 and words.bytes_per_token("val") == 22 / 16
+    for windows, length, per_token in ((1, 3, 1), (0, 7, 19 / 14), (3, 3, 12 / 9)):
+        result = evaluate.evaluate(
+            model, words, "val", "cpu", "float32", windows=windows, block_size=length
+        )
+        assert result.bits_per_byte == pytest.approx(result.loss / math.log(2) / per_token)
+
+
+@pytest.mark.parametrize("dummy_prefix", [False, True])
+def test_all_windows_together_have_the_bytes_of_the_text(tmp_path, dummy_prefix):
+    """The space that Llama's tokenizer puts before each document is not in the text."""
+    (tmp_path / "docs").mkdir()
+    for i in range(40):
+        (tmp_path / "docs" / f"{i}.txt").write_text(" b\u00e4d cab"[i % 2 :] * i + "a")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b\u00e4d cab", "a dab"]),
+        model_writer=model,
+        vocab_size=290,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        add_dummy_prefix=dummy_prefix,
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (tmp_path / "their.model").write_bytes(model.getvalue())
+    prepare([str(tmp_path / "docs")], tmp_path / "set", tokenizer=str(tmp_path / "their.model"))
+    words = open_dataset(tmp_path / "set")
+    assert load_tokenizer(words.folder).dummy_prefix == dummy_prefix and words.meta["bos_id"] == 1
+    for split in ("train", "val"):
+        size = words.meta["tokens"][split] - 1  # all but the first token, which is bos
+        found, _ = bytes_per_predicted_token(words, split, np.array([0]), size)
+        assert found * size == pytest.approx(words.meta["bytes"][split])
+
+
+@pytest.fixture
+def lossy(tmp_path):
+    """A data set whose tokenizer knows no digits, and a function that takes the measure of it away,
+    which older data sets do not have.
+    """
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a bad cab", "a dab"]),
+        model_writer=model,
+        model_type="char",
+        vocab_size=10,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    (tmp_path / "letters.model").write_bytes(model.getvalue())
+    (tmp_path / "t.txt").write_text("a bad 7 cab " * 100)
+    prepare([str(tmp_path / "t.txt")], tmp_path / "set", str(tmp_path / "letters.model"))
+
+    def forget():
+        path = tmp_path / "set" / "meta.json"
+        meta = {k: v for k, v in json.loads(path.read_text()).items() if k != "lost_bytes"}
+        path.write_text(json.dumps(meta | {"checksum": checksum(meta)}))
+
+    return SimpleNamespace(folder=tmp_path / "set", forget=forget)
+
+
+def test_bits_per_byte_of_a_text_that_the_tokenizer_loses_are_withheld(
+    start, tmp_path, capsys, lossy
+):
+    code, out, _ = start(f"dataset={lossy.folder}", "max_iters=5", "eval_iters=2")
+    lost = open_dataset(lossy.folder).lost_share("val")
+    share = f"the tokenizer has lost {100 * lost:.3g}% of the val"
+    assert code == 0 and out.count(f"warning: bits per byte are withheld: {share} text\n") == 1
+    assert "| val loss" in out and "bits per byte |" not in out
+    (record,) = [r for r in read_metrics(tmp_path / "run") if "val_loss" in r]
+    assert "val_bpb" not in record
+    asked = (tmp_path / "run", "eval=val", f"dataset={lossy.folder}")
+    assert f"bits per byte withheld: {share} text\n" in printed(capsys, *asked)
+    fingerprint = open_dataset(lossy.folder).fingerprint
+    lossy.forget()
+    assert open_dataset(lossy.folder).fingerprint == fingerprint
+    reason = "the tokenizer does not know all characters of the val text"
+    assert f"bits per byte withheld: {reason}\n" in printed(capsys, *asked)
 
 
 def test_windows_are_as_long_as_asked_and_never_too_long_by_themselves(data, monkeypatch):
@@ -243,6 +340,23 @@ def test_a_checkpoint_cannot_name_a_folder_elsewhere(data, name):
         open_known_dataset("", known, data)
 
 
+def test_a_data_set_is_named_as_for_training(data, tmp_path, monkeypatch):
+    """By the name of a folder here, before one under data/; by a path, also from the home folder;
+    or, without a name, by what it holds.
+    """
+    known = open_dataset(data).fingerprint
+    shutil.copytree(data, tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = {"here": "here", "./here": "here", "~/here": tmp_path / "here", "words": data}
+    for name, folder in names.items():
+        assert (
+            open_known_dataset(name, known, data).folder == Path(folder) == find_dataset(name, None)
+        )
+    monkeypatch.setattr("run.setup.DATA", tmp_path)
+    assert open_known_dataset("", known, data).folder == tmp_path / "here"
+
+
 def test_data_that_have_changed_since_are_only_used_when_they_are_named(data):
     known = open_dataset(data).fingerprint
     assert open_known_dataset("", known, data).folder == data
@@ -252,6 +366,8 @@ def test_data_that_have_changed_since_are_only_used_when_they_are_named(data):
     ):
         open_known_dataset("", known, data)
     assert open_known_dataset("words", known, data).folder == data
+    with pytest.raises(ValueError, match="the data set gone .* is not under data/: name where"):
+        open_known_dataset("", known | {"name": "gone"}, data)
 
 
 def test_a_loss_that_is_not_finite_ends_the_command_with_one_line(data, tmp_path, capsys):

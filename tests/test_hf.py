@@ -260,9 +260,14 @@ def test_the_card_tells_of_the_run(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| `learning_rate` | `0.0123` |" in card and "words, 1,234 training tokens" in card
     assert "| best validation loss | 2.0000 nats per token |" in card  # by the checkpoint itself
-    assert (
-        "2, by its metrics.jsonl | loss 2.2500 nats" in card and "1.25" not in card
-    )  # the weights are those of step 3
+    # The weights are those of step 3.
+    assert "2, by its metrics.jsonl | loss 2.2500 nats" in card and "1.25" not in card
+    assert "perplexity 9.49, 1.5000 bits per byte" in card
+    # Without them if the tokenizer loses text.
+    (run / "metrics.jsonl").write_text('{"step": 2, "val_loss": 2.25}\n')
+    assert run_hf("export", run, tmp_path / "lossy") == 0
+    card = (tmp_path / "lossy" / "README.md").read_text()
+    assert "perplexity 9.49" in card and "bits per byte" not in card
 
 
 def test_the_card_of_an_imported_model_tells_of_no_run(tmp_path):

@@ -108,6 +108,9 @@ WRONG += [("tokens", value) for value in (140, {"train": 100}, {"train": 100, "v
 WRONG += [("bytes", {"train": 0, "val": 3}), ("bos_id", 257), ("bos_id", "x")]
 WRONG += [("bytes", {"train": 10**400, "val": 3}), ("val_xz_bits_per_byte", "\x1b]0;x")]
 WRONG += [("val_xz_bits_per_byte", 10**400), ("vocab_size", 10**400)]
+WRONG += [("lost_bytes", value) for value in (3, {"train": 1}, {"train": 1, "val": -1})]
+WRONG += [("val_xz_bits_per_byte", value) for value in ("2", 10**20, -1, float("nan"))]
+WRONG += [("bytes", {"train": 10**400, "val": 3}), ("lost_bytes", {"train": 10**400, "val": 3})]
 WRONG += [("format_version", 2), ("format_version", "1"), ("tokenizer_sha256", None)]
 
 
@@ -212,13 +215,27 @@ def append(path):
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize(
     "change",
-    [append, lambda path: os.truncate(path, 10), lambda path: os.utime(path, (1, 1))],
-    ids=["grown", "shrunk", "touched"],
+    [
+        append,
+        lambda path: os.truncate(path, 10),
+        lambda path: path.write_bytes(path.read_bytes()[::-1]),
+    ],
+    ids=["grown", "shrunk", "rewritten"],
 )
 def test_a_file_that_changes_while_it_is_read_is_noticed(dataset, split, change):
     dataset.check_unchanged()
     change(dataset.folder / f"{split}.bin")
     with pytest.raises(OSError, match=f"{split}.bin was changed while it was being read"):
+        dataset.check_unchanged()
+
+
+def test_a_file_that_is_only_touched_has_not_changed(dataset):
+    path = dataset.folder / "train.bin"
+    for time in (1, 2):
+        os.utime(path, (time, time))
+        dataset.check_unchanged()
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(OSError, match="train.bin was changed while it was being read"):
         dataset.check_unchanged()
 
 

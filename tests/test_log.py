@@ -11,6 +11,8 @@ from conftest import largest_file
 
 from config.command import Output
 from config.schema import Config
+from data.loader import open_dataset
+from data.prepare import prepare
 from model import ModelConfig
 from run.log import Log, clock, open_tracker
 from run.metrics import METRICS_FILE, plot_losses, read_metrics
@@ -22,11 +24,14 @@ def run_in(folder, step=0, **knobs):
     model = ModelConfig(n_layer=1, n_head=1, n_embd=4, n_hidden=4, block_size=10, vocab_size=7)
     given = dict(device="cpu", dtype="float32", parallel="ddp", compile=False, micro_batch_size=1)
     given |= dict(batch_size=10, max_iters=10, warmup_iters=0, log_interval=2)
-    data = SimpleNamespace(train=[0], val=[0], meta={}, bytes_per_token=lambda split: 2.0)
+    if not (folder / "data").exists():
+        folder.mkdir(exist_ok=True)
+        (folder / "data.txt").write_text("\u00e4\u00f6\u00fc" * 100, encoding="utf-8")
+        prepare([str(folder / "data.txt")], folder / "data", "char")
     return SimpleNamespace(
         config=Config(model=model, out_dir=str(folder), **given | knobs),
         folder=folder,
-        data=data,
+        data=open_dataset(folder / "data"),
         ranks=ALONE,
         step=step,
     )

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import random
@@ -25,6 +26,7 @@ PROSE = "".join(
     f"line {i}: the quick brown fox\n    jumps over {i * 7} lazy dogs\n\n" for i in range(300)
 )
 CUT = int(len(PROSE) * 0.9)
+ROOT = Path(__file__).parent.parent
 FILES = ("train.bin", "val.bin", "meta.json", "tokenizer.model")
 
 
@@ -206,13 +208,55 @@ def test_a_folder_gives_its_tokenizer(text, tmp_path, hugging_face, kind, run):
     assert same_files(made, tmp_path / "data" / "again", ["train.bin"])
 
 
-def test_a_tokenizer_that_does_not_give_the_text_back_is_caught(text, tmp_path, hugging_face):
+def test_a_normalising_tokenizer_is_measured(text, tmp_path, hugging_face, capsys):
     fields = json.loads((hugging_face / "tokenizer.json").read_text())
     fields["normalizer"] = {"type": "Replace", "pattern": {"String": "q"}, "content": "k"}
     (hugging_face / "tokenizer.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="does not decode"):
-        prepare([str(text)], tmp_path / "out", str(hugging_face))
-    assert not (tmp_path / "out").exists()
+    meta = prepare([str(text)], tmp_path / "out", str(hugging_face))
+    lost = {"train": PROSE[:CUT].count("q"), "val": PROSE[CUT:].count("q")}
+    assert meta["lost_bytes"] == lost and meta["val_xz_bits_per_byte"] is None
+    share = f"{100 * lost['train'] / CUT:.3g}%"
+    assert f"warning: this tokenizer loses {share} of the train text" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="session")
+def letters():
+    """The bytes of a SentencePiece model that knows a few letters and no bytes."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a bad cab", "a dab"]),
+        model_writer=model,
+        model_type="char",
+        vocab_size=10,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def test_the_share_of_a_text_that_its_tokenizer_loses_is_told(run, tmp_path, letters):
+    (tmp_path / "letters.model").write_bytes(letters)
+    (tmp_path / "t.txt").write_text("a bad cab\n" * 90 + "a \u00e4 7 dab" * 10)
+    code, err = run(tmp_path / "t.txt", f"tokenizer={tmp_path / 'letters.model'}")
+    assert code == 0 and err.count("\n") == 1
+    data = open_dataset(tmp_path / "data" / "t")
+    assert data.meta["lost_bytes"] == {"train": 90, "val": 30}  # newlines; \u00e4 has two bytes
+    assert (data.lost_share("train"), data.lost_share("val")) == (0.1, 0.3)
+    words = "10% of the train text and 30% of the val text, such as"
+    assert f"warning: this tokenizer loses {words}" in err
+    assert "'\u00e4'" in err and "'7'" in err and "tokenizer=sentencepiece or byte keeps all" in err
+
+
+def test_a_text_of_which_nothing_is_lost_has_the_meta_json_that_it_always_had(
+    run, tmp_path, letters
+):
+    (tmp_path / "letters.model").write_bytes(letters)
+    (tmp_path / "t.txt").write_text(" a bad cab" * 90)
+    assert run(tmp_path / "t.txt", f"tokenizer={tmp_path / 'letters.model'}") == (0, "")
+    data = open_dataset(tmp_path / "data" / "t")
+    assert "lost_bytes" not in data.meta and data.lost_share("val") == 0
 
 
 # Threads, errors and stops
@@ -337,13 +381,14 @@ WRONG = [
     ("TEXT tokenizer=", "tokenizer= is unknown"),
     ("TEXT tokenizer=FOLDER", "no tokenizer.model or tokenizer.json there"),
     ("TEXT tokenizer=byte vocab_size=300", "vocab_size=300 is for tokenizer=sentencepiece"),
-    ("TEXT vocab_size=many", "vocab_size=many: expected a whole number"),
-    ("TEXT vocab_size=-1", "expected a whole number"),
-    ("TEXT vocab_size=0", "vocab_size=0 does not suit"),
+    ("TEXT vocab_size=many", "must be a whole number below ten million, got 'many'"),
+    ("TEXT vocab_size=-1", "vocab_size must be a whole number below ten million, got '-1'"),
+    ("TEXT vocab_size=0", "vocab_size=0 is too small for tokenizer=sentencepiece"),
     ("TEXT vocab_size=99", "needs at least"),
-    ("TEXT vocab_size=", "expected a whole number"),
+    ("TEXT vocab_size=", "got ''"),
     ("TEXT tokenizer=tiktoken:no", "tiktoken:no is unknown"),
     ("TEXT tokenizer=no.model", "no.model: no such tokenizer file"),
+    ("TEXT tokenizer=byte --tokenizer=char", "tokenizer is given twice, as 'byte' and 'char'"),
     ("TEXT name=../x", "must be a bare folder name"),
     ("TEXT name=a/b", "must be a bare folder name"),
     ("TEXT name=..", "must be a bare"),
@@ -383,6 +428,39 @@ def test_an_existing_data_set_is_not_overwritten(run, text, tmp_path):
     code, err = run(text, "tokenizer=char")
     assert code == 2 and "exists already; delete it, or choose another name" in err
     assert (tmp_path / "data" / "prose" / "meta.json").read_bytes() == before
+
+
+BUILD = """import sys, time
+from pathlib import Path
+from data.files import new_folder
+with new_folder(Path(sys.argv[1])) as folder:
+    (folder / "large.bin").write_text("half")
+    print(folder, flush=True)
+    time.sleep(60)"""
+
+
+def test_what_a_killed_command_left_is_removed_by_the_next_one(text, tmp_path):
+    """And what a living one is making stays, as do folders that only look like it."""
+    sets = tmp_path / "data"
+    (sets / ".theirs.abcdefgh").mkdir(parents=True)
+    (sets / ".mine.rootllama-unfinished").mkdir()
+    words = [sys.executable, "-c", BUILD, str(sets / "other")]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        folder = Path(process.stdout.readline().strip())
+        prepare([str(text)], sets / "first", "byte")
+        assert (folder / "large.bin").exists() and folder.parent == sets
+        process.kill()
+    prepare([str(text)], sets / "second", "byte")
+    assert names_in(sets) == [".mine.rootllama-unfinished", ".theirs.abcdefgh", "first", "second"]
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(run, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train_sentencepiece(["fox dogs " * 50], 300).save(tmp_path)
+    text.rename(tmp_path / "a=b.txt")
+    assert run("~/a=b.txt", "tokenizer=~/tokenizer.model", "name=one") == (0, "")
+    assert run("~/a=b.txt", "tokenizer=~/data/one", "name=two") == (0, "")
+    assert names_in(tmp_path / "data") == ["one", "two"]
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

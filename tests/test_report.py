@@ -245,6 +245,17 @@ def test_a_reference_that_diverged_everywhere_leaves_nothing_to_say(study):
     assert text.count("cannot be judged") == 2 and "| `rms` | - |" in page(study())
 
 
+def row_of(arm, text):
+    return next(line for line in text.splitlines() if line.startswith(f"| `{arm}` | 0.002 |"))
+
+
+def test_bits_per_byte_that_were_withheld_are_a_dash(study):
+    write_report(study())
+    assert "| 0.7500 | - |" in row_of("rms", page(study()))
+    write_report(study(cells=[c | {"val_bpb": None} for c in study().cells]))
+    assert "| - | - |" in row_of("rms", page(study()))
+
+
 def test_one_arm_is_a_sweep(study):
     one = study(arms=["rms"], extra={})
     assert "Its best learning rate is 0.002: 3.0000 nats per token" in write_report(one)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gzip
 import io
 import json
 import os
@@ -10,13 +11,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from test_generate import tiny
 
 import sample
 from config.command import printable
 from config.schema import Config
-from data.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_sha256
+from data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    SentencePieceTokenizer,
+    tokenizer_sha256,
+)
 from model import Decoder, ModelConfig
 from sample import SampleOptions, generate, prepare_for_inference, prompt_ids
 from weights import checkpoint
@@ -106,8 +113,27 @@ def test_a_prompt_starts_with_bos_or_else_like_a_line():
     assert prompt_ids(CharTokenizer("\t\nab"), "") == [1]
     assert prompt_ids(CharTokenizer("xyz"), "") == [0]
     assert prompt_ids(CharTokenizer("xyz"), "zy") == [2, 1]
-    with pytest.raises(ValueError, match="surrogates"):
-        prompt_ids(ByteTokenizer(), "\udcff")
+    with pytest.raises(ValueError, match="not text in UTF-8 after 'hi'"):
+        prompt_ids(ByteTokenizer(), "hi\udcff")
+
+
+def test_a_prompt_of_which_the_tokenizer_loses_a_part_draws_a_warning(capsys):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a bad cab"]),
+        model_writer=model,
+        model_type="char",
+        vocab_size=8,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    prompt_ids(tokenizer, "a cab")
+    prompt_ids(tokenizer, "")
+    assert capsys.readouterr().err == ""
+    prompt_ids(tokenizer, "a 7 cab")
+    words = "the tokenizer loses some of the prompt, the model sees 'a cab'"
+    assert capsys.readouterr().err == f"warning: {words}\n"
 
 
 def test_an_empty_prompt_starts_from_bos_and_standard_input_is_not_read(
@@ -125,25 +151,57 @@ def test_the_prompt_comes_from_a_file_or_from_standard_input_without_its_last_ne
     run, path = save_text(tmp_path / "run", b"h", prompt=b"\n"), tmp_path / "prompt.txt"
     path.write_bytes(b"ab\n\n")
     assert sampled(capsys, run, f"prompt=FILE:{path}")[0] == "ab\nh\n"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sampled(capsys, run, "prompt=FILE:~/prompt.txt")[0] == "ab\nh\n"
     give_input(monkeypatch, b"cd\n\n")
     assert sampled(capsys, run, "prompt=-")[0] == "cd\nh\n"
     give_input(monkeypatch, None)
     assert "there is no standard input" in refused(capsys, run, "prompt=-")
 
 
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        (b"the dog\r\n", "the dog"),
+        (b"one\r\ntwo\r\n", "one\r\ntwo"),
+        (b"one\r\n\r\n", "one\r\n"),
+        (b"one\r", "one\r"),
+        (b"one", "one"),
+        (b"\xef\xbb\xbfa\n", "\ufeffa"),  # data keep a byte order mark, too
+    ],
+)
+def test_the_last_end_of_line_of_a_prompt_goes_as_a_whole(content, text):
+    assert sample.read_prompt(io.BytesIO(content), "p.txt") == text
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"caf\xe9", "p.txt: byte 3 is not UTF-8 .0xE9, which is 'é' in Windows-1252"),
+        ("the dog\n".encode("utf-16-le"), "p.txt is probably text in UTF-16LE, .*: iconv -f UTF"),
+        (gzip.compress(b"the dog"), "p.txt is gzip, not text in UTF-8: unpack it first"),
+        (b"the\0dog", "p.txt is binary .it has NUL bytes"),
+    ],
+    ids=["Latin-1", "UTF-16", "gzip", "NUL"],
+)
+def test_a_prompt_that_is_no_text_is_refused_in_the_words_for_data(content, words):
+    with pytest.raises(ValueError, match=words):
+        sample.read_prompt(io.BytesIO(content), "p.txt")
+
+
 def test_prompts_that_cannot_be_read_are_refused(run, capsys, monkeypatch):
     path = run / "prompt.txt"
     assert "No such file" in refused(capsys, run, f"prompt=FILE:{path}")
     path.write_bytes(b"ab\xff")
-    assert "not UTF-8 text (at byte 2)" in refused(capsys, run, f"prompt=FILE:{path}")
+    assert "byte 2 is not UTF-8" in refused(capsys, run, f"prompt=FILE:{path}")
     path.write_bytes(b"a" * 1_000_001)
     assert "longer than 1,000,000 bytes" in refused(capsys, run, f"prompt=FILE:{path}")
     os.mkfifo(run / "fifo")
     assert "is not a regular file: use prompt=-" in refused(capsys, run, f"prompt=FILE:{run}/fifo")
     give_input(monkeypatch, b"\xff")
-    assert "standard input is not UTF-8" in refused(capsys, run, "prompt=-")
+    assert "standard input: byte 0 is not UTF-8" in refused(capsys, run, "prompt=-")
     assert "'xz'" in refused(capsys, run, "prompt=azax")
-    assert "surrogates not allowed" in refused(capsys, run, "prompt=\udcff")
+    assert "the prompt is not text in UTF-8" in refused(capsys, run, "prompt=\udcff")
 
 
 def test_a_prompt_longer_than_the_context_keeps_its_end_and_warns(run, capsys):
@@ -157,9 +215,10 @@ def test_a_prompt_longer_than_the_context_keeps_its_end_and_warns(run, capsys):
 
 def test_interactive_asks_until_the_input_ends_and_survives_bad_prompts(run, capsys, monkeypatch):
     texts = [sampled(capsys, run, f"prompt={p}")[0].removeprefix(p) for p in ("ab", "", "cd")]
-    give_input(monkeypatch, b"ab\nxyz\n\ncd\n")
+    give_input(monkeypatch, b"ab\nxyz\n\na\xff\ncd\n")
     out, err = sampled(capsys, run, "interactive=true")
     assert out == "".join(texts)
+    assert "error: the prompt is not text in UTF-8 after 'a'" in err
     assert "error: characters 'xyz' are not among" in err and err.count("tokens/s") == 3
 
 

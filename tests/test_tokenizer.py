@@ -239,8 +239,20 @@ def test_a_text_without_spaces_still_gives_an_exact_tokenizer():
 
 def test_a_small_text_gives_fewer_pieces_and_a_small_vocabulary_is_refused():
     assert train_sentencepiece(["hello world"], 4096).vocab_size < 300
-    with pytest.raises(ValueError, match="vocab_size=100 .* needs at least 2"):
-        train_sentencepiece(["hello world"], 100)
+    for size in (0, 100, 260):
+        with pytest.raises(ValueError, match=f"vocab_size={size} is too small .* at least 261 ids"):
+            train_sentencepiece(["hello world"], size)
+
+
+def test_rare_characters_are_spelled_by_bytes_where_there_is_no_room_for_all():
+    often, seldom = "\u4f60\u597d", "".join(map(chr, range(0x4E00, 0x4F00)))
+    text = f"{often * 50}{seldom}\n{often * 50}"
+    for size in (261, 300, 400):
+        tokenizer = train_sentencepiece([text], size)
+        assert tokenizer.vocab_size <= size and tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.sha256 == train_sentencepiece([text], size).sha256
+    pieces = [piece.decode(errors="ignore") for piece in tokenizer.pieces]
+    assert {"\u4f60", often} <= set(pieces) and len(set(pieces) & set(seldom)) == 69 - 2
 
 
 def test_a_foreign_model_gives_the_ids_of_sentencepiece():

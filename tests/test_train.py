@@ -944,10 +944,65 @@ def test_data_that_change_while_they_are_read_end_the_run(
 ):
     words = tmp_path / "data" / "words"
     shutil.copytree(data_folder / "words", words)
-    during_step(monkeypatch, 7, lambda: os.utime(words / "train.bin", (1, 1)))
-    code, _, err = start(f"dataset={words}")
+    during_step(monkeypatch, 5, lambda: os.utime(words / "train.bin", (1, 1)))  # is no change
+    zeros = bytes((words / "train.bin").stat().st_size)
+    during_step(monkeypatch, 7, lambda: (words / "train.bin").write_bytes(zeros))
+    code, out, err = start(f"dataset={words}")
+    assert "step 7/12" in out
     text = r"error: .*train.bin was changed while .* Last good .*00000004.pt.\n"
     assert code == 1 and re.fullmatch(text, err)
+
+
+@pytest.fixture
+def begun_with_text(start, tmp_path, monkeypatch, data_folder):
+    """A run of four steps in tmp_path/run, begun in tmp_path with dataset=d/p.txt; and the same run
+    of twelve steps, uncut.
+    """
+    monkeypatch.setattr("run.setup.DATA", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    text = tmp_path / "d" / "p.txt"
+    text.write_text((data_folder / "words.txt").read_text()[:9000])
+    knobs = ["dataset=d/p.txt", "vocab_size=512", "eval_interval=0", "save_interval=0"]
+    assert start(*knobs, out="whole")[0] == 0
+    signal_after(monkeypatch, 4)
+    assert start(*knobs)[0] == 143
+    return text
+
+
+@pytest.mark.parametrize("what", ["the same", "elsewhere", "gone", "edited", "not UTF-8"])
+def test_a_run_that_was_begun_with_a_text_goes_on_with_the_data_of_then(
+    begun_with_text, tmp_path, monkeypatch, capsys, what
+):
+    changes = {
+        "elsewhere": lambda: monkeypatch.chdir(tmp_path / "elsewhere"),
+        "gone": begun_with_text.unlink,
+        "edited": lambda: begun_with_text.write_text("another text " * 900),
+        "not UTF-8": lambda: begun_with_text.write_bytes(b"caf\xe9 " * 900),
+    }
+    changes.get(what, lambda: None)()
+    assert train.main([str(tmp_path / "run")]) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    (made,) = (tmp_path / "data").iterdir()
+    state = {"the same": "", "elsewhere": "is not here", "gone": "is not here"}
+    words = f"going on with {made}, the data that this run was begun with"
+    expected = f"d/p.txt {state.get(what, 'has changed since')}: {words}\n"
+    assert (expected in capsys.readouterr().out) == (what != "the same")
+
+
+def test_data_under_another_name_are_found_and_another_text_is_refused(
+    begun_with_text, tmp_path, capsys
+):
+    (made,) = (tmp_path / "data").iterdir()
+    made.rename(tmp_path / "data" / "moved")
+    (tmp_path / "other.txt").write_text("another text " * 900)
+    with pytest.raises(SystemExit):
+        train.main([str(tmp_path / "run"), "dataset=./other.txt"])
+    assert "error: this is not the run in out_dir: data vocab_size" in capsys.readouterr().err
+    begun_with_text.unlink()
+    assert train.main([str(tmp_path / "run")]) == 0
+    assert f"going on with {tmp_path / 'data' / 'moved'}, the data" in capsys.readouterr().out
 
 
 def test_a_signal_that_ends_the_compiler_is_not_taken_for_a_broken_one(

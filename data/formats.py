@@ -1,0 +1,84 @@
+"""What a file holds that is not a text in UTF-8, told by its first bytes; and how to say so."""
+
+import codecs
+import re
+
+HEAD = 8192  # bytes that are looked at
+UNPACK = "unpack it first"
+SAVE_AS_TEXT = "save its content as text in UTF-8 first"
+FORMATS = (  # a pattern of the first bytes, what such a file is, and what to do with it
+    (rb"\x1f\x8b", "gzip", UNPACK),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "bzip2", UNPACK),
+    (rb"\xfd7zXZ\0", "xz", UNPACK),
+    (rb"\x28\xb5\x2f\xfd", "zstd", UNPACK),
+    (rb"\x04\x22\x4d\x18", "lz4", UNPACK),
+    (rb"7z\xbc\xaf\x27\x1c", "7-Zip", UNPACK),
+    (rb"Rar!\x1a\x07", "RAR", UNPACK),
+    (rb"(?s).{257}ustar[\0 ]", "a tar archive", UNPACK),
+    (
+        rb"PK(\x03\x04|\x05\x06)",
+        "a zip archive or an office document",
+        f"{UNPACK}, or save as text",
+    ),
+    (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an office document", SAVE_AS_TEXT),
+    (rb"%PDF-\d", "a PDF", "make text of it first, for instance with pdftotext"),
+    (rb"PAR1.*\0", "parquet", "give it a name that ends with .parquet"),
+    (rb"ARROW1\0", "Arrow", "save it as .parquet"),
+    (rb"\x89PNG\r\n", "a PNG image", SAVE_AS_TEXT),
+    (rb"\xff\xd8\xff", "a JPEG image", SAVE_AS_TEXT),
+    (rb"GIF8[79]a.*\0", "a GIF image", SAVE_AS_TEXT),
+    (rb"RIFF....WEBP", "a WebP image", SAVE_AS_TEXT),
+    (rb"II\*\0|MM\0\*", "a TIFF image", SAVE_AS_TEXT),
+    (rb"\x7fELF|\xcf\xfa\xed\xfe|MZ.*\0", "a program", "leave it out"),
+    (rb"SQLite format 3\0", "an SQLite database", SAVE_AS_TEXT),
+)
+# Text in another encoding has NUL bytes, too. The wider one comes first, as UTF-32 begins with the
+# byte order mark of UTF-16.
+WIDE = {
+    "UTF-32LE": codecs.BOM_UTF32_LE,
+    "UTF-32BE": codecs.BOM_UTF32_BE,
+    "UTF-16LE": codecs.BOM_UTF16_LE,
+    "UTF-16BE": codecs.BOM_UTF16_BE,
+}
+
+
+def not_text(head: bytes) -> tuple[str, str] | None:
+    """What a file is that begins with these bytes, and what to do with it; None for a text.
+
+    head: the first HEAD bytes, or all if there are fewer. A text has no NUL byte there.
+    """
+    for pattern, what, cure in FORMATS:
+        if re.match(pattern, head, re.DOTALL):
+            return what, cure
+    has_nul = b"\0" in head
+    for encoding, mark in WIDE.items():
+        if head.startswith(mark) or (has_nul and reads_as(head, encoding)):
+            cure = f"convert it to UTF-8: iconv -f {encoding} -t UTF-8 OLD > NEW"
+            return f"probably text in {encoding}", cure
+    if has_nul:
+        cure = "take it out; or, if it is a text, tr -d '\\000' < OLD > NEW removes these"
+        return "binary (it has NUL bytes)", cure
+    return None
+
+
+def reads_as(head: bytes, encoding: str) -> bool:
+    """Whether these bytes are printable text in the encoding. HEAD of them may cut a character."""
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(head, final=len(head) < HEAD)
+    except UnicodeDecodeError:
+        return False
+    return bool(text) and all(char.isprintable() or char.isspace() for char in text)
+
+
+def printable(text: object) -> str:
+    """A name or a message without what a terminal would obey, or what no encoding can write."""
+    return "".join(char if char.isprintable() else "?" for char in str(text))
+
+
+def not_utf8(content: bytes, at: int) -> str:
+    """In words: the byte at this place of a text is not UTF-8, and how to make it so."""
+    guess = content[at : at + 1].decode("cp1252", errors="replace")
+    return (
+        f"is not UTF-8 (0x{content[at]:02X}, which is {guess!r} in Windows-1252); convert it to "
+        "UTF-8, for instance with iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+    )
