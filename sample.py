@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config.command import help_text, print_help, split_arguments, user_errors
+from config.command import help_text, print_help, split_arguments, user_errors, warn
 from config.schema import knobs_of, parse_knobs
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import Decoder, ModelConfig, knob
@@ -67,6 +67,9 @@ class SampleOptions:
         "",
         "text to continue; FILE:path = what is in a file, - = what is on standard input, both "
         "without their last newline",
+    )
+    special: bool = knob(
+        False, "special tokens that the prompt spells, such as </s>, are these tokens, not text"
     )
     checkpoint: str = knob("latest", "latest, best or a step")
     max_new_tokens: int = knob(200, "tokens to generate")
@@ -185,7 +188,7 @@ def sample_or_evaluate(argv: list[str]) -> None:
         folder, options = parse_arguments(argv)
         prompt = prompt_text(options.prompt)  # '' with eval and with interactive
         model, tokenizer, known = load_model(folder, options.checkpoint, options.device)
-        ids = prompt_ids(tokenizer, prompt)
+        ids = prompt_ids(tokenizer, prompt, options.special)
         prepare_for_inference(model, options)
         if options.eval != "none":
             print_evaluation(model, known, folder, options)
@@ -243,16 +246,35 @@ def read_prompt(file: BinaryIO, name: str) -> str:
         raise ValueError(f"{name} is not UTF-8 text (at byte {error.start})") from error
 
 
-def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:
     """The ids of a prompt, at least one. ValueError if the text cannot be encoded.
 
-    They begin with bos, as a document does in training, unless the tokenizer puts no bos before
-    prompts. An empty text gets a bos even then, because the model must read something. If there is
-    no bos at all, an empty text becomes a newline, or the first token if newline has no token.
+    They begin as a document does in training, mostly with bos. An empty text gets a bos even if
+    documents have none, because the model must read something. If there is no bos at all, an empty
+    text becomes a newline, or the first token if newline has no token.
+
+    A special token that is spelled out in the text is text, and a warning says so. With `special`
+    it is the token, and a text that begins as a document does gets no second beginning.
     """
     text.encode()  # raises ValueError for lone surrogates: the command line was not UTF-8
-    with_bos = tokenizer.bos_id is not None and (tokenizer.bos_before_prompts or not text)
-    ids = ([tokenizer.bos_id] if with_bos else []) + tokenizer.encode(text)
+    before = tokenizer.before
+    if not text and not before and tokenizer.bos_id is not None:
+        before = [tokenizer.bos_id]
+    if special and not tokenizer.special:
+        raise ValueError(
+            f"special=true, but a prompt can spell no special token of this {tokenizer.kind} "
+            f"tokenizer: leave it out"
+        )
+    if special:
+        ids = tokenizer.encode_special(text)
+        ids = ids if before and ids[: len(before)] == before else before + ids
+    else:
+        if spelled := tokenizer.spelled(text):
+            warn(
+                f"the prompt spells {', '.join(spelled[:3])}, which is text like any other: "
+                f"special=true of sample.py makes it the special token"
+            )
+        ids = before + tokenizer.encode(text)
     if ids:
         return ids
     try:
@@ -304,7 +326,8 @@ def answer_prompts(model: Decoder, tokenizer: Tokenizer, options: SampleOptions)
     """Asks for a prompt and continues it, again and again until the input ends."""
     while True:
         try:
-            ids = prompt_ids(tokenizer, input("prompt> " if sys.stdin.isatty() else ""))
+            prompt = input("prompt> " if sys.stdin.isatty() else "")
+            ids = prompt_ids(tokenizer, prompt, options.special)
         except EOFError:
             return
         except ValueError as error:  # not UTF-8, or a character that is not in the vocabulary

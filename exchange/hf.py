@@ -26,7 +26,7 @@ from config.command import help_text, print_help, split_arguments, user_errors
 from config.schema import knobs_of, parse_knobs
 from data.files import new_folder, write_atomically
 from data.tokenizer import Tokenizer, load_tokenizer
-from exchange.tokenizer import json_bytes, tokenizer_files
+from data.tokenizer_export import json_bytes, tokenizer_files
 from model import ModelConfig, knob, parameter_count
 from run.machine import versions
 from run.metrics import read_metrics

@@ -22,8 +22,8 @@ import sample
 import train
 from config.schema import Config
 from data.tokenizer import ByteTokenizer, CharTokenizer, train_sentencepiece
+from data.tokenizer_export import tokenizer_files
 from exchange import hf
-from exchange.tokenizer import tokenizer_files
 from model import Decoder, ModelConfig
 from weights import checkpoint
 from weights.open import load_model, open_weights

@@ -19,7 +19,7 @@ from data.corpus import CHUNK, NAMED, Corpus, Piece, hub_stream
 from data.loader import open_dataset
 from data.prepare import in_order, main, prepare, spread_sample, train_tokenizer
 from data.tokenizer import ByteTokenizer, load_tokenizer, train_sentencepiece
-from exchange.tokenizer import tokenizer_files
+from data.tokenizer_export import tokenizer_files
 
 PROSE = "".join(
     f"line {i}: the quick brown fox\n    jumps over {i * 7} lazy dogs\n\n" for i in range(300)

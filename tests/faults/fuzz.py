@@ -25,8 +25,8 @@ from config.preset import make_config, read_knobs
 from config.schema import SYNONYMS, Config, knobs_of
 from data.loader import open_dataset
 from data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from data.tokenizer_export import tokenizer_files
 from exchange.hf import config_to_hf
-from exchange.tokenizer import tokenizer_files
 from model import Decoder, ModelConfig
 from weights import checkpoint
 from weights.hf_folder import hf_name, read_hf
