@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,7 @@ from data.files import new_folder, sync, write_atomically
 from data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
+    SentencePieceTokenizer,
     TiktokenTokenizer,
     Tokenizer,
     load_tokenizer,
@@ -50,9 +51,11 @@ from data.tokenizer import (
     tokenizer_sha256,
     train_sentencepiece,
 )
+from data.tokenizer_export import tokenizer_files
 
 OPTIONS = ("tokenizer", "vocab_size", "name")
 SAMPLE_CHARS = 8_000_000  # a SentencePiece tokenizer is trained on at most so many
+Surrounded = tuple[list[int], Piece, list[int]]  # a piece between the ids before and behind it
 SAMPLE_DOCUMENTS = 20_000  # of a stream: its tokenizer is trained on those at its beginning
 XZ_LIMIT = (
     16_000_000  # bytes: xz takes about 1 s for each MB, so a longer val split is not measured
@@ -125,13 +128,25 @@ def make_tokenizer(choice: str, vocab_size: int | None, corpus: Corpus) -> Token
     if choice.startswith("tiktoken:"):
         return named_tiktoken(choice.removeprefix("tiktoken:"))
     if choice and Path(choice).is_dir():
-        return load_tokenizer(choice)
+        return say_whether_exportable(load_tokenizer(choice))
     if choice.endswith(".model"):
-        return read_sentencepiece(choice)
+        return say_whether_exportable(read_sentencepiece(choice))
     raise ValueError(
         f"tokenizer={choice} is unknown; choose from byte, char, sentencepiece, tiktoken:NAME, "
         "PATH.model, FOLDER"
     )
+
+
+def say_whether_exportable(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer. A line says so if it is a SentencePiece model that cannot be exported: better
+    now than after the training.
+    """
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        try:
+            tokenizer_files(tokenizer)
+        except (ValueError, OSError) as error:
+            print(f"what is trained with it cannot be exported to Hugging Face: {error}")
+    return tokenizer
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
@@ -220,13 +235,15 @@ def write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: d
         open(folder / "val.bin", "ab") as val,
         tqdm(desc=corpus.name, total=corpus.size, unit="B", unit_scale=True, disable=None) as bar,
     ):
-        groups = group_pieces(islice(pieces, progress["pieces"], None))
+        begun = {split for split in SPLITS if progress["tokens"][split]}
+        rest = islice(pieces, progress["pieces"], None)
+        groups = group_pieces(with_surroundings(rest, tokenizer, begun))
         encode = partial(encode_pieces, tokenizer, progress["dtype"])
         for group, encoded in in_order(encode, groups):
             for split, file in zip(SPLITS, (train, val), strict=True):
                 file.write(encoded[split])
                 file.flush()
-                text = "".join(piece.text for piece in group if piece.split == split).encode()
+                text = "".join(piece.text for _, piece, _ in group if piece.split == split).encode()
                 progress["tokens"][split] += len(encoded[split]) // itemsize
                 progress["bytes"][split] += len(text)
                 if split == "val":
@@ -239,12 +256,27 @@ def write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: d
                 save_progress(folder, progress)
 
 
-def group_pieces(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def with_surroundings(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, begun: set[str]
+) -> Iterator[Surrounded]:
+    """(the ids before it, the piece, the ids behind it) of each piece. `begun` are the splits that
+    have a document already.
+    """
+    for piece, following in pairwise(chain(pieces, [None])):
+        before = tokenizer.before if piece.start else []
+        if piece.start and piece.split in begun:
+            before = tokenizer.between + before
+        begun.add(piece.split)
+        ends = following is None or following.start
+        yield before, piece, tokenizer.after if ends else []
+
+
+def group_pieces(pieces: Iterable[Surrounded]) -> Iterator[list[Surrounded]]:
     """Groups of at least CHUNK characters, so that short documents, too, keep a thread busy."""
     group, size = [], 0
-    for piece in pieces:
-        group.append(piece)
-        size += len(piece.text)
+    for surrounded in pieces:
+        group.append(surrounded)
+        size += len(surrounded[1].text)
         if size >= CHUNK:
             yield group
             group, size = [], 0
@@ -252,13 +284,13 @@ def group_pieces(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield group
 
 
-def encode_pieces(tokenizer: Tokenizer, dtype: str, pieces: list[Piece]) -> dict[str, bytes]:
+def encode_pieces(tokenizer: Tokenizer, dtype: str, pieces: list[Surrounded]) -> dict[str, bytes]:
     """split -> the ids of the pieces, as the bytes of its .bin file."""
     ids: dict[str, list[int]] = {split: [] for split in SPLITS}
-    for piece in pieces:
-        if piece.start and tokenizer.bos_id is not None:
-            ids[piece.split].append(tokenizer.bos_id)
+    for before, piece, after in pieces:
+        ids[piece.split] += before
         ids[piece.split] += tokenizer.encode(piece.text, start=piece.start)
+        ids[piece.split] += after
     kind = np.dtype(dtype).newbyteorder("<")
     return {split: np.array(ids[split], dtype=kind).tobytes() for split in SPLITS}
 

@@ -25,6 +25,7 @@ import tiktoken
 from data.tokenizer_json import (
     ID_NAMES,
     PATTERN_PROBE,
+    PROBES,
     SPACE,
     Companions,
     Mismatch,
@@ -522,12 +523,9 @@ def same_ids(first: Tokenizer, second: Tokenizer) -> bool:
     """
     if first.pieces != second.pieces:
         return False
-    texts = [text.replace(SPACE, "") for text in probe_texts(first.pieces)]
-    return all(
-        first.encode(text, start) == second.encode(text, start)
-        for text in texts
-        for start in (True, False)
-    )
+    tries = [(text.replace(SPACE, ""), True) for text in probe_texts(first.pieces)]
+    tries += [(text.replace(SPACE, ""), False) for text in PROBES]
+    return all(first.encode(text, start) == second.encode(text, start) for text, start in tries)
 
 
 def says_more(said: Companions) -> bool:

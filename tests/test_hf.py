@@ -258,7 +258,7 @@ def test_the_card_tells_of_the_run(tmp_path):
     )
     assert run_hf("export", run, tmp_path / "out") == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| `learning_rate` | `0.0123` |" in card and "words, 1,234 training tokens" in card
+    assert "| `learning_rate` | `0.0123` |" in card and "`words`, 1,234 training tokens" in card
     assert "loss 2.2500 nats" in card and "1.25" not in card  # the weights are those of step 3
 
 
@@ -267,7 +267,7 @@ def test_the_card_of_an_imported_model_tells_of_no_run(tmp_path):
     assert run_hf("import", tmp_path / "hf", f"out_dir={tmp_path / 'run'}") == 0
     assert run_hf("export", tmp_path / "run", tmp_path / "out") == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| from | {tmp_path / 'hf'} |" in card and "learning_rate" not in card
+    assert f"| from | `{tmp_path / 'hf'}` |" in card and "learning_rate" not in card
     assert "A Llama, exported with Rootllama" in card
 
 
