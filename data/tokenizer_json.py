@@ -72,7 +72,7 @@ def blamed_on(path: Path, foreign: bool = False) -> Iterator[None]:
         if foreign and isinstance(error, Mismatch):
             raise ValueError(
                 f"{path}: {error}: it is not the tokenizer of the config.json and "
-                "generation_config.json beside it, or these are wrong"
+                "generation_config.json beside it, or the ids there are wrong: correct them"
             ) from None
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
@@ -231,10 +231,11 @@ def growth(step: dict) -> int:
     """How many times as long a step of a tokenizer.json can make a text."""
     match step["type"]:
         case "Replace":
-            # A regular expression may match where nothing is, between any two characters.
-            replaced = len(step["pattern"].get("String", ""))
-            new = len(step["content"])
-            return max(1, math.ceil(new / replaced)) if replaced else 1 + new
+            # A regular expression can match where nothing is, between any two characters.
+            old, new = step["pattern"].get("String"), len(step["content"])
+            if old == "":
+                raise ValueError("a step of it replaces the empty text")
+            return 1 + new if old is None else max(1, math.ceil(new / len(old)))
         case "Prepend":
             return 1 + len(step["prepend"])
         case "Precompiled":
