@@ -4,6 +4,7 @@ loader.py    opens a data set and gives the batch of a step
 prepare.py   the command that makes a data set: text to tokens
 corpus.py    where its text comes from
 tokenizer.py, then tokenizer_json.py   text to ids and back, and the files of Hugging Face
+tokenizer_export.py   our tokenizers as files of Hugging Face
 files.py     files and folders that appear whole or not at all
 """
 
