@@ -321,7 +321,7 @@ class TiktokenTokenizer(Tokenizer):
         for piece, i in encoding._mergeable_ranks.items():
             pieces[i] = piece
         super().__init__(pieces, bos_id=encoding._special_tokens.get("<|endoftext|>"))
-        self.special = dict(encoding._special_tokens)
+        self.special = {name: i for name, i in encoding._special_tokens.items() if name}
 
     def encode(self, text: str, start: bool = True) -> list[int]:
         runs = (run.span() for run in re.finditer(r"\s\s+", text))
@@ -361,7 +361,7 @@ class TiktokenTokenizer(Tokenizer):
         return made
 
 
-NOT_OF_IDS = ("generation", "sentencepiece")
+NOT_OF_IDS = ("generation", "sentencepiece")  # what HuggingFaceTokenizer keeps for an export alone
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -396,31 +396,25 @@ class HuggingFaceTokenizer(Tokenizer):
         # `first` encodes the beginning of a text, `rest` what follows, without a dummy prefix.
         self.first, bare = run_by_library(plain), without_prefix(plain)
         self.rest = self.first if bare is plain else run_by_library(bare)
-        self.tokenizer, self.config, self.generation = (
-            tokenizer,
-            dict(config),
-            dict(generation or {}),
-        )
+        self.tokenizer, self.config = tokenizer, dict(config)
+        self.generation = dict(generation or {})
         self.sentencepiece = base64.b64decode(sentencepiece, validate=True)
         self.before, self.after = ids_around(tokenizer)
         for i in self.end_ids | {*self.before, *self.after}:
             if type(i) is not int or not 0 <= i < self.vocab_size:
                 raise Mismatch(f"bos or eos, {i!r:.99}, is not an id below {self.vocab_size}")
             self.pieces[i] = b""
-        ids = json_ids(tokenizer)
         self.special = {
             token["content"]: token["id"]
             for token in added
             if token["special"] and token["content"]
         }
         if not (self.before or self.after):
-            said = Companions(self.config, {"eos_token_id": self._ends_but_bos()}, {})
-            self.between = said.ids("eos", ids, ())[:1]
+            ends = sorted(self.end_ids - {self.bos_id}) or sorted(self.end_ids)
+            said = Companions(self.config, {"eos_token_id": ends}, {})
+            self.between = said.ids("eos", json_ids(tokenizer), ())[:1]
         with silent_panics():
             self._check()
-
-    def _ends_but_bos(self) -> list[int]:
-        return sorted(self.end_ids - {self.bos_id}) or sorted(self.end_ids)
 
     def _check(self) -> None:
         """Checks that no text becomes a special token and that the library decodes as we do."""

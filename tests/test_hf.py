@@ -311,6 +311,17 @@ def test_an_export_puts_bos_before_a_text_where_the_folder_did(tmp_path, around)
     assert (ids[0][0] == 1) == (around == "bos")
 
 
+def test_sample_py_says_that_a_special_token_is_text_unless_it_is_meant(tmp_path, capsys):
+    folder = save_chat(tmp_path / "hf")
+    words = [str(folder), "prompt=a</s>b", "max_new_tokens=1", "device=cpu"]
+    for special, warnings in (("false", 1), ("true", 0)):
+        capsys.readouterr()
+        assert sample.main([*words, f"special={special}"]) == 0
+        printed = capsys.readouterr()
+        assert printed.err.count("the prompt spells </s>") == warnings
+        assert printed.out.startswith("a</s>b")
+
+
 # How it is stored
 
 
