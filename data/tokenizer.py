@@ -13,8 +13,6 @@ import hashlib
 import io
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +35,7 @@ from data.tokenizer_json import (
     read_capped,
     read_companions,
     read_json_object,
+    run_apart,
     run_by_library,
     rust_errors,
     silent_panics,
@@ -48,7 +47,7 @@ FILES = ("tokenizer.model", "tokenizer.json")
 # field normalizer_spec (3) { add_dummy_prefix (3): false }, and a field that comes again is merged.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 # A program for a child process, because a damaged model can crash the process that loads it.
-PROBE = """import sys, sentencepiece
+PROBE = """import sentencepiece
 model = sentencepiece.SentencePieceProcessor(model_proto=sys.stdin.buffer.read())
 model.decode(model.encode('a b')), [model.id_to_piece(i) for i in range(len(model))]"""
 # What our own exports say in tokenizer_config.json: it can be made again, so it is not kept.
@@ -606,13 +605,11 @@ def is_tiktoken_model(path: Path) -> bool:
 def read_sentencepiece(path: str | Path) -> SentencePieceTokenizer:
     """A user's .model file, which a child process parses first: it can crash SentencePiece."""
     model = read_capped(Path(path))
-    command = [sys.executable, "-c", PROBE]
     try:
-        done = subprocess.run(command, input=model, capture_output=True, timeout=120)
-        if done.returncode != 0:
+        if run_apart(PROBE, model, seconds=120) != 0:
             raise ValueError("not a SentencePiece model; name the .model file of one")
         return SentencePieceTokenizer(model)
-    except (ValueError, subprocess.TimeoutExpired) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 

@@ -10,13 +10,17 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 LARGEST_FILE = 2**25  # bytes; the file of Llama 3's tokenizer has half of that
 LARGEST_ID = 2**22  # unused ids take memory, too; the largest vocabularies have 2**18 ids
+LONGEST_TRY = 10  # seconds for what an honest tokenizer does in a part of one
 MOST_STEPS = 64
 MOST_GROWTH = 256  # the steps of a tokenizer.json may make a text so many times as long
 MOST_AROUND = 64  # ids that it may put around a text
@@ -369,8 +373,60 @@ def run_by_library(tokenizer: dict) -> Any:
     with silent_panics(), rust_errors("not of Hugging Face's kind"):
         made = tokenizers.Tokenizer.from_str(json.dumps(tokenizer | {"post_processor": None}))
     check_growth(tokenizer)
+    check_patterns(tokenizer)
     made.encode_special_tokens = True  # the library's name for: encode them as ordinary text
     return made
+
+
+def check_patterns(tokenizer: dict) -> None:
+    """ValueError if the regular expressions of a tokenizer.json take very long for short texts.
+
+    They run in code that no signal stops, so a child process tries them first. Most tokenizers have
+    none, or only those that cannot take long: without groups, and with one repetition at most.
+    """
+    names = ("normalizer", "pre_tokenizer", "decoder")
+    before, splits, decoders = (flattened(tokenizer.get(name)) for name in names)
+    before = before + [step for step in decoders if step["type"] == "Replace"]
+    patterns = [step["pattern"] for step in before + splits if "pattern" in step]
+    patterns = [pattern["Regex"] for pattern in patterns if "Regex" in pattern]
+    if any("(" in pattern or len(re.findall("[*+{]", pattern)) > 1 for pattern in patterns):
+        steps = {
+            "normalizer": {"type": "Sequence", "normalizers": before},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits},
+        }
+        try_steps(json.dumps(steps))
+
+
+STEPS_PROBE = """import json, tokenizers
+steps, texts = json.load(sys.stdin)
+empty = {"type": "BPE", "vocab": {}, "merges": []}
+empty = {"version": "1.0", "added_tokens": [], "model": empty} | json.loads(steps)
+made = tokenizers.Tokenizer.from_str(json.dumps(empty))
+for text in texts:
+    made.encode(text)"""
+
+
+@lru_cache
+def try_steps(steps: str) -> None:
+    """ValueError if the steps, as JSON, fail or take very long for short texts."""
+    given = json.dumps([steps, [PATTERN_PROBE, *(1000 * char for char in " \n\ta1.\u4f60")]])
+    if run_apart(STEPS_PROBE, given.encode(), LONGEST_TRY) != 0:
+        raise ValueError(
+            f"its regular expressions fail, or take more than {LONGEST_TRY} seconds, for short texts"
+        )
+
+
+def run_apart(code: str, given: bytes, seconds: float) -> int | None:
+    """The exit code of Python code in a child process, which gets `given` on its standard input;
+    None if it did not end within so many seconds.
+    """
+    # Nothing is imported from the current folder, which can be a stranger's.
+    code = f"import sys; sys.path[:] = filter(None, sys.path)\n{code}"
+    command = [sys.executable, "-c", code]
+    with suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(command, input=given, capture_output=True, timeout=seconds)
+        return done.returncode
+    return None
 
 
 @contextmanager

@@ -699,6 +699,7 @@ def steps(name, *parts):
 
 PREPENDING = {"type": "Prepend", "prepend": 20 * "x"}
 CHARSMAP = base64.b64encode(bytes(4) + b"short\0" + 300 * b"x" + b"\0").decode()
+SLOW = 3 * r"[\s\S]{0,200}" + r"[^\s\S]"  # it looks at eight million places from each character
 NAMELESS = TEMPLATE | {"special_tokens": {}}
 MANY = TEMPLATE["single"][:1] * 20_000 + TEMPLATE["single"][1:]
 LONG = {"<s>": {"id": "<s>", "ids": [1] * 20_000, "tokens": ["<s>"] * 20_000}}
@@ -715,14 +716,19 @@ LONG = {"<s>": {"id": "<s>", "ids": [1] * 20_000, "tokens": ["<s>"] * 20_000}}
         ({"normalizer": steps("normalizers", *9 * [{"type": "NFKD"}])}, "too long"),
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}}, "damaged"),
         ({"normalizer": steps("normalizers", *65 * [{"type": "Nmt"}])}, "too long"),
+        ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": SLOW}}}, "fail, or take more than"),
+        ({"normalizer": replacing("x", "") | {"pattern": {"Regex": SLOW}}}, "fail, or take more"),
         ({"post_processor": NAMELESS}, "damaged tokenizer file .no '<s>'"),
         ({"post_processor": TEMPLATE | {"single": MANY}}, "more than 64 ids around"),
         ({"post_processor": TEMPLATE | {"special_tokens": LONG}}, "damaged"),
         ({"post_processor": {"type": "New"}}, "post-processor New is not known"),
     ],
-    ids=range(12),
+    ids=range(14),
 )
-def test_a_tokenizer_json_that_would_fill_any_memory_is_one_error_line(part, match, tmp_path):
+def test_a_tokenizer_json_that_would_fill_any_memory_or_take_for_ever_is_one_error_line(
+    part, match, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("data.tokenizer_json.LONGEST_TRY", 0.3)
     save_hugging_face(tmp_path, BYTE_LEVEL | part)
     refused(tmp_path, match)
 
