@@ -136,9 +136,11 @@ class SampleOptions:
         ]
         if self.interactive and self.prompt:
             problems.append("interactive=true asks for the prompts: leave prompt out")
-        if self.eval != "none" and (self.interactive or self.compile or self.prompt):
+        sampling = self.prompt or self.special or self.interactive or self.compile
+        if self.eval != "none" and sampling:
             problems.append(
-                f"eval={self.eval} samples nothing: leave prompt, interactive and compile out"
+                f"eval={self.eval} samples nothing: leave prompt, special, interactive and "
+                f"compile out"
             )
         useless = [name for name in FOR_EVAL if getattr(self, name)]
         if self.eval == "none" and useless:

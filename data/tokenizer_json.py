@@ -412,7 +412,7 @@ def try_steps(steps: str) -> None:
     given = json.dumps([steps, [PATTERN_PROBE, *(1000 * char for char in " \n\ta1.\u4f60")]])
     if run_apart(STEPS_PROBE, given.encode(), LONGEST_TRY) != 0:
         raise ValueError(
-            f"its regular expressions fail, or take more than {LONGEST_TRY} seconds, for short texts"
+            f"its regular expressions fail for short texts, or take more than {LONGEST_TRY} seconds"
         )
 
 
