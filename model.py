@@ -206,10 +206,14 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     frequencies = 1.0 / config.rope_theta**exponent
     if config.rope_scaling == "none":
         return frequencies
-    turns = config.rope_original_context * frequencies / (2 * math.pi)
-    keep = (turns - config.rope_low_freq) / (config.rope_high_freq - config.rope_low_freq)
-    keep = keep.clamp(0, 1)  # 0 = stretched in full, 1 = left alone, between = a mixture
-    return keep * frequencies + (1 - keep) * frequencies / config.rope_factor
+    # The order of the operations is that of transformers, so that no last digit differs.
+    low, high = config.rope_low_freq, config.rope_high_freq
+    length = 2 * math.pi / frequencies  # tokens in a whole turn
+    slow, fast = (config.rope_original_context / turns for turns in (low, high))
+    stretched = torch.where(length > slow, frequencies / config.rope_factor, frequencies)
+    keep = (config.rope_original_context / length - low) / (high - low)  # the share left alone
+    mixed = (1 - keep) * stretched / config.rope_factor + keep * stretched
+    return torch.where((length < fast) | (length > slow), stretched, mixed)
 
 
 def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,7 @@ FOR_EVAL = "dataset eval_iters block_size micro_batch_size"
 NEEDS = (  # as in config/schema.py: options that count only beside others
     (FOR_EVAL, "eval=val or eval=train", lambda k: k["eval"] != "none"),
     (
-        f"{' '.join(FOR_GENERATE)} prompt interactive raw",
+        f"{' '.join(FOR_GENERATE)} prompt special interactive raw",
         "eval=none",
         lambda k: k["eval"] == "none",
     ),
@@ -92,6 +92,9 @@ class SampleOptions:
         "",
         "text to continue; FILE:path = what is in a file, - = what is on standard input, both "
         "without their last end of line",
+    )
+    special: bool = knob(
+        False, "special tokens that the prompt spells, such as </s>, are these tokens, not text"
     )
     checkpoint: str = knob("latest", "latest, best or a step")
     max_new_tokens: int = knob(200, "tokens to generate")
@@ -205,7 +208,7 @@ def sample_or_evaluate(argv: list[str]) -> None:
             warn("prompt has the two signs \\ and n; a new line is written prompt=$'...\\n'")
         prompt = prompt_text(options.prompt)  # '' with eval and with interactive
         model, tokenizer, known = load_model(folder, options.checkpoint, options.device)
-        ids = prompt_ids(tokenizer, prompt)
+        ids = prompt_ids(tokenizer, prompt, options.special)
         prepare_for_inference(model, options)
         if options.eval != "none":
             print_evaluation(model, known, folder, options)
@@ -270,13 +273,16 @@ def read_prompt(file: BinaryIO, name: str) -> str:
         raise ValueError(f"{name}: byte {error.start} {not_utf8(content, error.start)}") from error
 
 
-def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:
     """The ids of a prompt, at least one. ValueError if the text cannot be encoded, and a warning if
     the tokenizer loses some of it.
 
-    They begin with bos, as a document does in training, unless the tokenizer puts no bos before
-    prompts. An empty text gets a bos even then, because the model must read something. If there is
-    no bos at all, an empty text becomes a newline, or the first token if newline has no token.
+    They begin as a document does in training, mostly with bos. An empty text gets a bos even if
+    documents have none, because the model must read something. If there is no bos at all, an empty
+    text becomes a newline, or the first token if newline has no token.
+
+    A special token that is spelled out in the text is text, and a warning says so. With `special`
+    it is the token, and a text that begins as a document does gets no second beginning.
     """
     try:
         text.encode()
@@ -285,11 +291,27 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
             f"the prompt is not text in UTF-8 after {text[: error.start][-30:]!r}: let the "
             "terminal, or the program that it is from, use UTF-8"
         ) from None
-    with_bos = tokenizer.bos_id is not None and (tokenizer.bos_before_prompts or not text)
-    encoded = tokenizer.encode(text)
-    if (seen := tokenizer.decode(encoded)) != text:
-        warn(f"the tokenizer loses some of the prompt, the model sees {seen!r:.300}")
-    ids = ([tokenizer.bos_id] if with_bos else []) + encoded
+    before = tokenizer.before
+    if not text and not before and tokenizer.bos_id is not None:
+        before = [tokenizer.bos_id]
+    if special and not tokenizer.special:
+        raise ValueError(
+            f"special=true, but a prompt can spell no special token of this {tokenizer.kind} "
+            f"tokenizer: leave it out"
+        )
+    if special:
+        ids = tokenizer.encode_special(text)
+        ids = ids if before and ids[: len(before)] == before else before + ids
+    else:
+        if spelled := tokenizer.spelled(text):
+            warn(
+                f"the prompt spells {', '.join(spelled[:3])}, which is text like any other: "
+                f"special=true of sample.py makes it the special token"
+            )
+        encoded = tokenizer.encode(text)
+        if (seen := tokenizer.decode(encoded)) != text:
+            warn(f"the tokenizer loses some of the prompt, the model sees {seen!r:.300}")
+        ids = before + encoded
     if ids:
         return ids
     try:
@@ -344,7 +366,8 @@ def answer_prompts(model: Decoder, tokenizer: Tokenizer, options: SampleOptions)
     sys.stdin.reconfigure(errors="surrogateescape")  # so one bad line does not take others along
     while not reader_left(sys.stdout):
         try:
-            ids = prompt_ids(tokenizer, input("prompt> " if sys.stdin.isatty() else ""))
+            prompt = input("prompt> " if sys.stdin.isatty() else "")
+            ids = prompt_ids(tokenizer, prompt, options.special)
         except EOFError:
             return
         except ValueError as error:  # not UTF-8, or a character that is not in the vocabulary

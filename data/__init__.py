@@ -5,6 +5,7 @@ prepare.py   the command that makes a data set: text to tokens
 corpus.py    where its text comes from
 formats.py   what a file holds that is not text in UTF-8
 tokenizer.py, then tokenizer_json.py   text to ids and back, and the files of Hugging Face
+tokenizer_export.py   our tokenizers as files of Hugging Face
 files.py     files and folders that appear whole or not at all
 """
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository's root, not from data/
@@ -36,6 +36,7 @@ from data.formats import printable
 from data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
+    SentencePieceTokenizer,
     TiktokenTokenizer,
     Tokenizer,
     load_tokenizer,
@@ -43,6 +44,7 @@ from data.tokenizer import (
     tokenizer_sha256,
     train_sentencepiece,
 )
+from data.tokenizer_export import tokenizer_files
 
 USAGE = """\
 python data/prepare.py python                     the standard library of the Python that runs
@@ -58,6 +60,7 @@ tokenizer=FOLDER          the tokenizer of a run, of a data set or of Hugging Fa
 name=NAME                 of the folder; without it, the name of the source"""
 OPTIONS = ("tokenizer", "vocab_size", "name")
 SAMPLE_CHARS = 8_000_000  # a SentencePiece tokenizer is trained on at most so many
+Surrounded = tuple[list[int], Piece, list[int]]  # a piece between the ids before and behind it
 SAMPLE_DOCUMENTS = 20_000  # of a stream: its tokenizer is trained on those at its beginning
 XZ_LIMIT = (
     16_000_000  # bytes: xz takes about 1 s for each MB, so a longer val split is not measured
@@ -150,13 +153,25 @@ def make_tokenizer(choice: str, vocab_size: int | None, corpus: Corpus) -> Token
         return named_tiktoken(choice.removeprefix("tiktoken:"))
     path = Path(os.path.expanduser(choice))
     if choice and path.is_dir():
-        return load_tokenizer(path)
+        return say_whether_exportable(load_tokenizer(path))
     if path.suffix.lower() == ".model":
-        return read_sentencepiece(path)
+        return say_whether_exportable(read_sentencepiece(path))
     raise ValueError(
         f"tokenizer={choice} is unknown; choose from byte, char, sentencepiece, tiktoken:NAME, "
         "PATH.model, FOLDER"
     )
+
+
+def say_whether_exportable(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer. A line says so if it is a SentencePiece model that cannot be exported: better
+    now than after the training.
+    """
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        try:
+            tokenizer_files(tokenizer)
+        except (ValueError, OSError) as error:
+            print(f"what is trained with it cannot be exported to Hugging Face: {error}")
+    return tokenizer
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
@@ -245,13 +260,15 @@ def write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: d
         open(folder / "val.bin", "ab") as val,
         tqdm(desc=corpus.name, total=corpus.size, unit="B", unit_scale=True, disable=None) as bar,
     ):
-        groups = group_pieces(islice(pieces, progress["pieces"], None))
+        begun = {split for split in SPLITS if progress["tokens"][split]}
+        rest = islice(pieces, progress["pieces"], None)
+        groups = group_pieces(with_surroundings(rest, tokenizer, begun))
         encode = partial(encode_pieces, tokenizer, progress["dtype"])
         for group, (encoded, lost) in in_order(encode, groups):
             for split, file in zip(SPLITS, (train, val), strict=True):
                 file.write(encoded[split])
                 file.flush()
-                text = "".join(piece.text for piece in group if piece.split == split).encode()
+                text = "".join(piece.text for _, piece, _ in group if piece.split == split).encode()
                 progress["tokens"][split] += len(encoded[split]) // itemsize
                 progress["bytes"][split] += len(text)
                 progress["lost_bytes"][split] += sum(lost[split].values())
@@ -270,12 +287,27 @@ def write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: d
                 save_progress(folder, progress)
 
 
-def group_pieces(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def with_surroundings(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, begun: set[str]
+) -> Iterator[Surrounded]:
+    """(the ids before it, the piece, the ids behind it) of each piece. `begun` are the splits that
+    have a document already.
+    """
+    for piece, following in pairwise(chain(pieces, [None])):
+        before = tokenizer.before if piece.start else []
+        if piece.start and piece.split in begun:
+            before = tokenizer.between + before
+        begun.add(piece.split)
+        ends = following is None or following.start
+        yield before, piece, tokenizer.after if ends else []
+
+
+def group_pieces(pieces: Iterable[Surrounded]) -> Iterator[list[Surrounded]]:
     """Groups of at least CHUNK characters, so that short documents, too, keep a thread busy."""
     group, size = [], 0
-    for piece in pieces:
-        group.append(piece)
-        size += len(piece.text)
+    for surrounded in pieces:
+        group.append(surrounded)
+        size += len(surrounded[1].text)
         if size >= CHUNK:
             yield group
             group, size = [], 0
@@ -284,16 +316,14 @@ def group_pieces(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def encode_pieces(
-    tokenizer: Tokenizer, dtype: str, pieces: list[Piece]
+    tokenizer: Tokenizer, dtype: str, pieces: list[Surrounded]
 ) -> tuple[dict[str, bytes], dict[str, Counter]]:
     """split -> the ids of the pieces, as the bytes of its .bin file; and split -> lost_by."""
     ids: dict[str, list[int]] = {split: [] for split in SPLITS}
     lost: dict[str, Counter] = {split: Counter() for split in SPLITS}
-    for piece in pieces:
-        if piece.start and tokenizer.bos_id is not None:
-            ids[piece.split].append(tokenizer.bos_id)
+    for before, piece, after in pieces:
         found = tokenizer.encode(piece.text, start=piece.start)
-        ids[piece.split] += found
+        ids[piece.split] += [*before, *found, *after]
         lost[piece.split] += lost_by(tokenizer, found, piece)
     kind = np.dtype(dtype).newbyteorder("<")
     return {split: np.array(ids[split], dtype=kind).tobytes() for split in SPLITS}, lost

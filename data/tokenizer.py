@@ -13,8 +13,6 @@ import hashlib
 import io
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -24,17 +22,24 @@ import sentencepiece
 import tiktoken
 
 from data.tokenizer_json import (
+    ID_NAMES,
+    PATTERN_PROBE,
+    PROBES,
     SPACE,
+    Companions,
     Mismatch,
     blamed_on,
+    ids_around,
     json_ids,
     json_pieces,
+    probe_texts,
     read_capped,
+    read_companions,
     read_json_object,
+    run_apart,
     run_by_library,
     rust_errors,
     silent_panics,
-    special_ids,
     without_prefix,
 )
 
@@ -43,11 +48,19 @@ FILES = ("tokenizer.model", "tokenizer.json")
 # field normalizer_spec (3) { add_dummy_prefix (3): false }, and a field that comes again is merged.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 # A program for a child process, because a damaged model can crash the process that loads it.
-PROBE = """import sys, sentencepiece
+PROBE = """import sentencepiece
 model = sentencepiece.SentencePieceProcessor(model_proto=sys.stdin.buffer.read())
 model.decode(model.encode('a b')), [model.id_to_piece(i) for i in range(len(model))]"""
-PATTERN_PROBE = "".join(map(chr, range(0x180)))
-PATTERN_PROBE += " words, of all  kinds\n\n\t \u4f60\U0001f600 12 " + 64 * "a" + "!"
+# What our own exports say in tokenizer_config.json: it can be made again, so it is not kept.
+SAID_BY_EXPORTS = {
+    "tokenizer_class",
+    "clean_up_tokenization_spaces",
+    "add_prefix_space",
+    "split_special_tokens",
+    "bos_token",
+    "eos_token",
+    "unk_token",
+}
 # In characters. SentencePiece is slower for a longer text, so it is given about so much at a time;
 # tiktoken overflows its stack in a run of white space that is some times longer than this.
 SENTENCEPIECE_CHARS = 2000
@@ -62,22 +75,24 @@ class Tokenizer:
 
     Subclasses add `encode`.
 
-    pieces              the bytes of each id; b"" for special tokens and unused ids
-    bos_id              the id before every document, with which an empty prompt starts; None if
-                        the tokenizer has none
-    end_ids             the ids that end a text: bos, since a new document begins there, and the
-                        tokenizer's own eos
-    exact               whether decode_bytes(encode(text)) is the UTF-8 of every text that can be
-                        encoded
-    dummy_prefix        whether `encode` puts a space before every text; `decode` takes it away
-                        again, `decode_bytes` does not
-    bos_before_prompts  whether a prompt starts with bos, as documents do; some tokenizers of
-                        Hugging Face leave bos out there
+    pieces        the bytes of each id; b"" for special tokens and unused ids
+    bos_id        the id with which an empty prompt starts; None if the tokenizer has none
+    end_ids       the ids that end a text: bos, since a new document begins there, and every eos
+                  that the tokenizer's files name
+    before        the ids that stand before every document and every prompt: mostly bos
+    after         the ids that stand behind every document
+    between       the ids that keep two documents apart if nothing stands before or behind them
+    special       the special tokens that a prompt can spell: text -> id
+    exact         whether decode_bytes(encode(text)) is the UTF-8 of every text that can be encoded
+    dummy_prefix  whether `encode` puts a space before every text; `decode` takes it away again,
+                  `decode_bytes` does not
+    config, generation  what tokenizer_config.json and generation_config.json said beside a
+                  tokenizer of Hugging Face, for an export; empty for ours
     """
 
     kind: str
     file = "tokenizer.json"
-    exact = bos_before_prompts = True
+    exact = True
     dummy_prefix = False
 
     def __init__(self, pieces: Sequence[bytes], bos_id: int | None, end_ids: Iterable[int] = ()):
@@ -85,10 +100,29 @@ class Tokenizer:
         self.vocab_size = len(self.pieces)
         self.bos_id = bos_id
         self.end_ids = frozenset(end_ids if bos_id is None else [bos_id, *end_ids])
+        self.before = [] if bos_id is None else [bos_id]
+        self.after: list[int] = []
+        self.between: list[int] = []
+        self.special: dict[str, int] = {}
+        self.config: dict = {}
+        self.generation: dict = {}
 
     def encode(self, text: str, start: bool = True) -> list[int]:
         """The ids of a text, none of them special. start=False: it continues an earlier text."""
         raise NotImplementedError
+
+    def encode_special(self, text: str) -> list[int]:
+        """The ids of a text in which a special token that is spelled out is that token."""
+        names = sorted(self.special, key=len, reverse=True)  # of two that fit, the longer one
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+        ids = self.encode(parts[0]) if parts[0] else []
+        for name, rest in zip(parts[1::2], parts[2::2], strict=True):
+            ids += [self.special[name], *self.encode(rest, start=False)]
+        return ids
+
+    def spelled(self, text: str) -> list[str]:
+        """The special tokens that a text spells out."""
+        return [name for name in self.special if name in text]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the ids. Ids can be decoded in parts: the bytes of a + b are those of a and
@@ -113,7 +147,9 @@ class Tokenizer:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of content() in hexadecimal. Equal ones mean equal ids for every text."""
+        """SHA-256 in hexadecimal of all that decides ids. Equal ones mean equal ids for every
+        document.
+        """
         return hashlib.sha256(self.content()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
@@ -169,6 +205,9 @@ class CharTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, ours (exact) or another one such as Llama's.
 
+    `said` is what the files beside it say, if it comes from Hugging Face. If they say more than our
+    own exports do, that is stored with the model in a tokenizer.json.
+
     It gives the ids that SentencePiece gives, with one exception: SentencePiece writes a space as
     U+2581, so it cannot tell the two apart. Here a literal U+2581 stays one if the model has pieces
     for its bytes.
@@ -176,8 +215,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     kind = "sentencepiece"
     file = "tokenizer.model"
+    said: Companions | None = None
+    plain = True  # whether the files beside it leave its ids as they are
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, said: Companions | None = None):
         self.model = model
         try:
             # `first` encodes the beginning of a text, `rest` what follows, without a dummy prefix.
@@ -190,6 +231,10 @@ class SentencePieceTokenizer(Tokenizer):
             ) from None
         bos, eos = self.first.bos_id(), self.first.eos_id()  # -1 if the model has none
         super().__init__(pieces, bos if bos >= 0 else None, [eos] if eos >= 0 else [])
+        names = [self.first.id_to_piece(i) for i in range(len(self.first))]
+        self.special = {name: i for i, name in enumerate(names) if self.first.is_control(i)}
+        if said is not None and says_more(said):
+            self._take(said, {name: i for i, name in enumerate(names)})
         self.drops_spaces = self.first.normalize("a  b") == self.first.normalize("a b")
         # The ids of the bytes of U+2581. A model that drops spaces would drop some around it, too.
         mark = [self.first.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
@@ -202,6 +247,25 @@ class SentencePieceTokenizer(Tokenizer):
             and not any(re.search(b"\n[^\n]", piece) for piece in pieces)
         )
         self.probe()
+
+    def _take(self, said: Companions, ids: dict[str, int]) -> None:
+        """Takes over what the files beside the model say: its roles, and what an export needs."""
+        own, control = (self.bos_id, self.end_ids), set(self.special.values())
+        bos, eos = (said.ids(role, ids, control) for role in ("bos", "eos"))
+        self.bos_id = bos[0] if bos else self.bos_id
+        if eos:
+            self.end_ids = frozenset(eos if self.bos_id is None else [self.bos_id, *eos])
+        for i in self.end_ids:
+            if type(i) is not int or not 0 <= i < self.vocab_size or self.pieces[i]:
+                raise Mismatch(f"bos or eos, {i!r:.99}, is not a special token of it")
+        # So do transformers' classes for such a model.
+        with_bos, with_eos = said.config.get("add_bos_token"), said.config.get("add_eos_token")
+        self.before = [] if self.bos_id is None or with_bos is False else [self.bos_id]
+        self.after = eos[:1] if with_eos is True else []
+        self.between = [] if self.before or self.after else eos[:1]
+        self.said, self.config, self.generation = said, said.config, said.merged
+        self.file = "tokenizer.json"
+        self.plain = (self.bos_id, self.end_ids, self.before, self.after) == (*own, [own[0]], [])
 
     def _piece_bytes(self, i: int) -> bytes:
         piece = self.first.id_to_piece(i)
@@ -231,8 +295,21 @@ class SentencePieceTokenizer(Tokenizer):
             ids += self.mark + self.rest.encode(tail)
         return ids
 
+    def fields(self) -> dict:
+        return {"model": base64.b64encode(self.model).decode(), "said": self.said}
+
+    @classmethod
+    def from_fields(cls, fields: dict) -> "SentencePieceTokenizer":
+        said = Companions(*map(dict, fields["said"]))
+        return cls(base64.b64decode(fields["model"], validate=True), said)
+
     def content(self) -> bytes:
-        return self.model
+        return self.model if self.file == "tokenizer.model" else super().content()
+
+    @property
+    def sha256(self) -> str:
+        # Files beside the model that change no id, such as a chat template, change nothing here.
+        return hashlib.sha256(self.model if self.plain else self.content()).hexdigest()
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -246,6 +323,7 @@ class TiktokenTokenizer(Tokenizer):
         for piece, i in encoding._mergeable_ranks.items():
             pieces[i] = piece
         super().__init__(pieces, bos_id=encoding._special_tokens.get("<|endoftext|>"))
+        self.special = {name: i for name, i in encoding._special_tokens.items() if name}
 
     def encode(self, text: str, start: bool = True) -> list[int]:
         runs = (run.span() for run in re.finditer(r"\s\s+", text))
@@ -285,48 +363,74 @@ class TiktokenTokenizer(Tokenizer):
         return made
 
 
+NOT_OF_IDS = ("generation", "sentencepiece")  # what HuggingFaceTokenizer keeps for an export alone
+
+
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json of Hugging Face, run by their library `tokenizers` (extra `hf`).
 
     A special token that is spelled out in a text is ordinary text here. A token that tokenizer.json
-    adds without calling it special is part of texts, as it is there. The post-processor, truncation
-    and padding are off. `config` is the content of tokenizer_config.json, kept for an export.
+    adds without calling it special is part of texts, as it is there. Truncation and padding are
+    off. The post-processor says what stands before and behind a document, as in transformers, which
+    leaves add_bos_token and add_eos_token alone where there is a tokenizer.json.
+
+    `config` and `generation` are the contents of tokenizer_config.json and generation_config.json;
+    `sentencepiece` is the tokenizer.model beside it in base64, if it gives the same ids.
     """
 
     kind = "huggingface"
 
-    def __init__(self, tokenizer: dict, config: dict, bos_id: int | None, end_ids: Sequence[int]):
-        self.tokenizer, self.config = tokenizer, dict(config)
+    def __init__(
+        self,
+        tokenizer: dict,
+        config: dict,
+        bos_id: int | None,
+        end_ids: Sequence[int],
+        generation: dict | None = None,
+        sentencepiece: str = "",
+    ):
         added = [
             token | {"special": token["special"] or token["id"] in (bos_id, *end_ids)}
             for token in tokenizer["added_tokens"]
         ]
         plain = tokenizer | {"truncation": None, "padding": None, "added_tokens": added}
+        super().__init__(json_pieces(plain), bos_id, end_ids)
         # `first` encodes the beginning of a text, `rest` what follows, without a dummy prefix.
         self.first, bare = run_by_library(plain), without_prefix(plain)
         self.rest = self.first if bare is plain else run_by_library(bare)
-        self.bos_before_prompts = bos_id in self.first.encode("").ids
-        super().__init__(json_pieces(plain), bos_id, end_ids)
-        for i in self.end_ids:
+        self.tokenizer, self.config = tokenizer, dict(config)
+        self.generation = dict(generation or {})
+        self.sentencepiece = base64.b64decode(sentencepiece, validate=True)
+        self.before, self.after = ids_around(tokenizer)
+        for i in self.end_ids | {*self.before, *self.after}:
             if type(i) is not int or not 0 <= i < self.vocab_size:
                 raise Mismatch(f"bos or eos, {i!r:.99}, is not an id below {self.vocab_size}")
             self.pieces[i] = b""
+        self.special = {
+            token["content"]: token["id"]
+            for token in added
+            if token["special"] and token["content"]
+        }
+        if not (self.before or self.after):
+            ends = sorted(self.end_ids - {self.bos_id}) or sorted(self.end_ids)
+            said = Companions(self.config, {"eos_token_id": ends}, {})
+            self.between = said.ids("eos", json_ids(tokenizer), ())[:1]
         with silent_panics():
             self._check()
 
     def _check(self) -> None:
         """Checks that no text becomes a special token and that the library decodes as we do."""
-        for i in self.end_ids:
+        for i in self.end_ids | {*self.before, *self.after}:
             name = self.first.id_to_token(i)
             if i in self.encode(self._encodable(name or "")):
                 raise Mismatch(f"bos or eos, id {i}, is {name!r} here, which a text can have")
+        self.probe(self._encodable)
         ids = self.encode(self._encodable(PATTERN_PROBE))
         with rust_errors("its decoder fails"):
             theirs = self.first.decode(ids, skip_special_tokens=True)
-        # Some decoders leave the dummy prefix in the text.
-        if theirs.removeprefix(" ") != self.decode(ids).removeprefix(" "):
+        ours = self.decode(ids)
+        if theirs not in (ours, f" {ours}"):  # some decoders leave the dummy prefix in the text
             raise ValueError("its decoder makes another text of its ids than they spell")
-        self.probe(self._encodable)
 
     def _encodable(self, text: str) -> str:
         """The text without the characters that the tokenizer refuses.
@@ -345,31 +449,88 @@ class HuggingFaceTokenizer(Tokenizer):
         with rust_errors("its tokenizer.json cannot encode this text"):
             return library.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
+    def encode_special(self, text: str) -> list[int]:
+        try:
+            self.first.encode_special_tokens = False  # the library's name for: take them as tokens
+            return self.encode(text)
+        finally:
+            self.first.encode_special_tokens = True
+
     def fields(self) -> dict:
-        return {
+        fields = {
             "tokenizer": self.tokenizer,
             "config": self.config,
             "bos_id": self.bos_id,
             "end_ids": sorted(self.end_ids),
         }
+        if self.generation:
+            fields["generation"] = self.generation
+        if self.sentencepiece:
+            fields["sentencepiece"] = base64.b64encode(self.sentencepiece).decode()
+        return fields
 
     def content(self) -> bytes:
+        return self._written({"kind": self.kind, **self.fields()})
+
+    @staticmethod
+    def _written(fields: dict) -> bytes:
         # Not in ASCII: its escapes could make the file three times as large as the original.
-        fields = {"kind": self.kind, **self.fields()}
         return (json.dumps(fields, ensure_ascii=False) + "\n").encode()
 
+    @property
+    def sha256(self) -> str:
+        return self.sha256_of({"kind": self.kind, **self.fields()})
+
     @classmethod
-    def from_folder(cls, folder: Path, tokenizer: dict) -> "HuggingFaceTokenizer":
-        """The tokenizer of a Hugging Face folder; `tokenizer` is the content of tokenizer.json."""
-        files = [
-            read_json_object(folder / name) if (folder / name).exists() else {}
-            for name in ("generation_config.json", "config.json", "tokenizer_config.json")
-        ]
-        config, template = files[-1], folder / "chat_template.jinja"
-        if template.exists():  # transformers finds the template in the config, too
-            config["chat_template"] = read_capped(template).decode()
-        bos, eos = (special_ids(role, files, json_ids(tokenizer)) for role in ("bos", "eos"))
-        return cls(tokenizer, config, bos[0] if bos else None, eos)
+    def sha256_of(cls, fields: dict) -> str:
+        """The sha256 of a tokenizer.json of ours. What decides no id does not count."""
+        kept = {name: value for name, value in fields.items() if name not in NOT_OF_IDS}
+        return hashlib.sha256(cls._written(kept)).hexdigest()
+
+    @classmethod
+    def from_folder(cls, folder: Path, tokenizer: dict) -> Tokenizer:
+        """The tokenizer of a Hugging Face folder; `tokenizer` is the content of tokenizer.json.
+
+        A tokenizer.model beside it counts if it gives the same ids. If the folder says no more than
+        our own exports do, it is the tokenizer.
+        """
+        said, ids = read_companions(folder), json_ids(tokenizer)
+        special = {token["id"] for token in tokenizer["added_tokens"] if token["special"]}
+        bos, eos = (said.ids(role, ids, special) for role in ("bos", "eos"))
+        made = cls(tokenizer, said.config, bos[0] if bos else None, eos, said.merged)
+        path = folder / SentencePieceTokenizer.file
+        if not path.is_file() or is_tiktoken_model(path):
+            return made
+        with blamed_on(path):
+            model = SentencePieceTokenizer(read_capped(path))
+        if not same_ids(made, model):
+            return made
+        roles = [(t.bos_id, t.end_ids, t.before, t.after) for t in (made, model)]
+        if roles[0] == roles[1] and not says_more(said):
+            return model
+        made.sentencepiece = model.model
+        return made
+
+
+def same_ids(first: Tokenizer, second: Tokenizer) -> bool:
+    """Whether two tokenizers have the same pieces and give the same ids for texts of many kinds.
+
+    U+2581 is left out: each kind of tokenizer has its own way with it.
+    """
+    if first.pieces != second.pieces:
+        return False
+    tries = [(text.replace(SPACE, ""), True) for text in probe_texts(first.pieces)]
+    tries += [(text.replace(SPACE, ""), False) for text in PROBES]
+    return all(first.encode(text, start) == second.encode(text, start) for text, start in tries)
+
+
+def says_more(said: Companions) -> bool:
+    """Whether files of Hugging Face say more than our own exports do."""
+    return bool(
+        said.config.keys() - SAID_BY_EXPORTS
+        or (said.config and not said.config.get("split_special_tokens"))
+        or said.merged.keys() - set(ID_NAMES[:2])
+    )
 
 
 # Loading
@@ -378,6 +539,7 @@ class HuggingFaceTokenizer(Tokenizer):
 FROM_JSON = {  # kind -> the tokenizer of the fields in our tokenizer.json
     "byte": lambda fields: ByteTokenizer(),
     "char": lambda fields: CharTokenizer(fields["chars"]),
+    "sentencepiece": SentencePieceTokenizer.from_fields,
     "tiktoken": TiktokenTokenizer.from_fields,
     "huggingface": lambda fields: HuggingFaceTokenizer(
         **{name: fields[name] for name in fields if name != "kind"}
@@ -393,8 +555,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     path = tokenizer_file(folder)
     if path.name == SentencePieceTokenizer.file:
-        with blamed_on(path):
-            return SentencePieceTokenizer(read_capped(path))
+        with blamed_on(path, foreign=True):
+            return SentencePieceTokenizer(read_capped(path), read_companions(path.parent))
     fields = read_json_object(path)
     ours = "kind" in fields
     with blamed_on(path, foreign=not ours):
@@ -404,46 +566,38 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def tokenizer_sha256(folder: str | Path) -> str:
-    """load_tokenizer(folder).sha256; a file of ours is not even loaded for it."""
+    """load_tokenizer(folder).sha256; most files of ours are not even loaded for it."""
     path = tokenizer_file(folder)
     content = read_capped(path)
-    if path.name == SentencePieceTokenizer.file or content.startswith(b'{"kind": '):
+    if content.startswith(b'{"kind": "huggingface"'):
+        return HuggingFaceTokenizer.sha256_of(read_json_object(path))
+    if content.startswith(b'{"kind": ') and not content.startswith(b'{"kind": "sentencepiece"'):
         return hashlib.sha256(content).hexdigest()
     return load_tokenizer(folder).sha256
 
 
 def tokenizer_file(folder: str | Path) -> Path:
-    """The path of the folder's tokenizer file.
+    """The path of the folder's tokenizer file: tokenizer.json if there is one, else
+    tokenizer.model.
 
-    A Hugging Face folder may have both files. Then it is tokenizer.model, which needs no library,
-    with two exceptions: tokenizer.json has other ids, because tokens were added to it, or
-    tokenizer.model is not SentencePiece's. Raises FileNotFoundError if there is no file, and
-    ValueError if there are both and tokenizer.json is one of ours.
+    Raises FileNotFoundError if there is none. Raises ValueError if there are both and
+    tokenizer.json is one of ours, or if the only file is tiktoken's.
     """
     found = [path for path in (Path(folder) / name for name in FILES) if path.is_file()]
     if not found:
         raise FileNotFoundError(
             f"{folder}: no {' or '.join(FILES)} there: a run, a data set and a model each have one"
         )
-    if is_tiktoken_model(found[0]):
-        if len(found) == 1:
-            raise ValueError(
-                f"{found[0]}: is tiktoken's and not SentencePiece's, as Meta gives it with "
-                "Llama 3; put the tokenizer.json of the same model beside it"
-            )
-        return found[1]
-    if len(found) == 1:
-        return found[0]
-    model, other = found
-    fields = read_json_object(other)
-    if "kind" in fields:
+    if len(found) == 1 and is_tiktoken_model(found[0]):
+        raise ValueError(
+            f"{found[0]}: is tiktoken's and not SentencePiece's, as Meta gives it with "
+            "Llama 3; put the tokenizer.json of the same model beside it"
+        )
+    if len(found) == 2 and "kind" in read_json_object(found[1]):
         raise ValueError(
             f"{folder}: has both {' and '.join(FILES)}; delete the one that is not its own"
         )
-    with blamed_on(other):
-        known = len({*json_ids(fields).values()})
-    with blamed_on(model):
-        return model if SentencePieceTokenizer(read_capped(model)).vocab_size == known else other
+    return found[-1]
 
 
 def is_tiktoken_model(path: Path) -> bool:
@@ -454,13 +608,11 @@ def is_tiktoken_model(path: Path) -> bool:
 def read_sentencepiece(path: str | Path) -> SentencePieceTokenizer:
     """A user's .model file, which a child process parses first: it can crash SentencePiece."""
     model = read_capped(Path(path))
-    command = [sys.executable, "-c", PROBE]
     try:
-        done = subprocess.run(command, input=model, capture_output=True, timeout=120)
-        if done.returncode != 0:
+        if run_apart(PROBE, model, seconds=120) != 0:
             raise ValueError("not a SentencePiece model; name the .model file of one")
         return SentencePieceTokenizer(model)
-    except (ValueError, subprocess.TimeoutExpired) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 

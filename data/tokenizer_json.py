@@ -1,23 +1,49 @@
 """Tokenizer files as they are on the disk, and what a tokenizer.json of Hugging Face says.
 
 In reading order: reading a file, with errors that name it; the steps, ids and pieces in a
-tokenizer.json; the library that runs it.
+tokenizer.json; what the files beside it say; texts to try tokenizers with; the library that runs
+it.
 """
 
+import base64
 import json
 import math
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
+from collections.abc import Container, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 LARGEST_FILE = 2**25  # bytes; the file of Llama 3's tokenizer has half of that
 LARGEST_ID = 2**22  # unused ids take memory, too; the largest vocabularies have 2**18 ids
+LONGEST_TRY = 10  # seconds for what an honest tokenizer does in a part of one
+MOST_STEPS = 64
+MOST_GROWTH = 256  # the steps of a tokenizer.json may make a text so many times as long
+MOST_AROUND = 64  # ids that it may put around a text
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 DECODERS = {"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip"}  # known here
+ID_NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
 NO_PREFIX = {"add_prefix_space": False, "prepend_scheme": "never"}
+# How many times as long these steps can make a text. Those in STEADY never make it longer. For the
+# forms of Unicode and for Lowercase it is what they do to many characters; a few become longer.
+GROWTH = {
+    "ByteLevel": 2,
+    "Metaspace": 2,
+    "Lowercase": 2,
+    "BertNormalizer": 4,
+    "NFC": 4,
+    "NFD": 4,
+    "NFKC": 4,
+    "NFKD": 4,
+}
+STEADY = (
+    "BertPreTokenizer ByteFallback CharDelimiterSplit Digits Fuse Nmt Punctuation Split Strip "
+    "StripAccents UnicodeScripts Whitespace WhitespaceSplit"
+).split()
 
 
 # Reading a file
@@ -50,7 +76,7 @@ def blamed_on(path: Path, foreign: bool = False) -> Iterator[None]:
         if foreign and isinstance(error, Mismatch):
             raise ValueError(
                 f"{path}: {error}: it is not the tokenizer of the config.json and "
-                "generation_config.json beside it, or these are wrong"
+                "generation_config.json beside it, or the ids there are wrong: correct them"
             ) from None
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
@@ -72,12 +98,14 @@ def read_json_object(path: Path) -> dict:
 
 
 def flattened(part: dict | None) -> list[dict]:
-    """The steps of a normalizer, pre-tokenizer or decoder, with Sequences inside it dissolved."""
+    """The steps of a normalizer, pre-tokenizer, post-processor or decoder, with Sequences inside it
+    dissolved.
+    """
     if part is None:
         return []
     if part["type"] != "Sequence":
         return [part]
-    (name,) = {"normalizers", "pretokenizers", "decoders"} & part.keys()
+    (name,) = {"normalizers", "pretokenizers", "processors", "decoders"} & part.keys()
     return [step for inner in part[name] for step in flattened(inner)]
 
 
@@ -160,30 +188,174 @@ def piece_bytes(piece: str, decoders: set[str]) -> bytes:
     return piece.encode()
 
 
-def special_ids(role: str, files: list[dict], ids: dict[str, int]) -> list[int]:
-    """The ids of the role "bos" or "eos"; empty if no file names one.
+def ids_around(tokenizer: dict) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer.json puts before a text and behind it, such as bos and eos.
 
-    files: the content of generation_config.json and config.json, which name ids, and of
-    tokenizer_config.json, which names a text. The first that names the role decides.
+    Its post-processor is only read and never run: it can ask for more ids than memory has. Raises
+    ValueError if it does anything else.
     """
-    *numbers, texts = files
-    for file in numbers:
-        if (known := file.get(f"{role}_token_id")) is not None:
-            return known if isinstance(known, list) else [known]
-    token = texts.get(f"{role}_token")
-    text = token["content"] if isinstance(token, dict) else token
-    if text is None:
-        return []
-    if text not in ids:
-        raise ValueError(f"it does not have tokenizer_config.json's {role}_token {text!r:.99}")
-    return [ids[text]]
+    before, after = [], []
+    for step in flattened(tokenizer.get("post_processor")):
+        match step["type"]:
+            case "ByteLevel":  # it moves offsets only
+                continue
+            case "BertProcessing" | "RobertaProcessing":
+                first, last = [step["cls"][1]], [step["sep"][1]]
+            case "TemplateProcessing":
+                known, parts = step["special_tokens"], step["single"]
+                (at,) = [i for i, part in enumerate(parts) if "Sequence" in part]
+                names = [part["SpecialToken"]["id"] for part in parts if "Sequence" not in part]
+                lengths = [len(known[name]["ids"]) for name in names[: MOST_AROUND + 1]]
+                if len(names) > MOST_AROUND or sum(lengths) > MOST_AROUND:
+                    raise ValueError(f"it puts more than {MOST_AROUND} ids around a text")
+                first, last = (
+                    [i for name in part for i in known[name]["ids"]]
+                    for part in (names[:at], names[at:])
+                )
+            case kind:
+                raise ValueError(f"its post-processor {kind!s:.80} is not known here")
+        before, after = first + before, after + last
+    return before, after
+
+
+def check_growth(tokenizer: dict) -> None:
+    """ValueError if the steps of a tokenizer.json could make a text so long that it fills any
+    memory, as a few replacements do that each double it.
+    """
+    for names in (("normalizer", "pre_tokenizer"), ("decoder",)):
+        steps = [step for name in names for step in flattened(tokenizer.get(name))]
+        if len(steps) > MOST_STEPS or math.prod(map(growth, steps)) > MOST_GROWTH:
+            raise ValueError(
+                f"its {' and '.join(names)} could make texts too long: {MOST_STEPS} steps that "
+                f"make a text {MOST_GROWTH} times as long are the most"
+            )
+
+
+def growth(step: dict) -> int:
+    """How many times as long a step of a tokenizer.json can make a text."""
+    match step["type"]:
+        case "Replace":
+            # A regular expression can match where nothing is, between any two characters.
+            old, new = step["pattern"].get("String"), len(step["content"])
+            if old == "":
+                raise ValueError("a step of it replaces the empty text")
+            return 1 + new if old is None else max(1, math.ceil(new / len(old)))
+        case "Prepend":
+            return 1 + len(step["prepend"])
+        case "Precompiled":
+            table = base64.b64decode(step["precompiled_charsmap"] or "")
+            texts = table[4 + int.from_bytes(table[:4], "little") :]
+            return max(1, *map(len, texts.split(b"\0")))
+        case kind if kind in STEADY:
+            return 1
+        case kind if kind in GROWTH:
+            return GROWTH[kind]
+    raise ValueError(f"its step {step['type']!s:.80} is not known here")
+
+
+# The files beside it
+
+
+class Companions(NamedTuple):
+    """What the files of a Hugging Face folder say beside its tokenizer."""
+
+    config: dict  # tokenizer_config.json, with what transformers takes from files of their own
+    generation: dict  # generation_config.json
+    model: dict  # the ids of special tokens in config.json
+
+    @property
+    def merged(self) -> dict:
+        """generation_config.json, with the ids of config.json where it names none."""
+        return self.model | self.generation
+
+    def ids(self, role: str, known: dict[str, int], special: Container[int]) -> list[int]:
+        """The ids of the role "bos" or "eos", that of tokenizer_config.json first.
+
+        All three files count, with one exception: many a config.json holds the ids of another
+        tokenizer. Where generation_config.json speaks, config.json adds only special tokens.
+        `known` has the id of each text, `special` the special tokens. Raises ValueError if
+        tokenizer_config.json names a text that is not in the vocabulary.
+        """
+        token = self.config.get(f"{role}_token")
+        text = token["content"] if isinstance(token, dict) else token
+        if text is not None and text not in known:
+            raise ValueError(f"it does not have tokenizer_config.json's {role}_token {text!r:.99}")
+        found = [] if text is None else [known[text]]
+        said, other = (
+            [] if i is None else i if isinstance(i, list) else [i]
+            for i in (file.get(f"{role}_token_id") for file in (self.generation, self.model))
+        )
+        found += said + [i for i in other if not said or i in special]
+        return list(dict.fromkeys(found))
+
+
+def read_companions(folder: Path) -> Companions:
+    """The files of a Hugging Face folder, each of which may be missing."""
+
+    def read(name: str) -> dict:
+        return read_json_object(folder / name) if (folder / name).exists() else {}
+
+    config = read("tokenizer_config.json")
+    if "added_tokens_decoder" not in config:  # else transformers leaves this old file alone
+        config |= read("special_tokens_map.json")
+    if (folder / "chat_template.jinja").exists():
+        config["chat_template"] = read_capped(folder / "chat_template.jinja").decode()
+    generation, model = read("generation_config.json"), read("config.json")
+    unnamed = [name for name in ID_NAMES if generation.get(name) is None]
+    generation = {name: value for name, value in generation.items() if name not in unnamed}
+    ids = {name: model[name] for name in ID_NAMES if model.get(name) is not None}
+    return Companions(config, generation, ids)
+
+
+# Texts to try tokenizers with
+
+
+PATTERN_PROBE = "".join(map(chr, range(0x180)))
+PATTERN_PROBE += " words, of all  kinds\n\n\t \u4f60\U0001f600 12 " + 64 * "a" + "!"
+PROBES = [
+    "",
+    " ",
+    "a",
+    " a",
+    "a ",
+    "  two  spaces, three   and many" + 40 * " ",
+    "\t tab\t\t",
+    "a\r\nb\rc\n\n\nd\n \n  \n",
+    SPACE,
+    f"{SPACE}a{SPACE} {SPACE}{SPACE}",
+    "\0nul\0",
+    "\ufeffbom",
+    "<unk><0x0A> <0xE2>",
+    "===----....!!!??((([[[{{{",
+    "na\u00efve caf\u00e9 e\u0301 \u212b\ufb01\u00bd\u017f",
+    "\u00a0\u2028\u3000\x85\x0b\x0c\x1b\x7f",
+    "\U0001f600 \U0001f468\u200d\U0001f469 \u4f60\u597d\u3002 \u0627\u0644 \u0e01 \uac00",
+    "IT'S we'll They'Ve x'y",
+    "0 12 345 6789 12345678 1,000.5 \u0663\u00b2 3rd",
+    "aaaaaaaa ababababa abcabcabc",
+    "def f(x):\n    if x:\n\n        return  None  # \u00e9\n",
+    "https://example.org/a_b-c?d=%20&e=1",
+    PATTERN_PROBE,
+]
+
+
+def probe_texts(pieces: list[bytes]) -> Iterator[str]:
+    """Texts of many kinds, and all pieces of a vocabulary, each in a line and beside each other;
+    100 at a time, for the time that some tokenizers take grows faster than their text.
+    """
+    yield from PROBES
+    texts = [piece.decode(errors="ignore") for piece in pieces]
+    for at in range(0, len(texts), 100):
+        some = texts[at : at + 100]
+        yield "\n".join(some)
+        yield "".join(reversed(some))
 
 
 # The library
 
 
 def run_by_library(tokenizer: dict) -> Any:
-    """The tokenizers.Tokenizer of a tokenizer.json.
+    """The tokenizers.Tokenizer of a tokenizer.json, without its post-processor.
 
     Raises ValueError if it is damaged and OSError if the library is not installed.
     """
@@ -198,15 +370,63 @@ def run_by_library(tokenizer: dict) -> Any:
     unknown = [name for name in names if tokenizer["model"].get(name)]
     if unknown:
         raise ValueError(f"its model has {' and '.join(unknown)}, which is not known here")
-    # A few replacements that each double the text would fill any memory.
-    steps = flattened(tokenizer.get("normalizer"))
-    replaced = [len(step["content"]) for step in steps if step["type"] == "Replace"]
-    if math.prod(max(1, size) for size in replaced) > 64:
-        raise ValueError("its normalizer makes texts too long")
     with silent_panics(), rust_errors("not of Hugging Face's kind"):
-        made = tokenizers.Tokenizer.from_str(json.dumps(tokenizer))
+        made = tokenizers.Tokenizer.from_str(json.dumps(tokenizer | {"post_processor": None}))
+    check_growth(tokenizer)
+    check_patterns(tokenizer)
     made.encode_special_tokens = True  # the library's name for: encode them as ordinary text
     return made
+
+
+def check_patterns(tokenizer: dict) -> None:
+    """ValueError if the regular expressions of a tokenizer.json take very long for short texts.
+
+    They run in code that no signal stops, so a child process tries them first. Most tokenizers have
+    none, or only those that cannot take long: without groups, and with one repetition at most.
+    """
+    names = ("normalizer", "pre_tokenizer", "decoder")
+    before, splits, decoders = (flattened(tokenizer.get(name)) for name in names)
+    before = before + [step for step in decoders if step["type"] == "Replace"]
+    patterns = [step["pattern"] for step in before + splits if "pattern" in step]
+    patterns = [pattern["Regex"] for pattern in patterns if "Regex" in pattern]
+    if any("(" in pattern or len(re.findall("[*+{]", pattern)) > 1 for pattern in patterns):
+        steps = {
+            "normalizer": {"type": "Sequence", "normalizers": before},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits},
+        }
+        try_steps(json.dumps(steps))
+
+
+STEPS_PROBE = """import json, tokenizers
+steps, texts = json.load(sys.stdin)
+empty = {"type": "BPE", "vocab": {}, "merges": []}
+empty = {"version": "1.0", "added_tokens": [], "model": empty} | json.loads(steps)
+made = tokenizers.Tokenizer.from_str(json.dumps(empty))
+for text in texts:
+    made.encode(text)"""
+
+
+@lru_cache
+def try_steps(steps: str) -> None:
+    """ValueError if the steps, as JSON, fail or take very long for short texts."""
+    given = json.dumps([steps, [PATTERN_PROBE, *(1000 * char for char in " \n\ta1.\u4f60")]])
+    if run_apart(STEPS_PROBE, given.encode(), LONGEST_TRY) != 0:
+        raise ValueError(
+            f"its regular expressions fail for short texts, or take more than {LONGEST_TRY} seconds"
+        )
+
+
+def run_apart(code: str, given: bytes, seconds: float) -> int | None:
+    """The exit code of Python code in a child process, which gets `given` on its standard input;
+    None if it did not end within so many seconds.
+    """
+    # Nothing is imported from the current folder, which can be a stranger's.
+    code = f"import sys; sys.path[:] = filter(None, sys.path)\n{code}"
+    command = [sys.executable, "-c", code]
+    with suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(command, input=given, capture_output=True, timeout=seconds)
+        return done.returncode
+    return None
 
 
 @contextmanager

@@ -32,7 +32,8 @@ from config.help import help_text
 from config.schema import knobs_of, parse_knobs
 from data.files import new_folder, write_atomically
 from data.tokenizer import Tokenizer, load_tokenizer
-from exchange.tokenizer import json_bytes, tokenizer_files
+from data.tokenizer_export import json_bytes, tokenizer_files
+from data.tokenizer_json import ID_NAMES
 from model import ModelConfig, knob, parameter_count
 from run.machine import versions
 from run.metrics import METRICS_FILE, read_metrics
@@ -179,15 +180,15 @@ def export_run(run: Path, out: Path, options: ExportOptions) -> None:
         about = config_to_hf(config, tokenizer, options.dtype)
         files = tokenizer_files(tokenizer) | {
             "config.json": json_bytes(about, indent=2),
-            "generation_config.json": json_bytes(bos_and_eos(tokenizer), indent=2),
-            "README.md": model_card(weights, tokenizer, options).encode(),
+            "generation_config.json": json_bytes(generation_config(tokenizer), indent=2),
+            "README.md": model_card(weights, config, tokenizer, options).encode(),
         }
         for name, content in files.items():
             (folder / name).write_bytes(content)
         os.rename(folder, out)
     size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     print(
-        f"{out}: {describe_model(weights.config)}, {options.dtype}, {size:,.1f} MB in "
+        f"{out}: {describe_model(config)}, {options.dtype}, {size:,.1f} MB in "
         f"{', '.join(sorted(os.listdir(out)))}"
     )
 
@@ -269,18 +270,20 @@ def config_to_hf(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[
         "mlp_bias": False,
         "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": dtype,
-    } | bos_and_eos(tokenizer)
+    } | {name: i for name, i in generation_config(tokenizer).items() if name in ID_NAMES}
 
 
-def bos_and_eos(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The ids of bos and eos. If there is none, they are null: a file that leaves them out would
-    mean 1 and 2. With several eos, a text ends at any of them.
+def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a Hugging Face folder said with which the run began, so that programs draw and stop as
+    they did there; and the ids of bos and eos. With several eos, a text ends at any of them.
+
+    If there is no bos or eos, the id is null: a file that leaves it out would mean 1 or 2.
     """
-    ends = sorted(tokenizer.end_ids)
-    return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
-    }
+    ends = tokenizer.end_ids
+    if tokenizer.config or tokenizer.generation:  # there a bos is no end, unless it says so
+        ends = ends - {tokenizer.bos_id} or ends
+    eos = sorted(ends) if len(ends) > 1 else next(iter(ends), None)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos} | tokenizer.generation
 
 
 def write_safetensors(folder: Path, tensors: dict[str, Tensor], options: ExportOptions) -> None:
@@ -332,34 +335,36 @@ def split_by_size(tensors: dict[str, Tensor], itemsize: int, most: float) -> lis
     return groups
 
 
-def model_card(weights: Weights, tokenizer: Tokenizer, options: ExportOptions) -> str:
+def model_card(
+    weights: Weights, config: ModelConfig, tokenizer: Tokenizer, options: ExportOptions
+) -> str:
     """README.md: what the model is, how to use it, how well it did, and all knobs of its run."""
     state, data = weights.state, weights.data
     run, step = state.get("config", {}), state.get("step", 0)
     rows = {
-        "shape": describe_model(weights.config),
+        "shape": describe_model(config),
         "weights": options.dtype,
         "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens",
     }
     if "name" in data and "train" in data.get("tokens", {}):
-        rows["data"] = f"{data['name']}, {data['tokens']['train']:,} training tokens"
+        rows["data"] = f"{code(data['name'])}, {data['tokens']['train']:,} training tokens"
         rows["steps"] = f"{step:,}"
         if math.isfinite(state["best_val_loss"]):  # in the checkpoint, which has a checksum
             rows["best validation loss"] = f"{state['best_val_loss']:.4f} nats per token"
         rows |= last_evaluation(weights.folder, step)
     if run.get("init_from"):
         lora = f", LoRA of rank {run['lora_rank']}" if run["lora_rank"] else ""
-        rows["fine-tuned from"] = run["init_from"] + lora
+        rows["fine-tuned from"] = code(run["init_from"]) + lora
     if "source" in data:
-        rows["from"] = data["source"]
-    knobs = {f"`{name}`": f"`{value}`" for name, value in (run or asdict(weights.config)).items()}
+        rows["from"] = code(data["source"])
+    knobs = {code(name): code(value) for name, value in (run or asdict(weights.config)).items()}
     return f"""\
 ---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [llama, rootllama]
 ---
-# {weights.folder.resolve().name}
+# {code(weights.folder.resolve().name)}
 
 A Llama, {"trained" if step else "exported"} with Rootllama.
 
@@ -397,6 +402,14 @@ def last_evaluation(folder: Path, step: int) -> dict[str, str]:
     if isinstance(last.get("val_bpb"), float):  # left out if the tokenizer loses text
         said += f", {last['val_bpb']:.4f} bits per byte"
     return {name: said}
+
+
+def code(value: Any) -> str:
+    """A value in a code span of a table, where neither Markdown nor HTML means anything. A
+    character that would leave the span, or that no screen shows, becomes its number in hexadecimal.
+    """
+    shown = (c if c.isprintable() and c not in "`|" else f"\\x{ord(c):02x}" for c in str(value))
+    return f"`{''.join(shown)}`"
 
 
 def two_columns(left: str, right: str, rows: Iterable[tuple[str, str]]) -> str:

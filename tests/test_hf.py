@@ -14,16 +14,18 @@ import pytest
 import torch
 from conftest import ROOT, largest_file
 from safetensors.torch import load_file
-from test_weights import DEFAULT_ROPE, KINDS, save_hf
+from test_weights import DEFAULT_ROPE, KINDS, edit, save_hf
 from test_weights import LLAMA3 as THEIR_LLAMA3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sample
 import train
 from config.schema import Config
+from data.prepare import prepare
 from data.tokenizer import ByteTokenizer, CharTokenizer, train_sentencepiece
+from data.tokenizer_export import tokenizer_files
+from data.tokenizer_json import ID_NAMES
 from exchange import hf
-from exchange.tokenizer import tokenizer_files
 from model import Decoder, ModelConfig
 from weights import checkpoint
 from weights.open import load_model, open_weights
@@ -223,6 +225,103 @@ def test_an_imported_run_samples_and_so_does_the_folder_itself(tmp_path, capsys)
     assert texts[0] == texts[1] and len(texts[0]) > len("x = 1\n")
 
 
+SAID = {  # what a folder's files say of texts, beside the tokenizer itself
+    "chat_template": "{% for m in messages %}{{ m.content }}</s>{% endfor %}",
+    "pad_token": "</s>",
+    "padding_side": "left",
+    "model_max_length": 99,
+}
+DRAWS = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "bos_token_id": 1}
+
+
+def save_chat(folder, with_model=True, generation=DRAWS | {"eos_token_id": [2]}, **said):
+    """A Hugging Face folder with a SentencePiece tokenizer, whose files say SAID and `said`."""
+    tokenizer = train_sentencepiece([Path(hf.__file__).read_text()], 400)
+    save_hf_twin(folder, vocab_size=400, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    files = tokenizer_files(tokenizer)
+    config = json.loads(files["tokenizer_config.json"]) | SAID | said
+    del config["split_special_tokens"]
+    files |= {"tokenizer_config.json": json.dumps(config).encode()}
+    files |= {"generation_config.json": json.dumps(generation).encode()}
+    for name, content in files.items():
+        if with_model or name != "tokenizer.model":
+            (folder / name).write_bytes(content)
+    return folder
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("with_model", [True, False], ids=["both files", "tokenizer.json"])
+def test_what_tokenizer_files_say_survives_a_tuning_and_an_export(tmp_path, capsys, with_model):
+    folder, run, out = save_chat(tmp_path / "hf", with_model), tmp_path / "run", tmp_path / "out"
+    (tmp_path / "my.txt").write_text(TEXT * 200)
+    prepare([str(tmp_path / "my.txt")], tmp_path / "data", tokenizer=str(folder))
+    knobs = ["max_iters=1", "warmup_iters=0", "block_size=16", "eval_iters=1", "sample_tokens=0"]
+    knobs += ["device=cpu", "compile=false", f"out_dir={run}", f"dataset={tmp_path / 'data'}"]
+    preset = str(ROOT / "config" / "finetune.py")
+    assert train.main([preset, f"init_from={folder}", *knobs]) == 0
+    capsys.readouterr()
+    assert run_hf("export", run, out) == 0
+    # The model was tuned on short windows, and reads as many tokens as before.
+    assert "context 256" in capsys.readouterr().out
+    assert read_json(out / "config.json")["max_position_embeddings"] == 256
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        before, after = (read_json(place / name) for place in (folder, out))
+        assert after == before | ({"pad_token_id": 2} if name.startswith("gen") else {})
+    assert (out / "tokenizer.model").exists() == with_model
+    ids = {name: read_json(out / "config.json")[name] for name in ID_NAMES}
+    assert ids == {"bos_token_id": 1, "eos_token_id": [2], "pad_token_id": 2}
+    theirs, again = (AutoTokenizer.from_pretrained(place) for place in (folder, out))
+    chat = [{"role": "user", "content": "a </s> b"}]
+    assert again.apply_chat_template(chat) == theirs.apply_chat_template(chat)
+    assert (again.pad_token, again.padding_side, again.model_max_length) == ("</s>", "left", 99)
+    ours = open_weights(run).tokenizer()
+    assert sample.prompt_ids(ours, "a </s> b", special=True) == theirs("a </s> b").input_ids
+
+
+def test_stop_tokens_of_all_files_end_a_text_and_are_exported_as_they_came(tmp_path, capsys):
+    ends = DRAWS | {"eos_token_id": 0}  # <unk>: a special token, but not the tokenizer's eos
+    folder, run = save_chat(tmp_path / "hf", generation=ends), tmp_path / "run"
+    assert run_hf("import", folder, f"out_dir={run}") == 0
+    assert open_weights(run).tokenizer().end_ids == {0, 1, 2}
+    assert run_hf("export", run, tmp_path / "out") == 0
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id == 0
+    )
+    capsys.readouterr()
+    word = train_sentencepiece([Path(hf.__file__).read_text()], 400).encode("def")[0]
+    save_chat(tmp_path / "wrong", generation=DRAWS | {"eos_token_id": word})
+    assert run_hf("import", tmp_path / "wrong", f"out_dir={run}2") == 2
+    error = capsys.readouterr().err
+    assert f"bos or eos, id {word}, is 'd" in error and "which a text can have" in error
+
+
+@pytest.mark.parametrize("around", [None, "bos"])
+def test_an_export_puts_bos_before_a_text_where_the_folder_did(tmp_path, around):
+    folder, run, out = save_chat(tmp_path / "hf"), tmp_path / "run", tmp_path / "out"
+    if around is None:
+        edit(folder / "tokenizer.json", post_processor=None)
+        edit(folder / "tokenizer_config.json", add_bos_token=False)
+    assert run_hf("import", folder, f"out_dir={run}") == 0
+    assert run_hf("export", run, out) == 0
+    ids = [AutoTokenizer.from_pretrained(place)("a text").input_ids for place in (folder, out)]
+    assert ids[0] == ids[1] == sample.prompt_ids(open_weights(run).tokenizer(), "a text")
+    assert (ids[0][0] == 1) == (around == "bos")
+
+
+def test_sample_py_says_that_a_special_token_is_text_unless_it_is_meant(tmp_path, capsys):
+    folder = save_chat(tmp_path / "hf")
+    words = [str(folder), "prompt=a</s>b", "max_new_tokens=1", "device=cpu"]
+    for special, warnings in (("false", 1), ("true", 0)):
+        capsys.readouterr()
+        assert sample.main([*words, f"special={special}"]) == 0
+        printed = capsys.readouterr()
+        assert printed.err.count("the prompt spells </s>") == warnings
+        assert printed.out.startswith("a</s>b")
+
+
 # How it is stored
 
 
@@ -258,7 +357,7 @@ def test_the_card_tells_of_the_run(tmp_path):
     )
     assert run_hf("export", run, tmp_path / "out") == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| `learning_rate` | `0.0123` |" in card and "words, 1,234 training tokens" in card
+    assert "| `learning_rate` | `0.0123` |" in card and "`words`, 1,234 training tokens" in card
     assert "| best validation loss | 2.0000 nats per token |" in card  # by the checkpoint itself
     # The weights are those of step 3.
     assert "2, by its metrics.jsonl | loss 2.2500 nats" in card and "1.25" not in card
@@ -270,12 +369,23 @@ def test_the_card_tells_of_the_run(tmp_path):
     assert "perplexity 9.49" in card and "bits per byte" not in card
 
 
+def test_the_card_shows_names_from_elsewhere_as_they_are(tmp_path):
+    name = "\x1b]52;c;x\x07\u202e<script>`|[x](http://y)\n# head"
+    data = {"name": name, "tokens": {"train": 1}, "tokenizer_sha256": ByteTokenizer().sha256}
+    run = save_run(tmp_path / "run", model_of(), data=data, sample_prompt="a | b\n```\nc")
+    assert run_hf("export", run, tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    shown = "`\\x1b]52;c;x\\x07\\x202e<script>\\x60\\x7c[x](http://y)\\x0a# head`"
+    assert f"| data | {shown}, 1 training tokens |" in card
+    assert "| `sample_prompt` | `a \\x7c b\\x0a\\x60\\x60\\x60\\x0ac` |" in card
+
+
 def test_the_card_of_an_imported_model_tells_of_no_run(tmp_path):
     save_hf_twin(tmp_path / "hf")
     assert run_hf("import", tmp_path / "hf", f"out_dir={tmp_path / 'run'}") == 0
     assert run_hf("export", tmp_path / "run", tmp_path / "out") == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| from | {tmp_path / 'hf'} |" in card and "learning_rate" not in card
+    assert f"| from | `{tmp_path / 'hf'}` |" in card and "learning_rate" not in card
     assert "A Llama, exported with Rootllama" in card
 
 

@@ -1,4 +1,4 @@
-"""What exchange/tokenizer.py writes gives the same ids in transformers as our tokenizers give."""
+"""What data/tokenizer_export.py writes gives our tokenizers' ids in transformers."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from data.tokenizer import (
     load_tokenizer,
     train_sentencepiece,
 )
-from exchange.tokenizer import check_same_ids, merges_of, tokenizer_files
+from data.tokenizer_export import check_same_ids, merges_of, tokenizer_files
 
 SOURCES = [
     path.read_text(encoding="utf-8") for path in sorted(Path(os.__file__).parent.glob("*.py"))[:12]

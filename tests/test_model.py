@@ -1,6 +1,7 @@
 """The model against Hugging Face's Llama, and what must hold of any decoder."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -331,6 +332,41 @@ def test_llama3_scaling_stretches_the_low_frequencies_only():
     )
     assert scaled[0] == plain[0] == 1
     assert scaled[-1] == plain[-1] / 8
+
+
+def test_llama3_frequencies_are_those_of_transformers_to_the_last_digit():
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    pick = random.Random(0)
+    for _ in range(400):
+        low = pick.uniform(0.1, 4)
+        ours = ModelConfig(
+            n_head=1,
+            n_embd=pick.choice((16, 48, 64, 128)),
+            rope_scaling="llama3",
+            rope_theta=pick.choice((1e4, 5e5, pick.uniform(100, 1e6))),
+            rope_factor=pick.choice((8.0, 32.0, pick.uniform(1, 64))),
+            rope_low_freq=low,
+            rope_high_freq=low + pick.uniform(0.1, 8),
+            rope_original_context=pick.randrange(16, 20_000),
+        )
+        rope = {
+            "rope_type": "llama3",
+            "rope_theta": ours.rope_theta,
+            "factor": ours.rope_factor,
+            "low_freq_factor": ours.rope_low_freq,
+            "high_freq_factor": ours.rope_high_freq,
+            "original_max_position_embeddings": ours.rope_original_context,
+        }
+        theirs = LlamaConfig(
+            hidden_size=ours.n_embd,
+            num_attention_heads=1,
+            max_position_embeddings=2**20,
+            rope_parameters=rope,
+        )
+        frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs)
+        assert torch.equal(rope_frequencies(ours), frequencies), ours
 
 
 def test_rope_depends_on_distance_alone():

@@ -20,7 +20,7 @@ from data.corpus import CHUNK, NAMED, Corpus, Piece, hub_stream
 from data.loader import open_dataset
 from data.prepare import in_order, main, prepare, spread_sample, train_tokenizer
 from data.tokenizer import ByteTokenizer, load_tokenizer, train_sentencepiece
-from exchange.tokenizer import tokenizer_files
+from data.tokenizer_export import tokenizer_files
 
 PROSE = "".join(
     f"line {i}: the quick brown fox\n    jumps over {i * 7} lazy dogs\n\n" for i in range(300)
@@ -100,6 +100,57 @@ def test_bos_stands_before_every_document_and_nowhere_else(tmp_path):
     assert stream[0] == 256 and stream.count(256) == 30
     found = "".join(chr(i) if i < 256 else "|" for i in stream).split("|")[1:]
     assert sorted(found) == sorted(f"document {i}\n" for i in range(30))
+
+
+@pytest.mark.parametrize(
+    "around, before, after, between",
+    [(["<s>", "A"], [1], [], []), (["A", "</s>"], [], [2], []), (["A"], [], [], [2])],
+    ids=["bos", "eos", "nothing"],
+)
+def test_documents_stand_between_the_ids_that_their_tokenizer_puts_around_a_text(
+    tmp_path, around, before, after, between
+):
+    """As in transformers. Where it puts none, eos keeps two documents apart."""
+    ours, folder = train_sentencepiece(["fox dogs " * 50], 300), tmp_path / "hf"
+    folder.mkdir()
+    for name, content in tokenizer_files(ours).items():
+        (folder / name).write_bytes(content)
+    fields = json.loads((folder / "tokenizer.json").read_text())
+    kinds = ["Sequence" if part == "A" else "SpecialToken" for part in around]
+    parts = [{k: {"id": part, "type_id": 0}} for k, part in zip(kinds, around, strict=True)]
+    names = {"<s>": 1, "</s>": 2}
+    tokens = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in names.items()}
+    fields["post_processor"] |= {"single": parts, "special_tokens": tokens}
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    pieces = [("train", True, "fox dogs"), ("val", True, "dogs"), ("train", True, "fox ")]
+    pieces += [("train", False, "dogs"), ("train", True, "fox")]
+    corpus = Corpus("words", "words", lambda: (Piece(*piece) for piece in pieces))
+    prepare(corpus, tmp_path / "out", str(folder))
+    dataset = open_dataset(tmp_path / "out")
+    one, three = ours.encode("fox dogs"), ours.encode("fox")
+    two = ours.encode("fox ") + ours.encode("dogs", start=False)
+    ids = [before + one + after, between + before + two + after, between + before + three + after]
+    assert dataset.train.tolist() == sum(ids, [])
+    assert dataset.val.tolist() == before + ours.encode("dogs") + after
+
+
+def test_a_model_that_cannot_be_exported_is_named_at_preparation(text, tmp_path, capsys):
+    for name, symbols in (("plain", []), ("other", ["[REF]"])):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["fox dogs " * 50]),
+            model_prefix=str(tmp_path / name),
+            vocab_size=300,
+            model_type="bpe",
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            user_defined_symbols=symbols,
+            minloglevel=2,
+        )
+        prepare([str(text)], tmp_path / f"{name}-out", str(tmp_path / f"{name}.model"))
+        said = "cannot be exported to Hugging Face: this sentencepiece tokenizer has no exact form"
+        assert (said in capsys.readouterr().out) == bool(symbols)
 
 
 def test_preparing_twice_gives_the_same_files(text, tmp_path):

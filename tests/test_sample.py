@@ -450,6 +450,7 @@ def test_help_lists_every_option_with_its_meaning(capsys):
         (["eval=val", "temperature=0.5"], "temperature=0.5 has no effect without eval=none"),
         (["dataset=x", "eval_iters=3"], "eval_iters=3 has no effect without eval=val or eval=tr"),
         (["temperature=0", "top_k=9"], "top_k=9 has no effect without a temperature above 0"),
+        (["eval=val", "special=true"], "special=True has no effect without eval=none"),
         (["quantize=int8", "dtype=float16"], "would overflow in float16"),
         (["device=cuda:99"], "device=cuda:99 is not on this machine"),
     ],

@@ -1,3 +1,4 @@
+import base64
 import hashlib
 import inspect
 import io
@@ -11,6 +12,7 @@ import sentencepiece
 import tiktoken
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer
 
 import data.tokenizer as tokenizer_module
 from data.prepare import named_tiktoken
@@ -25,8 +27,8 @@ from data.tokenizer import (
     tokenizer_sha256,
     train_sentencepiece,
 )
+from data.tokenizer_export import tokenizer_files
 from data.tokenizer_json import LARGEST_FILE, SPACE
-from exchange.tokenizer import tokenizer_files
 from sample import prompt_ids
 
 TRICKY = ["", " ", "x", "  two  spaces  ", "\t tab\t\t", "a\r\nb\rc\n\n\nd", "\0nul\0", "\ufeffbom"]
@@ -464,6 +466,7 @@ def bos_and_eos(bos, eos):
     return {"bos_token_id": bos, "eos_token_id": eos}
 
 
+LETTER = BYTE_LEVEL["model"]["vocab"]["e"]  # as in the config.json of another tokenizer
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}  # of tokenizer_config.json
 
 
@@ -473,16 +476,16 @@ NAMES = {"bos_token": "<s>", "eos_token": "</s>"}  # of tokenizer_config.json
         ({}, None, set()),
         ({"tokenizer_config": NAMES | {"eos_token": {"content": "</s>"}}}, 1, {1, 2}),
         ({"tokenizer_config": NAMES | {"bos_token": None}}, None, {2}),
-        ({"config": {"eos_token_id": 0}, "tokenizer_config": NAMES}, 1, {0, 1}),
-        (
-            {"generation_config": bos_and_eos(2, [0, 600]), "config": bos_and_eos(1, 1)},
-            2,
-            {0, 2, 600},
-        ),
+        ({"config": {"eos_token_id": 0}, "tokenizer_config": NAMES}, 1, {0, 1, 2}),
+        ({"generation_config": bos_and_eos(2, [600]), "tokenizer_config": NAMES}, 1, {1, 2, 600}),
+        ({"generation_config": bos_and_eos(2, [600]), "config": bos_and_eos(1, 0)}, 2, {0, 2, 600}),
+        ({"generation_config": bos_and_eos(1, 2), "config": bos_and_eos(1, LETTER)}, 1, {1, 2}),
         ({"generation_config": bos_and_eos(None, None), "config": bos_and_eos(1, 2)}, 1, {1, 2}),
     ],
 )
-def test_bos_and_eos_come_from_the_file_that_is_trusted_most(files, bos, ends, tmp_path):
+def test_a_text_ends_at_what_any_file_calls_eos_and_begins_as_the_tokenizer_says(
+    files, bos, ends, tmp_path
+):
     save_hugging_face(tmp_path, BYTE_LEVEL, **files)
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.end_ids) == (bos, ends)
@@ -491,27 +494,43 @@ def test_bos_and_eos_come_from_the_file_that_is_trusted_most(files, bos, ends, t
     assert tokenizer_sha256(tmp_path) == tokenizer.sha256
 
 
-def hugging_face_of(model: SentencePieceTokenizer, *more: str) -> dict:
-    """A tokenizer.json with the ids of the model, and some more at the end."""
-    vocab = {model.first.id_to_piece(i): i for i in range(model.vocab_size)}
-    added = [
-        LLAMA["added_tokens"][0] | {"id": model.vocab_size + i, "content": name}
-        for i, name in enumerate(more)
-    ]
-    bpe = {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": True}
-    return LLAMA | {"added_tokens": added, "model": bpe}
+def save_both(folder, model: SentencePieceTokenizer, other: SentencePieceTokenizer, **said) -> dict:
+    """A Hugging Face folder with model's tokenizer.model, and the other files of `other`.
+
+    said: what tokenizer_config.json says beside. Returns the content of tokenizer.json.
+    """
+    for name, content in (tokenizer_files(other) | {"tokenizer.model": model.content()}).items():
+        (folder / name).write_bytes(content)
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | said
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return json.loads((folder / "tokenizer.json").read_text())
 
 
-def test_of_both_files_the_one_is_taken_that_knows_all_ids(made, tmp_path):
+def test_a_tokenizer_model_counts_only_if_it_gives_the_ids_of_the_tokenizer_json(made, tmp_path):
     model = made["sentencepiece"]
-    model.save(tmp_path)
-    save_hugging_face(tmp_path, hugging_face_of(model))
+    save_both(tmp_path, model, model)
     assert load_tokenizer(tmp_path).kind == "sentencepiece"
     assert tokenizer_sha256(tmp_path) == model.sha256
-    save_hugging_face(tmp_path, hugging_face_of(model, "<|im_end|>"))
+    # Of the same size, but trained on another text
+    stale = train_sentencepiece([inspect.getsource(inspect)], 800)
+    assert stale.vocab_size == model.vocab_size
+    fields = save_both(tmp_path, stale, model)
     tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.kind, tokenizer.vocab_size) == ("huggingface", model.vocab_size + 1)
+    assert (tokenizer.kind, tokenizer.sentencepiece) == ("huggingface", b"")
+    text = inspect.getsource(json)
+    assert tokenizer.encode(text) == model.encode(text) != stale.encode(text)
     assert tokenizer_sha256(tmp_path) == tokenizer.sha256 != model.sha256
+    # The same pieces, but one pair of them is not merged
+    fields["model"]["merges"].pop(5)
+    save_both(tmp_path, model, model)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    assert load_tokenizer(tmp_path).sentencepiece == b""
+    # One token more
+    fields = save_both(tmp_path, model, model)
+    more = fields["added_tokens"][0] | {"id": model.vocab_size, "content": "<|im_end|>"}
+    fields["added_tokens"].append(more)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    assert load_tokenizer(tmp_path).vocab_size == model.vocab_size + 1
 
 
 @pytest.mark.parametrize("read", [load_tokenizer, tokenizer_sha256])
@@ -557,7 +576,7 @@ SPLIT = {"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "i
         ({"decoder": replacing("e", "X")}, "another text of its ids"),
         ({"decoder": {"type": "Sequence"}}, "damaged"),
         ({"normalizer": {"type": "New"}}, "not of Hugging Face's"),
-        ({"normalizer": DOUBLING}, "makes texts too long"),
+        ({"normalizer": DOUBLING}, "could make texts too long"),
         ({"pre_tokenizer": SPLIT}, "not of Hugging Face's kind"),
         ({"added_tokens": [{"id": 2**31}]}, "damaged"),
         ({"added_tokens": 7}, "damaged"),
@@ -594,17 +613,136 @@ def test_a_special_token_that_cannot_be_kept_out_of_texts_is_refused(tmp_path):
     assert "damaged" not in refused(tmp_path, match)
 
 
-@pytest.mark.parametrize("bos", [True, False])
-def test_a_prompt_starts_with_bos_where_its_tokenizer_says_so(tmp_path, bos):
-    for file, content in tokenizer_files(ByteTokenizer()).items():
-        (tmp_path / file).write_bytes(content)
-    if not bos:
-        fields = json.loads((tmp_path / "tokenizer.json").read_text()) | {"post_processor": None}
-        (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "</s>", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {
+        "<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]},
+        "</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]},
+    },
+}
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+ONLY_EOS = TEMPLATE | {"single": TEMPLATE["single"][1:]}
+ROBERTA = {"type": "RobertaProcessing", "sep": ["</s>", 2], "cls": ["<s>", 1]}
+ROBERTA |= {"trim_offsets": True, "add_prefix_space": False}
+BOTH = {"type": "Sequence", "processors": [LEVEL, BYTE_LEVEL["post_processor"]]}
+
+
+@pytest.mark.parametrize("said", [{}, {"add_bos_token": False}, {"add_eos_token": True}], ids=str)
+@pytest.mark.parametrize("around", [None, LEVEL, TEMPLATE, ONLY_EOS, ROBERTA, BOTH], ids=str)
+def test_bos_and_eos_stand_around_a_text_where_auto_tokenizer_puts_them(around, said, tmp_path):
+    config = NAMES | {"tokenizer_class": "PreTrainedTokenizerFast"} | said
+    fields = BYTE_LEVEL | {"post_processor": around}
+    save_hugging_face(tmp_path, fields, tokenizer_config=config, config={"model_type": "llama"})
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.before + ours.encode("a text") + ours.after == theirs("a text").input_ids
+    assert prompt_ids(ours, "a text") == ours.before + ours.encode("a text")
+    assert prompt_ids(ours, "") == (ours.before or [1])
+    assert ours.between == ([] if ours.before or ours.after else [2])
+
+
+def test_a_folder_with_a_tokenizer_model_alone_says_where_bos_and_eos_stand(tmp_path):
+    model = SentencePieceTokenizer(foreign_model())
+    model.save(tmp_path)
+    assert load_tokenizer(tmp_path).content() == model.content()
+    said = NAMES | {"add_bos_token": False, "chat_template": "{{ messages }}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.bos_before_prompts == bos
-    assert prompt_ids(tokenizer, "a") == ([256, 97] if bos else [97])
-    assert prompt_ids(tokenizer, "") == [256]
+    assert (tokenizer.before, tokenizer.after, tokenizer.between) == ([], [], [2])
+    (tmp_path / "other").mkdir()
+    tokenizer.save(tmp_path / "other")
+    again = load_tokenizer(tmp_path / "other")
+    assert (again.before, again.config, again.sha256) == ([], said, tokenizer.sha256)
+    assert again.sha256 == tokenizer_sha256(tmp_path / "other") != model.sha256
+    files = tokenizer_files(again)
+    assert json.loads(files["tokenizer.json"])["post_processor"] is None
+    assert json.loads(files["tokenizer_config.json"])["chat_template"] == "{{ messages }}"
+    assert files["tokenizer.model"] == model.content()
+    # What changes no id leaves it the same tokenizer for a data set.
+    said = NAMES | {"chat_template": "{{ messages }}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    assert tokenizer_sha256(tmp_path) == model.sha256
+    (tmp_path / "config.json").write_text('{"eos_token_id": 290}')
+    refused(tmp_path, "bos or eos, 290, is not a special token")
+
+
+def test_a_prompt_that_spells_a_special_token_says_so_and_special_means_it(made, capsys):
+    for kind, name, token in (
+        ("sentencepiece", "</s>", 2),
+        ("tiktoken", "<|endoftext|>", 261),
+        ("huggingface", "</s>", 2),
+    ):
+        tokenizer = made[kind]
+        text = f"one{name}two"
+        assert tokenizer.decode(prompt_ids(tokenizer, text)) == text
+        warning = capsys.readouterr().err
+        assert f"spells {name}, which is text" in warning and warning.count("\n") == 1
+        ids = prompt_ids(tokenizer, text, special=True)
+        at = ids.index(token, 1)
+        assert tokenizer.decode(ids[:at]) == "one" and tokenizer.decode(ids[at:]) == "two"
+        assert prompt_ids(tokenizer, "one", special=True) == prompt_ids(tokenizer, "one")
+        assert capsys.readouterr().err == ""
+    # A chat template writes bos itself.
+    ids = prompt_ids(made["huggingface"], "<s>one", special=True)
+    assert ids == prompt_ids(made["huggingface"], "one")
+    with pytest.raises(ValueError, match="no special token of this byte tokenizer"):
+        prompt_ids(made["byte"], "one", special=True)
+
+
+@pytest.mark.parametrize(
+    "kind", [BYTE_LEVEL, LLAMA, METASPACE], ids=["bytes", "llama", "metaspace"]
+)
+def test_special_tokens_of_a_prompt_are_those_of_auto_tokenizer(kind, tmp_path):
+    config = NAMES | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    save_hugging_face(tmp_path, kind, tokenizer_config=config, config={"model_type": "llama"})
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a </s> b", "</s>", "x</s></s>y <unk>z", "plain"):
+        assert ours.before + ours.encode_special(text) == theirs(text).input_ids
+
+
+def steps(name, *parts):
+    return {"type": "Sequence", name: list(parts)}
+
+
+PREPENDING = {"type": "Prepend", "prepend": 20 * "x"}
+CHARSMAP = base64.b64encode(bytes(4) + b"short\0" + 300 * b"x" + b"\0").decode()
+SLOW = 3 * r"[\s\S]{0,200}" + r"[^\s\S]"  # it looks at eight million places from each character
+NAMELESS = TEMPLATE | {"special_tokens": {}}
+MANY = TEMPLATE["single"][:1] * 20_000 + TEMPLATE["single"][1:]
+LONG = {"<s>": {"id": "<s>", "ids": [1] * 20_000, "tokens": ["<s>"] * 20_000}}
+
+
+@pytest.mark.parametrize(
+    "part, match",
+    [
+        ({"decoder": steps("decoders", LEVEL, *24 * [replacing("a", "aa")])}, "too long"),
+        ({"normalizer": steps("normalizers", *22 * [{"type": "ByteLevel"}])}, "too long"),
+        ({"pre_tokenizer": steps("pretokenizers", *22 * [LEVEL])}, "too long"),
+        ({"normalizer": steps("normalizers", replacing("", "ab"))}, "replaces the empty text"),
+        ({"normalizer": steps("normalizers", *3 * [PREPENDING])}, "too long"),
+        ({"normalizer": steps("normalizers", *9 * [{"type": "NFKD"}])}, "too long"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}}, "damaged"),
+        ({"normalizer": steps("normalizers", *65 * [{"type": "Nmt"}])}, "too long"),
+        ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": SLOW}}}, "or take more than"),
+        ({"normalizer": replacing("x", "") | {"pattern": {"Regex": SLOW}}}, "or take more than"),
+        ({"post_processor": NAMELESS}, "damaged tokenizer file .no '<s>'"),
+        ({"post_processor": TEMPLATE | {"single": MANY}}, "more than 64 ids around"),
+        ({"post_processor": TEMPLATE | {"special_tokens": LONG}}, "damaged"),
+        ({"post_processor": {"type": "New"}}, "post-processor New is not known"),
+    ],
+    ids=range(14),
+)
+def test_a_tokenizer_json_that_would_fill_any_memory_or_take_for_ever_is_one_error_line(
+    part, match, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("data.tokenizer_json.LONGEST_TRY", 0.3)
+    save_hugging_face(tmp_path, BYTE_LEVEL | part)
+    refused(tmp_path, match)
 
 
 def test_the_chat_template_that_transformers_saves_apart_goes_along(tmp_path):

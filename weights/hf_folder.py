@@ -8,6 +8,7 @@ Reading order: the names and shapes of the weights; config.json; the files; read
 whole folder.
 """
 
+import re
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,25 @@ REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+KEYS = {  # our knob -> its key in a config.json
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "n_embd": "hidden_size",
+    "head_dim": "head_dim",
+    "n_hidden": "intermediate_size",
+    "block_size": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "tie_embeddings": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+ROPE_KEYS = {  # the same for its rope_scaling or rope_parameters
+    "rope_theta": "rope_theta",
+    "rope_factor": "factor",
+    "rope_low_freq": "low_freq_factor",
+    "rope_high_freq": "high_freq_factor",
+    "rope_original_context": "original_max_position_embeddings",
+}
 REFUSED = {  # key of a config.json -> (the values that we can be, what any other value would be)
     "hidden_act": (("silu",), "another activation than SwiGLU's"),
     "attention_bias": ((None, False), "biases in attention"),
@@ -134,7 +154,7 @@ def config_from_hf(theirs: dict[str, Any], where: str) -> ModelConfig:
     missing = [key for key in REQUIRED if theirs.get(key) is None]
     if missing:
         raise ValueError(f"{where}: lacks {', '.join(missing)}")
-    rope = rope_knobs(theirs, where)
+    rope = rope_values(theirs, where)
     problems = [
         f"{key} = {theirs[key]!r:.80} ({meaning})"
         for key, (allowed, meaning) in REFUSED.items()
@@ -145,34 +165,33 @@ def config_from_hf(theirs: dict[str, Any], where: str) -> ModelConfig:
         problems.append(f"sliding_window = {window!r:.80} (each token sees only so far back)")
     if problems:
         raise ValueError(f"{where}: this model cannot have {'; '.join(problems)}")
-    knobs = {
-        "n_layer": theirs["num_hidden_layers"],
-        "n_head": theirs["num_attention_heads"],
-        "n_kv_head": theirs["num_key_value_heads"] or 0,
-        "n_embd": theirs["hidden_size"],
-        "head_dim": theirs["head_dim"] or 0,
-        "n_hidden": theirs["intermediate_size"],
-        "block_size": theirs["max_position_embeddings"],
-        "vocab_size": theirs["vocab_size"],
-        "tie_embeddings": theirs["tie_word_embeddings"],
-        "norm_eps": theirs["rms_norm_eps"],
-        "qk_norm": family == "qwen3",
-    }
-    knobs = parse_knobs(knobs | rope, knobs_of(ModelConfig), where)
-    # 0 stands for the usual value, as in the config of a run that leaves these two knobs alone.
-    if knobs["head_dim"] * knobs["n_head"] == knobs["n_embd"]:
-        knobs["head_dim"] = 0
-    if knobs["n_kv_head"] == knobs["n_head"]:
-        knobs["n_kv_head"] = 0
+    automatic = {key: 0 for key in ("num_key_value_heads", "head_dim") if theirs[key] is None}
+    values = {key: (theirs | automatic)[key] for key in KEYS.values()} | rope
+    words = KEYS | ROPE_KEYS  # all messages are in the words of the file
+    kinds = {words[name]: kind for name, kind in knobs_of(ModelConfig).items() if name in words}
     try:
+        parsed = parse_knobs(values, kinds, where)
+        knobs: dict[str, Any] = {name: parsed[key] for name, key in words.items() if key in parsed}
+        knobs["qk_norm"] = family == "qwen3"
+        if "rope_factor" in knobs:
+            knobs["rope_scaling"] = "llama3"
+        # 0 is the usual value, as in the config of a run that leaves these two knobs alone.
+        if knobs["head_dim"] * knobs["n_head"] == knobs["n_embd"]:
+            knobs["head_dim"] = 0
+        if knobs["n_kv_head"] == knobs["n_head"]:
+            knobs["n_kv_head"] = 0
         return ModelConfig(**knobs)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        said = str(error).removeprefix(f"{where}: ")
+        said = re.sub(r"\w+", lambda word: words.get(word[0], word[0]), said)
+        raise ValueError(f"{where}: {said}") from None
 
 
-def rope_knobs(theirs: dict[str, Any], where: str) -> dict[str, Any]:
-    """The knobs of RoPE. transformers 5 writes them into rope_parameters, older versions into
-    rope_theta and rope_scaling; if a file has several of these, we choose as transformers does.
+def rope_values(theirs: dict[str, Any], where: str) -> dict[str, Any]:
+    """The settings of RoPE, by their names in ROPE_KEYS.
+
+    transformers 5 writes them into rope_parameters, older versions into rope_theta and
+    rope_scaling; if a file has several of these, we choose as transformers does.
     """
     rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(v, (dict, list)) for v in rope.values()):
@@ -185,21 +204,16 @@ def rope_knobs(theirs: dict[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where}: this model cannot have RoPE scaled as {kind!r:.80}, only default or llama3"
         )
-    knobs = {"rope_theta": rope.get("rope_theta", theirs.get("rope_theta", 10000.0))}
+    values = {"rope_theta": rope.get("rope_theta", theirs.get("rope_theta", 10000.0))}
     if kind == "default":
-        return knobs
+        return values
     needed = ("factor", "low_freq_factor", "high_freq_factor")
     missing = [key for key in needed if key not in rope]
     if missing:
         raise ValueError(f"{where}: the llama3 scaling of RoPE lacks {', '.join(missing)}")
     original = rope.get("original_max_position_embeddings", theirs["max_position_embeddings"])
-    return knobs | {
-        "rope_scaling": "llama3",
-        "rope_factor": rope["factor"],
-        "rope_low_freq": rope["low_freq_factor"],
-        "rope_high_freq": rope["high_freq_factor"],
-        "rope_original_context": original,
-    }
+    values |= {key: rope[key] for key in needed}
+    return values | {"original_max_position_embeddings": original}
 
 
 def weight_files(folder: Path) -> tuple[list[Path], set[str] | None]:

@@ -26,8 +26,8 @@ from config.schema import SYNONYMS, Config, knobs_of
 from data import checksum
 from data.loader import open_dataset
 from data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from data.tokenizer_export import tokenizer_files
 from exchange.hf import config_to_hf
-from exchange.tokenizer import tokenizer_files
 from lab.compare import read_results
 from model import Decoder, ModelConfig
 from run import sharded

@@ -39,6 +39,7 @@ import sample
 import train
 from data.corpus import Corpus, Piece
 from data.tokenizer import PROBE, train_sentencepiece
+from data.tokenizer_json import STEPS_PROBE
 from model import Decoder, ModelConfig
 from weights import checkpoint
 
@@ -155,7 +156,8 @@ def guarded(program: str, arguments: list[str], scene: Path) -> None:
             if path.startswith(str(scene / "outside")) or (writes and not own):
                 os.write(notes, f"open {path}\n".encode())
         elif event in WATCHED:
-            ours = event == "subprocess.Popen" and (PROBE in details[1] or details[1] == GIT)
+            tried = event == "subprocess.Popen" and details[1][-1].endswith((PROBE, STEPS_PROBE))
+            ours = event == "subprocess.Popen" and (tried or details[1] == GIT)
             if not ours:
                 os.write(notes, f"{event} {details}"[:300].encode() + b"\n")
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from data.tokenizer import (
-    PATTERN_PROBE,
     ByteTokenizer,
     CharTokenizer,
     HuggingFaceTokenizer,
@@ -23,44 +22,26 @@ from data.tokenizer import (
     TiktokenTokenizer,
     Tokenizer,
 )
-from data.tokenizer_json import SPACE, byte_alphabet, run_by_library, rust_errors
+from data.tokenizer_json import (
+    SPACE,
+    byte_alphabet,
+    probe_texts,
+    run_by_library,
+    rust_errors,
+)
 
 END = "<|endoftext|>"  # GPT-2's name for the end of a text, at which llama.cpp stops, too
 LONGEST_PIECE = 1000  # a piece is cut at every place; the longest that is known, of spaces, has 128
-PROBES = [
-    "",
-    " ",
-    "a",
-    " a",
-    "a ",
-    "  two  spaces, three   and many" + 40 * " ",
-    "\t tab\t\t",
-    "a\r\nb\rc\n\n\nd\n \n  \n",
-    SPACE,
-    f"{SPACE}a{SPACE} {SPACE}{SPACE}",
-    "\0nul\0",
-    "\ufeffbom",
-    "<unk><0x0A> <0xE2>",
-    "===----....!!!??((([[[{{{",
-    "na\u00efve caf\u00e9 e\u0301 \u212b\ufb01\u00bd\u017f",
-    "\u00a0\u2028\u3000\x85\x0b\x0c\x1b\x7f",
-    "\U0001f600 \U0001f468\u200d\U0001f469 \u4f60\u597d\u3002 \u0627\u0644 \u0e01 \uac00",
-    "IT'S we'll They'Ve x'y",
-    "0 12 345 6789 12345678 1,000.5 \u0663\u00b2 3rd",
-    "aaaaaaaa ababababa abcabcabc",
-    "def f(x):\n    if x:\n\n        return  None  # \u00e9\n",
-    "https://example.org/a_b-c?d=%20&e=1",
-    PATTERN_PROBE,
-]
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """Name -> content of the files from which transformers.AutoTokenizer.from_pretrained makes this
     tokenizer.
 
-    Every text gets our ids, with bos in front where special tokens are added, and ids become the
-    text that ours gives. A special token that is spelled out in a text is text. A tokenizer of
-    Hugging Face gets its own files back, and treats bos and special tokens as it did before.
+    Every text gets our ids, with what stands before and behind a document where special tokens are
+    added, and ids become the text that ours gives. A special token that is spelled out in a text is
+    text. A tokenizer of Hugging Face gets its own files back, and treats bos and special tokens as
+    it did before.
 
     ValueError if the made files give other ids for one of many kinds of text. This happens with
     rare kinds of SentencePiece models and of tiktoken patterns. One difference is not found:
@@ -74,8 +55,9 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         "tokenizer.json": json_bytes(made, indent=1),
         "tokenizer_config.json": json_bytes(tokenizer_config(tokenizer, made), indent=1),
     }
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        files[tokenizer.file] = tokenizer.content()  # llama.cpp's converter reads this one
+    model = {SentencePieceTokenizer: "model", HuggingFaceTokenizer: "sentencepiece"}
+    if content := getattr(tokenizer, model.get(type(tokenizer), ""), b""):
+        files[SentencePieceTokenizer.file] = content  # llama.cpp's converter reads this one
     return files
 
 
@@ -88,8 +70,8 @@ def tokenizer_config(tokenizer: Tokenizer, made: dict) -> dict:
     # This class takes tokenizer.json as it is. LlamaTokenizer would replace the steps in it by its
     # own, which are others.
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    theirs = {name: value for name, value in tokenizer.config.items() if name != "auto_map"}
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        theirs = {name: value for name, value in tokenizer.config.items() if name != "auto_map"}
         return theirs | config
     names = {token["id"]: token["content"] for token in made["added_tokens"]}
     other_ends = tokenizer.end_ids - {tokenizer.bos_id}
@@ -98,13 +80,15 @@ def tokenizer_config(tokenizer: Tokenizer, made: dict) -> dict:
         "unk_token": made["model"]["unk_token"],
         "eos_token": names.get(min(other_ends, default=tokenizer.bos_id)),
     }
-    config |= {"add_prefix_space": tokenizer.dummy_prefix, "split_special_tokens": True}
-    return config | {role: name for role, name in roles.items() if name}
+    config |= {"add_prefix_space": tokenizer.dummy_prefix}
+    if not theirs:
+        config |= {"split_special_tokens": True}
+    return {role: name for role, name in roles.items() if name} | theirs | config
 
 
 def from_byte(tokenizer: ByteTokenizer) -> dict:
     ranks = {bytes([i]): i for i in range(256)}
-    return byte_level_json(ranks, {END: tokenizer.bos_id}, tokenizer.bos_id, None)
+    return byte_level_json(tokenizer, ranks, {END: tokenizer.bos_id}, None)
 
 
 def from_char(tokenizer: CharTokenizer) -> dict:
@@ -113,7 +97,7 @@ def from_char(tokenizer: CharTokenizer) -> dict:
     """
     model = {"type": "WordLevel", "vocab": tokenizer.ids, "unk_token": ""}
     decoder = [{"type": "Fuse"}]
-    return assemble(model, {}, None, decoder, pre_tokenizer=[split_step(r"[\s\S]")])
+    return assemble(tokenizer, model, {}, decoder, pre_tokenizer=[split_step(r"[\s\S]")])
 
 
 def from_tiktoken(tokenizer: TiktokenTokenizer) -> dict:
@@ -125,7 +109,7 @@ def from_tiktoken(tokenizer: TiktokenTokenizer) -> dict:
     pattern = re.sub(r"(\{\d+(,\d*)?\})\+", r"\1", fields["pattern"])
     pattern = re.sub(r"(?<!\\)\$", r"\\z", pattern)
     ranks = tokenizer.encoding._mergeable_ranks
-    return byte_level_json(ranks, fields["special"], tokenizer.bos_id, pattern)
+    return byte_level_json(tokenizer, ranks, fields["special"], pattern)
 
 
 def from_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict:
@@ -163,7 +147,7 @@ def from_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict:
         decoder += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     if tokenizer.drops_spaces:
         before += [replace_step(r" +\z", "")]
-    return assemble(made, special, tokenizer.bos_id, decoder, normalizer=before)
+    return assemble(tokenizer, made, special, decoder, normalizer=before)
 
 
 CONVERSIONS: dict[type[Tokenizer], Callable[..., dict]] = {
@@ -176,7 +160,7 @@ CONVERSIONS: dict[type[Tokenizer], Callable[..., dict]] = {
 
 
 def byte_level_json(
-    ranks: dict[bytes, int], special: dict[str, int], bos_id: int | None, pattern: str | None
+    tokenizer: Tokenizer, ranks: dict[bytes, int], special: dict[str, int], pattern: str | None
 ) -> dict:
     """The tokenizer.json of pieces that are bytes, spelled in an alphabet of 256 visible
     characters. `pattern` cuts a text before it is tokenized.
@@ -193,7 +177,7 @@ def byte_level_json(
         "use_regex": False,
     }
     before = [split_step(pattern), spell] if pattern else [spell]
-    return assemble(model, special, bos_id, [spell], pre_tokenizer=before)
+    return assemble(tokenizer, model, special, [spell], pre_tokenizer=before)
 
 
 def merges_of(ranks: dict) -> list[tuple]:
@@ -244,9 +228,9 @@ def split_step(pattern: str) -> dict:
 
 
 def assemble(
+    tokenizer: Tokenizer,
     model: dict,
     special: dict[str, int],
-    bos_id: int | None,
     decoder: list[dict],
     normalizer: list[dict] | None = None,
     pre_tokenizer: list[dict] | None = None,
@@ -257,7 +241,8 @@ def assemble(
         return {"type": "Sequence", kind: steps} if steps else None
 
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    bos_names = [name for name, i in special.items() if i == bos_id]
+    names = {i: name for name, i in special.items()}
+    before, after = ([names[i] for i in ids] for ids in (tokenizer.before, tokenizer.after))
     return {
         "version": "1.0",
         "truncation": None,
@@ -267,42 +252,46 @@ def assemble(
         ],
         "normalizer": sequence("normalizers", normalizer),
         "pre_tokenizer": sequence("pretokenizers", pre_tokenizer),
-        "post_processor": bos_in_front(bos_names[0], bos_id) if bos_names else None,
+        "post_processor": around_text(before, after, special) if before or after else None,
         "decoder": sequence("decoders", decoder),
         "model": model,
     }
 
 
-def bos_in_front(name: str, i: int) -> dict:
-    """The post-processor that puts bos before a text, and before both of a pair."""
+def around_text(before: list[str], after: list[str], ids: dict[str, int]) -> dict:
+    """The post-processor that puts special tokens before and behind a text, and around both of a
+    pair.
+    """
 
-    def after_bos(text: str, kind: int) -> list[dict]:
+    def token(name: str, kind: int) -> dict:
+        return {"SpecialToken": {"id": name, "type_id": kind}}
+
+    def one(text: str, kind: int) -> list[dict]:
         return [
-            {"SpecialToken": {"id": name, "type_id": kind}},
+            *(token(name, kind) for name in before),
             {"Sequence": {"id": text, "type_id": kind}},
+            *(token(name, kind) for name in after),
         ]
 
     return {
         "type": "TemplateProcessing",
-        "single": after_bos("A", 0),
-        "pair": after_bos("A", 0) + after_bos("B", 1),
-        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]}},
+        "single": one("A", 0),
+        "pair": one("A", 0) + one("B", 1),
+        "special_tokens": {
+            name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in before + after
+        },
     }
 
 
-def probe_texts(tokenizer: Tokenizer, made: dict) -> Iterator[str]:
-    """Texts to try: of many kinds, the names of special tokens, and all pieces, each alone and all
-    beside each other.
+def texts_to_try(tokenizer: Tokenizer, made: dict) -> Iterator[str]:
+    """Texts of many kinds, the names of special tokens, and all pieces, each alone and all beside
+    each other.
     """
-    yield from PROBES
     names = [token["content"] for token in made["added_tokens"]]
     yield from names
     yield "a".join(names)
-    pieces = [piece.decode(errors="ignore") for piece in tokenizer.pieces]
-    yield from pieces
-    yield "".join(pieces)
-    yield " ".join(reversed(pieces))
-    yield "\n".join(pieces)
+    yield from (piece.decode(errors="ignore") for piece in tokenizer.pieces)
+    yield from probe_texts(tokenizer.pieces)
 
 
 def check_same_ids(tokenizer: Tokenizer, made: dict) -> None:
@@ -314,7 +303,7 @@ def check_same_ids(tokenizer: Tokenizer, made: dict) -> None:
         library = run_by_library(made)
     except ValueError as error:
         raise ValueError(f"{refusal}: {error}") from None
-    for text in probe_texts(tokenizer, made):
+    for text in texts_to_try(tokenizer, made):
         if isinstance(tokenizer, CharTokenizer):  # it refuses characters that it does not know
             text = "".join(char for char in text if char in tokenizer.ids)
         ours = tokenizer.encode(text)
@@ -326,6 +315,5 @@ def check_same_ids(tokenizer: Tokenizer, made: dict) -> None:
             at = same.index(False) if False in same else len(ours)
             raise ValueError(
                 f"{refusal}: of {text!r:.99} it would make other ids from place {at} on, or "
-                f"another text of them; if it came with a tokenizer.json, import that without its "
-                f"tokenizer.model"
+                f"another text of them; if it came with a tokenizer.json, name the folder that has it"
             )
