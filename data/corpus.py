@@ -22,7 +22,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from data.formats import HEAD, not_text, not_utf8, printable
+from config.command import one_line
+from data.formats import HEAD, not_text, not_utf8
 
 CHUNK = 2**20  # bytes: a longer file comes in pieces of this size; a row is always one piece
 SHAKESPEARE = (
@@ -287,7 +288,7 @@ def folder_files(folder: Path) -> dict[str, Path]:
     tables, root = [], folder.resolve()
 
     def leave_out(path: str | Path, why: str, what: str = "") -> None:
-        shown = printable(Path(path).relative_to(folder).as_posix())
+        shown = one_line(Path(path).relative_to(folder).as_posix())
         left_out.setdefault(why, []).append(f"{shown}: {what}" if what else shown)
 
     def unreadable(error: OSError) -> None:
@@ -310,7 +311,7 @@ def folder_files(folder: Path) -> dict[str, Path]:
         refuse_tables(sorted(tables))
     if left_out:
         parts = (f"{counted(len(n), why)} ({some(sorted(n))})" for why, n in left_out.items())
-        print(f"{printable(folder)}: left out {', '.join(sorted(parts))}")
+        print(f"{one_line(folder)}: left out {', '.join(sorted(parts))}")
     return kept
 
 

@@ -70,11 +70,6 @@ def reads_as(head: bytes, encoding: str) -> bool:
     return bool(text) and all(char.isprintable() or char.isspace() for char in text)
 
 
-def printable(text: object) -> str:
-    """A name or a message without what a terminal would obey, or what no encoding can write."""
-    return "".join(char if char.isprintable() else "?" for char in str(text))
-
-
 def not_utf8(content: bytes, at: int) -> str:
     """In words: the byte at this place of a text is not UTF-8, and how to make it so."""
     guess = content[at : at + 1].decode("cp1252", errors="replace")

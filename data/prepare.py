@@ -11,7 +11,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -28,11 +28,10 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from config.command import run_command, user_errors
+from config.command import one_line, run_command, user_errors, warn
 from data import PART_TOKENS, SPLITS, checksum
 from data.corpus import CHUNK, Corpus, Piece, open_corpus
 from data.files import new_folder, sync, write_atomically
-from data.formats import printable
 from data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -116,7 +115,7 @@ def print_result(out: Path, meta: dict, seconds: float) -> None:
         f"({meta['tokenizer']}), {size / tokens:.2f} bytes/token; {seconds:.1f} s, "
         f"{size / 1e6 / seconds:.1f} MB/s"
     )
-    print(printable(text))
+    print(one_line(text))
 
 
 def warn_of_loss(meta: dict, such_as: str) -> None:
@@ -125,11 +124,10 @@ def warn_of_loss(meta: dict, such_as: str) -> None:
         f"{100 * meta['lost_bytes'][split] / meta['bytes'][split]:.3g}% of the {split} text"
         for split in SPLITS
     )
-    print(
-        f"warning: this tokenizer loses {' and '.join(shares)}, such as "
+    warn(
+        f"this tokenizer loses {' and '.join(shares)}, such as "
         f"{', '.join(map(repr, such_as))}: a model cannot learn that, and bits per byte are "
-        "withheld; tokenizer=sentencepiece or byte keeps all of it",
-        file=sys.stderr,
+        f"withheld; tokenizer=sentencepiece or byte keeps all of it"
     )
 
 
@@ -167,10 +165,12 @@ def say_whether_exportable(tokenizer: Tokenizer) -> Tokenizer:
     now than after the training.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
-        try:
-            tokenizer_files(tokenizer)
-        except (ValueError, OSError) as error:
-            print(f"what is trained with it cannot be exported to Hugging Face: {error}")
+        # OSError: the library for it is not installed, so it is not exported from here.
+        with suppress(OSError):
+            try:
+                tokenizer_files(tokenizer)
+            except ValueError as error:
+                warn(f"what is trained with it cannot be exported to Hugging Face: {error}")
     return tokenizer
 
 

@@ -23,7 +23,7 @@ from run.machine import autocast, to_device
 from run.ranks import ALONE, Ranks
 from run.setup import dataset_folder, find_same_data
 from run.signals import Interrupts
-from weights.open import LONGEST_WINDOW
+from weights.open import LONGEST_WINDOW, refuse_longer_than_context
 
 # If no batch is given, about this many logits are computed at once: 64 MB in fp32. A CPU gains
 # nothing from more.
@@ -167,16 +167,6 @@ def bytes_per_predicted_token(
     if not total:
         return None, "the tokens that are predicted stand for no text"
     return total / count, ""
-
-
-def refuse_longer_than_context(block_size: int, context: int) -> None:
-    """ValueError if a window has more tokens than the context of a trained model: it has never seen
-    such positions. The same counts for its evaluation and its fine-tuning."""
-    if block_size > context:
-        raise ValueError(
-            f"block_size={block_size:,} is more than the {context:,} tokens of this model's "
-            f"context: choose at most {context}"
-        )
 
 
 def open_known_dataset(name: str, known: dict[str, Any], place: Path) -> Dataset:

@@ -27,7 +27,6 @@ from data.tokenizer import FILES as TOKENIZER_FILES
 from data.tokenizer import tokenizer_file, tokenizer_sha256
 from model import Decoder, parameter_count
 from run import sharded
-from run.evaluate import refuse_longer_than_context
 from run.machine import (
     add_in_fixed_order,
     choose_device,
@@ -53,7 +52,13 @@ from run.ranks import ALONE, Ranks
 from weights import checkpoint
 from weights.hf_folder import is_hf_folder
 from weights.lock import Lock
-from weights.open import Weights, knobs_of_base, open_base, open_weights
+from weights.open import (
+    Weights,
+    knobs_of_base,
+    open_base,
+    open_weights,
+    refuse_longer_than_context,
+)
 
 SCHEDULE = (  # the knobs on which the learning rate of a step depends
     "learning_rate min_lr lr_schedule warmup_iters decay_fraction max_iters"

@@ -195,6 +195,16 @@ def check_exists(place: Path) -> None:
         )
 
 
+def refuse_longer_than_context(block_size: int, context: int) -> None:
+    """ValueError if a window has more tokens than the context of a trained model: it has never seen
+    such positions. The same counts for its evaluation and its fine-tuning."""
+    if block_size > context:
+        raise ValueError(
+            f"block_size={block_size:,} is more than the {context:,} tokens of this model's "
+            f"context: choose at most {context}"
+        )
+
+
 def read_architecture(place: Path) -> ModelConfig:
     """The model that a run (its folder, or a checkpoint in it) or a Hugging Face folder describes
     in its config.json. No weights are read.
