@@ -205,8 +205,8 @@ class CharTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, ours (exact) or another one such as Llama's.
 
-    `said` is what the files beside it say, if it comes from Hugging Face. If they say more than our
-    own exports do, that is stored with the model in a tokenizer.json.
+    `said` is what the files beside it say, if it comes from Hugging Face. If that is something else
+    than the model says, or more than our own exports do, a tokenizer.json stores it all.
 
     It gives the ids that SentencePiece gives, with one exception: SentencePiece writes a space as
     U+2581, so it cannot tell the two apart. Here a literal U+2581 stays one if the model has pieces
@@ -233,7 +233,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(pieces, bos if bos >= 0 else None, [eos] if eos >= 0 else [])
         names = [self.first.id_to_piece(i) for i in range(len(self.first))]
         self.special = {name: i for i, name in enumerate(names) if self.first.is_control(i)}
-        if said is not None and says_more(said):
+        if said is not None:
             self._take(said, {name: i for i, name in enumerate(names)})
         self.drops_spaces = self.first.normalize("a  b") == self.first.normalize("a b")
         # The ids of the bytes of U+2581. A model that drops spaces would drop some around it, too.
@@ -250,11 +250,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _take(self, said: Companions, ids: dict[str, int]) -> None:
         """Takes over what the files beside the model say: its roles, and what an export needs."""
-        own, control = (self.bos_id, self.end_ids), set(self.special.values())
+        own = self.bos_id, self.end_ids, self.before, self.after
+        control = set(self.special.values())
         bos, eos = (said.ids(role, ids, control) for role in ("bos", "eos"))
+        eos = eos or sorted(self.end_ids - {self.bos_id})
         self.bos_id = bos[0] if bos else self.bos_id
-        if eos:
-            self.end_ids = frozenset(eos if self.bos_id is None else [self.bos_id, *eos])
+        self.end_ids = frozenset(eos if self.bos_id is None else [self.bos_id, *eos])
         for i in self.end_ids:
             if type(i) is not int or not 0 <= i < self.vocab_size or self.pieces[i]:
                 raise Mismatch(f"bos or eos, {i!r:.99}, is not a special token of it")
@@ -263,9 +264,10 @@ class SentencePieceTokenizer(Tokenizer):
         self.before = [] if self.bos_id is None or with_bos is False else [self.bos_id]
         self.after = eos[:1] if with_eos is True else []
         self.between = [] if self.before or self.after else eos[:1]
-        self.said, self.config, self.generation = said, said.config, said.merged
-        self.file = "tokenizer.json"
-        self.plain = (self.bos_id, self.end_ids, self.before, self.after) == (*own, [own[0]], [])
+        self.plain = (self.bos_id, self.end_ids, self.before, self.after) == own
+        if says_more(said) or not self.plain:
+            self.said, self.config, self.generation = said, said.config, said.merged
+            self.file = "tokenizer.json"
 
     def _piece_bytes(self, i: int) -> bytes:
         piece = self.first.id_to_piece(i)
@@ -361,9 +363,6 @@ class TiktokenTokenizer(Tokenizer):
             if made.decode_bytes(made.encode(PATTERN_PROBE)) != PATTERN_PROBE.encode():
                 raise ValueError("its pattern leaves out a part of a text")
         return made
-
-
-NOT_OF_IDS = ("generation", "sentencepiece")  # what HuggingFaceTokenizer keeps for an export alone
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -483,8 +482,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def sha256_of(cls, fields: dict) -> str:
-        """The sha256 of a tokenizer.json of ours. What decides no id does not count."""
-        kept = {name: value for name, value in fields.items() if name not in NOT_OF_IDS}
+        """The sha256 of a tokenizer.json of ours. The defaults of sampling do not count."""
+        kept = {name: value for name, value in fields.items() if name != "generation"}
         return hashlib.sha256(cls._written(kept)).hexdigest()
 
     @classmethod
@@ -571,9 +570,11 @@ def tokenizer_sha256(folder: str | Path) -> str:
     content = read_capped(path)
     if content.startswith(b'{"kind": "huggingface"'):
         return HuggingFaceTokenizer.sha256_of(read_json_object(path))
-    if content.startswith(b'{"kind": ') and not content.startswith(b'{"kind": "sentencepiece"'):
-        return hashlib.sha256(content).hexdigest()
-    return load_tokenizer(folder).sha256
+    if path.name == SentencePieceTokenizer.file:
+        whole = not any(read_companions(path.parent))
+    else:
+        whole = content.startswith(b'{"kind": ') and b'"sentencepiece"' not in content[:30]
+    return hashlib.sha256(content).hexdigest() if whole else load_tokenizer(folder).sha256
 
 
 def tokenizer_file(folder: str | Path) -> Path:

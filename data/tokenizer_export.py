@@ -315,6 +315,5 @@ def check_same_ids(tokenizer: Tokenizer, made: dict) -> None:
             at = same.index(False) if False in same else len(ours)
             raise ValueError(
                 f"{refusal}: of {text!r:.99} it would make other ids from place {at} on, or "
-                f"another text of them; if it came with a tokenizer.json, name the folder that "
-                f"has it"
+                f"another text of them; if it came with a tokenizer.json, name that folder"
             )

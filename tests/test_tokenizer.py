@@ -667,6 +667,9 @@ def test_a_folder_with_a_tokenizer_model_alone_says_where_bos_and_eos_stand(tmp_
     said = NAMES | {"chat_template": "{{ messages }}"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
     assert tokenizer_sha256(tmp_path) == model.sha256
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    assert load_tokenizer(tmp_path).end_ids == {0, 1}
     (tmp_path / "config.json").write_text('{"eos_token_id": 290}')
     refused(tmp_path, "bos or eos, 290, is not a special token")
 
