@@ -235,6 +235,7 @@ ROWS = {  # files of which each row is a document
     ".parquet": parquet_rows,
 }
 TABLES = (".csv", ".tsv")
+HIDDEN, UNREADABLE = "hidden file* or folder*", "unreadable file* or folder*"  # see counted
 
 
 def rows_of(path: Path) -> Callable[[Path], Iterator[str]] | None:
@@ -292,7 +293,7 @@ def folder_files(folder: Path) -> dict[str, Path]:
         left_out.setdefault(why, []).append(f"{shown}: {what}" if what else shown)
 
     def unreadable(error: OSError) -> None:
-        leave_out(error.filename, "unreadable file* or folder*")
+        leave_out(error.filename, UNREADABLE)
 
     for place, folders, files in os.walk(folder, onerror=unreadable):
         for name in list(folders):
@@ -315,21 +316,18 @@ def folder_files(folder: Path) -> dict[str, Path]:
     return kept
 
 
-HIDDEN = "hidden file* or folder*"
-
-
 def why_left_out(path: Path, root: Path) -> tuple[str, ...]:
     """Why a file in a folder is not read, as arguments of leave_out; () if it is read."""
     if path.name.startswith("."):
         return (HIDDEN,)
     if not os.path.exists(path):
-        return ("broken link*",)
+        return ("broken link*" if os.path.islink(path) else UNREADABLE,)
     if not os.path.isfile(path):  # a FIFO could make us wait for ever
         return ("special file*",)
     if not path.resolve().is_relative_to(root):
         return ("link* to files outside of it",)
     if not os.access(path, os.R_OK):
-        return ("unreadable file* or folder*",)
+        return (UNREADABLE,)
     if not path.stat().st_size:
         return ("empty file*",)
     if found := what_it_holds(path):

@@ -163,12 +163,18 @@ def test_what_a_folder_held_and_was_not_read_is_counted_and_named(tmp_path, caps
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_file_of_a_folder_is_named(tmp_path, capsys):
+def test_unreadable_files_of_a_folder_are_named(tmp_path, capsys):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
     (tmp_path / "b.txt").chmod(0)
+    for name in ("closed", "locked"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "c.txt").write_text("c")
+    (tmp_path / "closed").chmod(0)
+    (tmp_path / "locked").chmod(0o600)  # its files have names, and cannot be opened
     assert "".join(texts_of(documents([tmp_path]))) == "a.txt"
-    assert "left out 1 unreadable file or folder (b.txt)" in capsys.readouterr().out
+    found = "left out 3 unreadable files or folders (b.txt, closed, locked/c.txt)"
+    assert found in capsys.readouterr().out
 
 
 def test_a_name_that_is_not_utf8_is_no_obstacle(tmp_path):

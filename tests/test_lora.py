@@ -446,8 +446,9 @@ def test_a_text_can_be_named_instead_of_a_data_set(tune, text, tmp_path, own_dat
     code, out, error = tune(f"dataset={text}", "max_iters=3", "resume=yes")
     assert code == 0 and "preparing" not in out, error
     text.write_text(text.read_text() + "the cat sat")
-    code, out, error = tune(f"dataset={text}", "max_iters=3", "resume=yes")
-    assert code == 2 and "data content_sha256: checkpoint=" in error
+    code, out, error = tune(f"dataset={text}", "max_iters=4", "resume=yes")
+    assert code == 0 and f"{text} has changed since: going on with {made}, the data" in out, error
+    assert list(own_data.glob("mine-*")) == [made]
 
 
 def test_a_data_set_can_be_named_by_its_path(start, data_folder, own_data):
