@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from config.command import printable, reader_left, shell_path, warn
+from config.command import one_line, printable, reader_left, shell_path, warn
 from data.files import is_own_file, write_atomically
 from data.loader import val_starts
 from model import parameter_count
@@ -263,14 +263,14 @@ def summary(run: Run) -> str:
     if ranks.size > 1:
         machine, on_each = f"{ranks.size} ranks with {config.parallel}, rank 0 on ", "on each rank "
     if config.init_from:
-        begun = f", begun with the weights of {config.init_from}"
+        begun = f", begun with the weights of {one_line(config.init_from)}"
 
     lines = [
         f"model    {model.n_layer} blocks, {model.n_embd} wide, {model.n_head} heads "
         f"({model.kv_heads} kv), feed-forward {model.hidden_size}, {model.norm} "
         f"({model.norm_impl}), vocab {model.vocab_size:,}: {parameters:,} parameters{frozen}",
-        f"data     {config.dataset}: {len(data.train):,} training and {len(data.val):,} validation "
-        f"tokens of {data.bytes_per_token('train'):.2f} bytes{xz}",
+        f"data     {one_line(config.dataset)}: {len(data.train):,} training and "
+        f"{len(data.val):,} validation tokens of {data.bytes_per_token('train'):.2f} bytes{xz}",
         f"steps    {config.max_iters:,} of {config.batch_size} x {model.block_size} = {tokens:,} "
         f"tokens in micro-batches of {config.micro_batch_size}: "
         f"{config.max_iters * tokens / parameters:.2g} tokens per parameter, "
@@ -280,7 +280,7 @@ def summary(run: Run) -> str:
         f"gradient and optimizer, {activations / 1e9:.2f} activations",
         f"machine  {machine}{config.device}, {config.dtype} at {rate / 1e9:,.0f} GFLOP/s "
         f"(measured), {'compiled' if config.compile else 'not compiled'}",
-        f"out      {config.out_dir} from step {run.step}{begun}",
+        f"out      {one_line(config.out_dir)} from step {run.step}{begun}",
     ]
     if warning := disk_warning(run, adapters or parameters):
         lines.append(warning)

@@ -574,10 +574,13 @@ def differences(
     for name, now in config.items():
         if name in NEVER_COMPARED or saved.get(name) == now:
             continue
-        line = f"{name}: checkpoint={one_line(saved.get(name)):.80}, now={now}"
+        before = saved.get(name)
+        line = f"{name}: checkpoint={one_line(before):.80}, now={one_line(now):.80}"
         (refused if name in FIXED else allowed).append(line)
     for name, now in data.items():
         before = state["data"].get(name)
         if name != "name" and before != now:
-            refused.append(f"data {name}: checkpoint={one_line(before):.80}, now={now}")
+            refused.append(
+                f"data {name}: checkpoint={one_line(before):.80}, now={one_line(now):.80}"
+            )
     return refused, allowed

@@ -201,7 +201,7 @@ def training_afresh(scene: Path) -> list[str]:
 
 def comparing(scene: Path) -> list[str]:
     knobs = dict(argument.split("=", 1) for argument in training_afresh(scene)[1:])
-    knobs |= {"out_dir": str(scene / "lab"), "seeds": "1"}
+    knobs |= {"out_dir": str(scene / "lab"), "seeds": "0", "steps": "2"}
     knobs.pop("resume", None)
     return [training_afresh(scene)[0], *(f"{name}={value}" for name, value in knobs.items())]
 
@@ -232,8 +232,8 @@ PLACES = {
     "a checkpoint to sample": Place("run/ckpt_00000012.pt", "sample", sampling("latest")),
     "best.pt": Place("run/best.pt", "sample", sampling("best")),
     "metrics.jsonl": Place("run/metrics.jsonl", "train", training, (0, 2)),  # not needed to go on
-    "results.jsonl": Place("lab/results.jsonl", "compare", comparing),
-    "timing.json": Place("lab/timing.json", "compare", comparing),
+    "results.jsonl": Place("lab/results.jsonl", "compare", comparing, (0, 2)),  # a cut line
+    "timing.json": Place("lab/timing.json", "compare", comparing, (0, 2)),
     "config.json": Place("run/config.json", "train", training, (0, 2)),  # written, never read
     "a run's tokenizer.json": Place(TOKENIZER, "sample", sampling("best")),
     "a run's tokenizer.model": Place(
