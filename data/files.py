@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,18 +41,34 @@ def new_folder(out: Path, progress: str | None = None) -> Iterator[Path]:
     file that makes it possible to go on. If that file is in the folder, the folder stays, and the
     next call with the same `out` gets it back.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if progress:
-        folder = out.parent / f".{out.name}.partial"
-        folder.mkdir(exist_ok=True)
-    else:
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        folder.chmod(0o755)  # mkdtemp lets only this user in
+    made = missing_folders(out.parent)
     try:
-        yield folder
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if progress:
+            folder = out.parent / f".{out.name}.partial"
+            folder.mkdir(exist_ok=True)
+        else:
+            folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+            folder.chmod(0o755)  # mkdtemp lets only this user in
+        try:
+            yield folder
+        finally:
+            if folder.exists() and not (progress and (folder / progress).exists()):
+                shutil.rmtree(folder)
     finally:
-        if folder.exists() and not (progress and (folder / progress).exists()):
-            shutil.rmtree(folder)
+        remove_empty(made)
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """The folders that must be made for this one to exist, the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Removes folders, the innermost first, as long as they are empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def sync(path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from config.command import warn
+from data.files import missing_folders, remove_empty
 
 try:
     import fcntl
@@ -31,13 +32,12 @@ class Lock:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"out_dir={folder} is a file: name a folder")
         self.folder, self.path = folder, folder / ".lock"
-        # The folders that this makes, the innermost first.
-        self.made = [path for path in (folder, *folder.parents) if not path.exists()]
+        self.made = missing_folders(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.file = self._locked_file()
         except OSError:  # no permission, or a name that is too long
-            self._remove_empty()
+            remove_empty(self.made)
             raise
         while not self._is_at_path():  # its last owner removed it after we opened it
             self.file.close()
@@ -87,10 +87,4 @@ class Lock:
         with self.file, suppress(OSError):
             if self._is_at_path():
                 self.path.unlink()
-            self._remove_empty()
-
-    def _remove_empty(self) -> None:
-        """Removes the folders that it has made, unless something has been written there."""
-        with suppress(OSError):
-            for path in self.made:
-                path.rmdir()
+            remove_empty(self.made)  # but not what has been written into
