@@ -15,6 +15,7 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -240,4 +241,5 @@ def restore_signals(before: dict[int, Any]) -> None:
 
 
 def exit_on_signal(number: int, frame: Any) -> None:
+    warnings.simplefilter("ignore")  # torch.compile, if it is broken off, warns with a traceback
     raise SystemExit(128 + number)

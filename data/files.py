@@ -5,7 +5,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,8 +76,18 @@ def new_folder(out: Path, progress: str | None = None) -> Iterator[Path]:
     next call with the same `out` gets it back. A process that is killed by kill -9 leaves its
     folder behind; the next call beside it deletes that folder, if the disk has locks.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(out.parent)
+    made = missing_folders(out.parent)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(out.parent)
+        with _folder_to_build_in(out, progress) as folder:
+            yield folder
+    finally:
+        remove_empty(made)
+
+
+@contextmanager
+def _folder_to_build_in(out: Path, progress: str | None) -> Iterator[Path]:
     lock = None
     if progress:
         folder = out.parent / f".{out.name}.partial"
@@ -121,6 +131,18 @@ def lock_folder(folder: Path) -> int | None:
         if handle is not None:
             os.close(handle)
         return None
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """The folders that must be made for this one to exist, the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Removes folders, the innermost first, as long as they are empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def sync(path: Path) -> None:

@@ -146,6 +146,8 @@ def why_not(impl: str, device: str) -> str | None:
     """Why the implementation does not run on this device; None if it does."""
     if impl == "liger" and not device.startswith("cuda"):
         return f"it needs a CUDA device, this is {device}"
+    import torch._dynamo  # here, since a signal in the import would make `except` fail, too
+
     try:
         if impl == "compile":
             torch.compile(torch.neg)(torch.ones(2, device=device))

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 from conftest import ROOT
@@ -149,3 +150,12 @@ def test_an_error_is_one_line_that_no_terminal_obeys(capsys, said, shown):
     with pytest.raises(SystemExit) as stop, user_errors():
         raise ValueError(said)
     assert stop.value.code == 2 and capsys.readouterr().err == f"error: {shown}\n"
+
+
+def test_what_a_signal_breaks_off_does_not_warn():
+    """torch.compile does so, with the traceback of the line that it was at."""
+    with pytest.raises(SystemExit, match="143"), user_errors():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            warnings.warn("broken off", stacklevel=1)

@@ -143,6 +143,7 @@ def test_only_on_cuda_is_a_kernel_left_out_that_plans_each_length_anew(monkeypat
 DECIDES_NO_LOSS = {
     "config/__init__.py": "has no code",
     "config/command.py": "words, help and errors",
+    "config/help.py": "words of --help",
     "config/preset.py": "the config that it makes is known",
     "config/schema.py": "the config that it makes is known",
     "data/__init__.py": "sums files up",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from config.command import warn
+from data.files import missing_folders, remove_empty
 
 try:
     import fcntl
@@ -49,13 +50,12 @@ class Lock:
                     f"{inner} is a link, and nothing is written through one: make it a folder; "
                     f"out_dir itself may be a link"
                 )
-        # The folders that this makes, the innermost first.
-        self.made = [path for path in (folder, *folder.parents) if not path.exists()]
+        self.made = missing_folders(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.file = self._lock()
         except OSError:  # no permission, or a name that is too long
-            self._remove_empty()
+            remove_empty(self.made)
             raise
         self._put_back()
 
@@ -142,10 +142,4 @@ class Lock:
         with self.file, suppress(OSError):
             if self._is_at_path(self.file):
                 self.path.unlink()
-            self._remove_empty()
-
-    def _remove_empty(self) -> None:
-        """Removes the folders that it has made, unless something has been written there."""
-        with suppress(OSError):
-            for path in self.made:
-                path.rmdir()
+            remove_empty(self.made)  # but not what has been written into
