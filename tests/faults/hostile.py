@@ -483,7 +483,7 @@ ARCHIVES: dict[str, Callable[[bytes], bytes]] = {  # of the whole file of a soun
         c[:-22].replace(struct.pack("<I", 4096), b"\xff\xff\xff\x7f") + c[-22:]
     ),
     "entries that are called folders": lambda c: re.sub(
-        rb"(PK\x01\x02.{34})\0", rb"\1\x10", c, flags=re.DOTALL
+        rb"(PK\x01\x02.{34})\0", lambda found: found[1] + b"\x10", c, flags=re.DOTALL
     ),
     "another archive, to which only PyTorch goes": lambda c: two_archives(
         c, zip_file([("x", b"")])
