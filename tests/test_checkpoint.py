@@ -331,7 +331,10 @@ def test_no_byte_of_the_directory_and_the_end_can_change_what_is_loaded(folder):
     content = path.read_bytes()
     start = len(pieces(content)[0])
     whole = load(path)
-    for at in range(start, len(content), 7):
+    attributes = [
+        found.start() + 38 for found in re.finditer(b"PK\1\2", content)
+    ]  # such as: folder
+    for at in (*range(start, len(content), 7), *attributes):
         path.write_bytes(content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :])
         with contextlib.suppress(ValueError):
             found = load(path)

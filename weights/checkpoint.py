@@ -234,7 +234,9 @@ def unexpected_layout(file: BinaryIO, archive: zipfile.ZipFile, size: int) -> st
         alike = (flags, method) == (entry.flag_bits, entry.compress_type) and sums_agree
         if signature != b"PK\x03\x04" or at - place not in DESCRIPTORS or not alike:
             return f"the header of {entry.filename}"
-        if entry.extra != extra:
+        # Of an entry that is called a folder, PyTorch would read nothing, and say nothing.
+        plain = not (entry.external_attr & 0xFFFF or entry.volume or entry.flag_bits & ~0x808)
+        if entry.extra != extra or not plain:
             return f"the directory's record of {entry.filename}"
         place = at + LOCAL.size + name + more + entry.file_size
     return None if start - place in DESCRIPTORS else "what stands before its directory"

@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import struct
@@ -482,6 +483,9 @@ ARCHIVES: dict[str, Callable[[bytes], bytes]] = {  # of the whole file of a soun
     "one entry listed 3,000 times": listed_often,
     "entries said to have 2**62 bytes": lambda c: (
         c[:-22].replace(struct.pack("<I", 4096), b"\xff\xff\xff\x7f") + c[-22:]
+    ),
+    "entries that are called folders": lambda c: re.sub(
+        rb"(PK\x01\x02.{34})\0", lambda found: found[1] + b"\x10", c, flags=re.DOTALL
     ),
     "another archive, to which only PyTorch goes": lambda c: two_archives(
         c, zip_file([("x", b"")])
