@@ -17,6 +17,7 @@ from model import ModelConfig
 from run.log import Log, clock, open_tracker
 from run.metrics import METRICS_FILE, plot_losses, read_metrics
 from run.ranks import ALONE
+from run.signals import Interrupts
 
 
 def run_in(folder, step=0, **knobs):
@@ -87,8 +88,9 @@ def test_a_full_disk_at_a_resume_is_told_and_the_records_are_right_when_there_is
 ):
     before = "".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in (1, 2, 3, 4))
     (tmp_path / METRICS_FILE).write_text(before)
+    run = run_in(tmp_path, step=3)  # which makes the data
     with largest_file(5):
-        log = log_in(tmp_path, step=3)
+        log = Log(run, None, Interrupts())
     assert (tmp_path / METRICS_FILE).read_text() == before
     assert "warning: metrics.jsonl failed" in capsys.readouterr().err
     with log:

@@ -150,7 +150,7 @@ def test_a_model_that_cannot_be_exported_is_named_at_preparation(text, tmp_path,
         )
         prepare([str(text)], tmp_path / f"{name}-out", str(tmp_path / f"{name}.model"))
         said = "cannot be exported to Hugging Face: this sentencepiece tokenizer has no exact form"
-        assert (said in capsys.readouterr().out) == bool(symbols)
+        assert (said in capsys.readouterr().err) == bool(symbols)
 
 
 def test_preparing_twice_gives_the_same_files(text, tmp_path):

@@ -262,7 +262,7 @@ def readme_commands():
     for line in "".join(blocks).splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["torchrun"]:
-            yield words[3], words[4:]
+            yield words[3], [word for word in words[4:] if not word.startswith("parallel=")]
         elif words[:2] == ["python", "-m"]:
             yield f"-m {words[2]}", words[3:]
         elif words[:1] == ["python"]:
