@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
         ranks, config, lock = join(), None, nullcontext()
         with ranks.all_or_exit():
             if ranks.is_main:
-                config = read_config(argv, ranks)
+                config = read_config(argv)
                 refuse_foreign(Path(config.out_dir))
                 lock = Lock(Path(config.out_dir))
         config = ranks.from_main(config)

@@ -99,7 +99,8 @@ class Output(io.TextIOWrapper):
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
         self.fault = self.fault or error
         if self is sys.stdout and not reader_left(self):
-            warn(f"standard output failed, so nothing more is printed: {error}")
+            told = f"error: standard output failed, so nothing more is printed: {error}"
+            print(one_line(told), file=sys.stderr)
 
 
 def reader_left(stream: TextIO) -> bool:

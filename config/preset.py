@@ -7,7 +7,6 @@ their order never matters. Reading order: read_knobs and make_config, then how a
 
 import ast
 import json
-import math
 import operator
 import warnings
 from collections.abc import Callable
@@ -29,18 +28,20 @@ KNOBS = knobs_of(Config, ModelConfig)
 NOT_DECIDED_BY_WEIGHTS = ("block_size", "dropout", "norm_impl")  # the model's other knobs are
 
 
-def read_knobs(argv: list[str], ranks: int = 1) -> dict[str, Any]:
+def read_knobs(argv: list[str], launched: bool = False) -> dict[str, Any]:
     """The knobs of a command line: those of its preset (config/small.py if it names none), and the
-    key=value pairs, which override the preset. `ranks` is the number of processes it was given to.
+    key=value pairs, which override the preset. `launched`: whether torchrun or its like has started
+    this process.
 
     Raises ValueError, also for a knob that counts only beside another one which is not set. A
     preset is judged by itself, so that a command line can override what its other knobs need.
     """
     place, preset, own = read_layers(argv)
     if not place.is_dir():  # a run's folder has every knob
-        for_many = preset | {"ranks": math.inf}  # it may be meant for more than there are now
-        refuse_without_effect(without_effect(preset, for_many, KNOBS), preset, str(place))
-    useless = without_effect(own, preset | own | {"ranks": ranks}, KNOBS)
+        # It may be meant for several ranks.
+        useless = without_effect(preset, preset | {"launched": True}, KNOBS)
+        refuse_without_effect(useless, preset, str(place))
+    useless = without_effect(own, preset | own | {"launched": launched}, KNOBS)
     refuse_without_effect(useless, own, "command line")
     return preset | own
 

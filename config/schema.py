@@ -154,7 +154,7 @@ BOUNDS = (  # a bound in words, as a test, and the knobs that it holds for
     ("at most 1,000,000", lambda v: v <= 1_000_000, "batch_size micro_batch_size"),
 )
 # Knobs that count only beside others: they, the others in words, and as a test of all knobs and of
-# `ranks`, the number of processes.
+# `launched`: whether a launcher such as torchrun has started this process.
 NEEDS = (
     (
         "rope_factor rope_low_freq rope_high_freq rope_original_context",
@@ -172,8 +172,8 @@ NEEDS = (
     ("sample_prompt", "sample_tokens above 0", lambda k: k["sample_tokens"] > 0),
     (
         "parallel",
-        "several ranks, which torchrun starts",
-        lambda k: k["parallel"] == "auto" or k["ranks"] > 1,
+        "torchrun, which starts several ranks",
+        lambda k: k["parallel"] == "auto" or k["launched"],
     ),
     ("sharded", "parallel=fsdp", lambda k: k["parallel"] != "ddp" or k["sharded"] is not True),
 )

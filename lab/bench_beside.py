@@ -39,6 +39,7 @@ from lab.measure import (
     print_columns,
     read_options,
     spread,
+    that_count,
     values_in_turn,
 )
 from model import ModelConfig, knob
@@ -94,7 +95,7 @@ class OwnProcess(contextlib.AbstractContextManager):
     """
 
     def __init__(self, name: str, config: Config, **more: Any):
-        knobs = as_arguments(config.flat() | more)
+        knobs = as_arguments(that_count([], config.flat() | more))
         self.errors = tempfile.TemporaryFile()
         self.child = subprocess.Popen(
             [sys.executable, "-m", "lab.bench_beside", name, *knobs],

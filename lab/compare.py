@@ -38,8 +38,8 @@ import norm
 import train
 from config.command import one_line, printable, run_command, user_errors
 from config.help import help_text, training_help
-from config.preset import KNOBS, load_json, read_knobs, read_layers
-from config.schema import Config, parse_value, without_effect
+from config.preset import KNOBS, load_json, read_knobs
+from config.schema import Config, parse_value
 from data.files import is_own_file, open_regular, write_atomically
 from lab.measure import (
     as_arguments,
@@ -47,6 +47,7 @@ from lab.measure import (
     in_turn,
     read_options,
     seconds_of_step,
+    that_count,
     values_in_turn,
 )
 from lab.report import WRITTEN, Study, best_cells, speed_section, write_report
@@ -223,15 +224,6 @@ def read_lists(knobs: Knobs) -> dict[str, list[str]]:
                 raise ValueError(f"{name}={knobs[name]} has a value twice: keep one")
             lists[name] = values
     return {name: lists[name] for name in knobs if name in lists}  # as the command line has them
-
-
-def that_count(preset: list[str], knobs: Knobs) -> Knobs:
-    """`knobs` without those that have no effect beside the others: an arm needs no norm_alpha if
-    its norm has none. train.py would refuse them.
-    """
-    _, of_preset, own = read_layers([*preset, *as_arguments(knobs)])
-    useless = without_effect(own, of_preset | own | {"ranks": 1}, KNOBS)
-    return {name: text for name, text in knobs.items() if name not in useless}
 
 
 def refuse_useless_knobs(preset: list[str], fixed: Knobs, arms: list[Knobs]) -> None:

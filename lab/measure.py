@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from config.command import split_arguments
-from config.schema import Config, knobs_of, parse_choice, parse_knobs
+from config.preset import KNOBS, read_layers
+from config.schema import Config, knobs_of, parse_choice, parse_knobs, without_effect
 from run.machine import processor, synchronize, versions
 from run.setup import Run, set_up
 from train import train_step, warm_up
@@ -35,6 +36,15 @@ def read_options(kind: type, argv: list[str]) -> tuple[Any, list[str], dict[str,
 def as_arguments(knobs: dict[str, Any]) -> list[str]:
     """{'a': 1} -> ['a=1']."""
     return [f"{name}={value}" for name, value in knobs.items()]
+
+
+def that_count(preset: list[str], knobs: dict[str, Any]) -> dict[str, Any]:
+    """`knobs` without those that have no effect beside the others: an arm needs no norm_alpha if
+    its norm has none. A command line with them would be refused.
+    """
+    _, of_preset, own = read_layers([*preset, *as_arguments(knobs)])
+    useless = without_effect(own, of_preset | own | {"launched": False}, KNOBS)
+    return {name: value for name, value in knobs.items() if name not in useless}
 
 
 def check_count(name: str, count: int) -> None:

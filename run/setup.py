@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from config.command import shell_path
@@ -93,9 +94,9 @@ class Run:
         return Path(self.config.out_dir)
 
 
-def read_config(argv: list[str], ranks: Ranks = ALONE) -> Config:
+def read_config(argv: list[str]) -> Config:
     """The checked Config of a command line. With init_from, the weights decide its model."""
-    knobs = read_knobs(argv, ranks.size)
+    knobs = read_knobs(argv, launched=dist.is_initialized())
     return make_config(knobs, knobs_of_base(knobs))
 
 

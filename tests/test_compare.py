@@ -262,7 +262,7 @@ NO_RECORDS = {
 }
 WRONG = {
     "val_loss": "\x1b[2J",
-    "val_bpb": None,
+    "val_bpb": "2",
     "learning_rate": 10**400,
     "diverged": 0,
     "versions": {"torch": [1]},

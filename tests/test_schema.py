@@ -131,7 +131,7 @@ def test_knobs_are_checked_together():
         ("init_from=x lora_alpha=8", "lora_alpha=8.0 has no effect without lora_rank above 0"),
         ("save_interval=0 keep=3", "keep=3 has no effect without save_interval above 0"),
         ("sample_tokens=0 sample_prompt=a", "has no effect without sample_tokens above 0"),
-        ("parallel=ddp", "parallel=ddp has no effect without several ranks, which torchrun starts"),
+        ("parallel=ddp", "parallel=ddp has no effect without torchrun, which starts several ranks"),
         ("parallel=ddp sharded=true", "sharded=True has no effect without parallel=fsdp"),
         # knobs that do not fit together
         ("min_lr=1 learning_rate=0.1", "min_lr=1.0 must not be above learning_rate=0.1"),

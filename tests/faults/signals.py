@@ -385,6 +385,7 @@ def stopped_prepare(report: Report, tries: int, folder: Path) -> None:
     data_sets.mkdir(parents=True)
     for path in (ROOT / "data").glob("*.py"):
         shutil.copy(path, data_sets)
+    shutil.copytree(ROOT / "config", data_sets.parent / "config")
     text, pick = folder / "text.txt", random.Random(0)
     text.write_text("".join(pick.choices(("the cat ", "sat on ", "a mat.\n"), k=400_000)))
     for i in range(tries):
