@@ -116,6 +116,8 @@ def no_code(monkeypatch):
 @pytest.fixture
 def measure(monkeypatch, tmp_path, data_folder, capsys, no_code):
     """measure('train', ...) runs lab.bench in an empty folder: (exit code, stdout, stderr)."""
+    assert not torch._dynamo.config.disable  # it reads the variable once, before it is set
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     monkeypatch.setattr("run.setup.DATA", data_folder)
     monkeypatch.chdir(tmp_path)
 
