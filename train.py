@@ -29,7 +29,6 @@ from data.loader import batch, val_starts
 from run import parallel
 from run.evaluate import mean_loss
 from run.folder import (
-    check_lock,
     claim_folder,
     prune_checkpoints,
     refuse_foreign,
@@ -45,7 +44,7 @@ from run.setup import Run, read_config, set_up
 from run.signals import Interrupts
 from run.watch import observe_next_batch
 from sample import print_sample
-from weights.lock import FolderLost, Lock
+from weights.lock import Lock
 
 USAGE = """python train.py [PRESET] [key=value ...]
 
@@ -70,22 +69,16 @@ def main(argv: list[str]) -> int:
     with lock:
         with user_errors():
             run = set_up(config, ranks)
-            with ranks.all_or_exit():
-                if ranks.is_main:
-                    run.lock = lock
-                    lock.clean_up()
             finished = is_finished(run)
             if finished:
                 prune_checkpoints(run)  # a kill may have come after the last save, before this
-                print(
-                    f"already at step {run.step} of {run.config.max_iters}: nothing to do", end=""
-                )
-                print(" (a larger max_iters would go on)")
+                at = f"already at step {run.step} of {run.config.max_iters}"
+                print(f"{at}: nothing to do (a larger max_iters would go on)")
             else:
                 tell_of_rise(run)
                 warm_up(run)
                 tracker = open_tracker(run)
-                claim_folder(run)
+                claim_folder(run, lock)
         code = 0 if finished else train(run, tracker)
         if code == 0 and ranks.is_main:
             with user_errors():
@@ -133,7 +126,6 @@ def train(run: Run, tracker: Tracker | None) -> int:
                 if evaluation_due and not log.has_evaluation(run.step):
                     val_loss = validation_loss(run, interrupts)
                     if val_loss is not None:  # else a signal came, and the resumed run evaluates
-                        check_lock(run)
                         log.evaluation(run.step, val_loss)
                         save_if_best(run, val_loss)
                         unsaved = True  # a checkpoint holds the best validation loss, too
@@ -150,14 +142,8 @@ def train(run: Run, tracker: Tracker | None) -> int:
                 start = time.perf_counter()
                 done = train_step(run, interrupts)  # has waited for the gradients
                 if done is not None:  # else a signal came, and the resumed run does the step anew
-                    seconds = time.perf_counter() - start
-                    if log.is_due(run.step):
-                        check_lock(run)
-                    log.training(run.step, *done, seconds)
+                    log.training(run.step, *done, time.perf_counter() - start)
                     unsaved = True
-        except FolderLost as error:
-            log.line(f"error: {error}", sys.stderr)
-            return 1
         except (FloatingPointError, OSError) as error:  # OSError: disk or data
             log.fault(error)
             return NOT_FINITE if isinstance(error, FloatingPointError) else 1

@@ -20,6 +20,7 @@ from run.metrics import METRICS_FILE
 from run.parallel import gather_on_main
 from run.setup import Run
 from weights import checkpoint
+from weights.lock import Lock
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -39,11 +40,14 @@ def refuse_foreign(folder: Path) -> None:
     )
 
 
-def claim_folder(run: Run) -> None:
-    """Main writes config.json and the tokenizer into out_dir, which also proves that it can. If it
-    cannot, all ranks exit."""
+def claim_folder(run: Run, lock: Lock) -> None:
+    """Main removes what a killed process has left in out_dir and writes config.json and the
+    tokenizer, which also proves that it can. If it cannot, all ranks exit. `lock` is that of
+    out_dir, which main has."""
     with run.ranks.all_or_exit():
         if run.ranks.is_main:
+            run.lock = lock
+            lock.clean_up()
             _write_config_and_tokenizer(run)
 
 

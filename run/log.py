@@ -20,11 +20,13 @@ from data.files import is_own_file, write_atomically
 from data.loader import val_starts
 from model import parameter_count
 from run.evaluate import bytes_per_predicted_token
+from run.folder import check_lock
 from run.machine import flops_per_token, matmul_rate, memory_estimate, peak_memory
 from run.metrics import METRICS_FILE, has_evaluation, read_metrics
 from run.setup import Run
 from run.signals import Interrupts
 from weights import checkpoint
+from weights.lock import FolderLost
 from weights.lora import adapter_count
 
 Tracker = Callable[[dict[str, Any]], None]
@@ -42,12 +44,13 @@ class Log:
     """The records of one run. All ranks keep them, and only main writes and prints them.
 
     Once training has begun, no failure here stops it: a file or a tracker that fails is a warning.
+    There is one exception: another process has taken the folder, which raises FolderLost.
     If the reader of our output has gone (`| head`), the run is asked to save and end, as after a
     signal.
     """
 
     def __init__(self, run: Run, tracker: Tracker | None, interrupts: Interrupts):
-        config, self.ranks = run.config, run.ranks
+        self.run, config, self.ranks = run, run.config, run.ranks
         self.folder, self.device = run.folder, config.device
         self.last_step, self.interval = config.max_iters, config.log_interval
         self.tracker, self.interrupts = tracker, interrupts
@@ -111,9 +114,10 @@ class Log:
 
     def fault(self, error: Exception) -> None:
         """Prints why the training ends, and the checkpoint from which it can go on."""
-        good = checkpoint.all_in(self.folder)
-        newest = good[-1][1].name if good else "none yet"
-        text = f"error: {error}. Last good checkpoint: {newest}."
+        text = f"error: {error}."
+        if not isinstance(error, FolderLost):  # else the checkpoints there are another's
+            good = checkpoint.all_in(self.folder)
+            text += f" Last good checkpoint: {good[-1][1].name if good else 'none yet'}."
         if isinstance(error, FloatingPointError):
             text += " A lower learning_rate or more warmup_iters is the usual cure."
         self.line(text, sys.stderr)
@@ -140,6 +144,7 @@ class Log:
         self.bar.update(1)
         if not self.is_due(step):
             return
+        check_lock(self.run)
         steps_per_s = len(self.recent) / sum(self.recent)
         self.recent = []
         tokens_per_s, step_ms = self.tokens_per_step * steps_per_s, 1000 / steps_per_s
@@ -168,6 +173,7 @@ class Log:
     def evaluation(self, step: int, val_loss: float) -> None:
         """val_loss is in nats per token. Bits per byte do not depend on the tokenizer; they are
         left out if the tokens do not spell their text."""
+        check_lock(self.run)
         record, shown = {"step": step, "val_loss": val_loss}, ""
         if self.bytes_per_token:
             record["val_bpb"] = val_loss / math.log(2) / self.bytes_per_token

@@ -34,6 +34,7 @@ def run_in(folder, step=0, **knobs):
         folder=folder,
         data=open_dataset(folder / "data"),
         ranks=ALONE,
+        lock=None,
         step=step,
     )
 
