@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from config.command import split_arguments
+from config.command import shell_path, split_arguments
 from config.schema import Config, knobs_of, parse_knobs, refuse_without_effect, without_effect
 from model import ModelConfig
 
@@ -117,7 +117,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not {"out_dir", "device"} <= saved.keys():
         raise ValueError(
             f"{folder} is not a run's folder, going by its config.json; to begin with weights "
-            f"there, write init_from={folder}"
+            f"there, write init_from={shell_path(folder)}"
         )
     knobs = {k: v for k, v in saved.items() if k not in ("versions", "parameters", "data")}
     if "vocab_size" in data and data["vocab_size"] == knobs.get("vocab_size"):

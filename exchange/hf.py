@@ -7,7 +7,6 @@ exported folder.
 import json
 import math
 import os
-import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +26,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import torch
 from torch import Tensor
 
-from config.command import run_command, split_arguments, user_errors
+from config.command import run_command, shell_path, split_arguments, user_errors
 from config.help import help_text
 from config.schema import knobs_of, parse_knobs
 from data.files import new_folder, write_atomically
@@ -133,7 +132,7 @@ def import_folder(source: Path, options: ImportOptions) -> None:
             for name in files:
                 (folder / name).unlink(missing_ok=True)
             raise
-    name = shlex.quote(str(folder))
+    name = shell_path(folder)
     print(
         f"{folder}: {describe_model(config)}\n"
         f"sample   python sample.py {name} prompt='...'\n"

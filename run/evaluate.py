@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config.command import shell_path
 from data.loader import DATA, Dataset, open_dataset, read_windows, val_starts
 from data.tokenizer import load_tokenizer
 from model import IGNORED, Decoder
@@ -196,7 +197,7 @@ def open_known_dataset(name: str, known: dict[str, Any], place: Path) -> Dataset
     if data.meta["tokenizer_sha256"] != known["tokenizer_sha256"]:
         raise ValueError(
             f"{data.folder} was not made with the tokenizer of {place}: python data/prepare.py "
-            f"TEXT tokenizer={place} name=NAME makes a data set with it"
+            f"TEXT tokenizer={shell_path(place)} name=NAME makes a data set with it"
         )
     if not name and data.meta["content_sha256"] != known.get("content_sha256"):
         raise ValueError(

@@ -8,6 +8,7 @@ where the checkpoint, the first weights and the data come from.
 import hashlib
 import math
 import os
+import shlex
 import socket
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -255,10 +256,11 @@ def check_data(config: Config, data: Dataset, start: Weights | None) -> None:
     """ValueError if the data set has another tokenizer than the weights of init_from, more tokens
     than vocab_size, or a split that is shorter than one window."""
     if start is not None and start.data["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
+        place = shell_path(start.folder)
         raise ValueError(
             f"{data.folder} was not made with the tokenizer of {start.folder}: python "
-            f"data/prepare.py TEXT tokenizer={start.folder} name=NAME makes a data set with it, "
-            f"and so does dataset=TEXT"
+            f"data/prepare.py TEXT tokenizer={place} name=NAME makes a data set with it, and so "
+            f"does dataset=TEXT"
         )
     tokens, wanted = data.meta["vocab_size"], config.model.vocab_size
     if 0 < wanted < tokens:
@@ -351,7 +353,7 @@ def find_checkpoint(config: Config) -> dict[str, Any] | None:
     if best and not numbered and saved_before:
         raise ValueError(
             f"{folder} has {best[0].name} but no checkpoint to go on from any more: name another "
-            f"out_dir; init_from={best[0]} begins with these weights there"
+            f"out_dir; init_from={shell_path(best[0])} begins with these weights there"
         )
     if config.resume == "no" and (numbered or best):
         newest = numbered[-1][1].name if numbered else best[0].name
@@ -475,7 +477,8 @@ def find_dataset(name: str, tokenizer: Path | None) -> Path:
         if tokenizer is not None and not folder.exists():
             raise ValueError(
                 f"{folder}: no such data set; write dataset=PATH-OF-A-TEXT, or make it with: "
-                f"python data/prepare.py TEXT name={folder.name} tokenizer={tokenizer}"
+                f"python data/prepare.py TEXT name={shlex.quote(folder.name)} "
+                f"tokenizer={shell_path(tokenizer)}"
             )
         if name == "python" and not folder.exists():
             print("data/python is not there yet: preparing it from this Python's standard library")

@@ -463,6 +463,7 @@ def test_a_folder_that_is_not_one_is_refused_in_one_line(tmp_path, capsys):
     assert "one folder of a run, got none" in refused(capsys)
     assert "one folder of a run, got a b" in refused(capsys, "a", "b")
     assert "does not exist: name a folder of a run" in refused(capsys, tmp_path / "nothing")
+    assert "gpt2-xl is GPT-2, which is no Llama" in refused(capsys, "gpt2-xl")
 
 
 @pytest.mark.parametrize(

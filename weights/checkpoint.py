@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from config.command import lacks_memory, one_line, warn
+from config.command import lacks_memory, one_line, shell_path, warn
 from config.schema import Config, knobs_of, parse_knobs
 from data.files import open_regular, write_atomically
 from model import LARGEST, Decoder, ModelConfig, parameter_count
@@ -260,8 +260,8 @@ def load(path: Path) -> dict[str, Any]:
         step = step_in_name(path)
         which = "best" if step is None else step
         raise InParts(
-            f"{path} is in parts: python -m run.sharded {path.parent} checkpoint={which} "
-            f"makes it one file"
+            f"{path} is in parts: python -m run.sharded {shell_path(path.parent)} "
+            f"checkpoint={which} makes it one file"
         )
     # It is opened only once, so what is verified is what is loaded, even if a training replaces or
     # removes the file meanwhile.
@@ -456,7 +456,7 @@ def load_named(folder: Path, which: str) -> dict[str, Any]:
         raise ValueError(f"{folder} is not a folder: name the out_dir of a run")
     if which == "latest":
         return load_newest(folder)
-    if which != "best" and not which.isdecimal():
+    if which != "best" and not re.fullmatch("[0-9]+", which):
         raise ValueError(f"checkpoint must be latest, best or a step, got {which!r}")
     path = folder / "best.pt" if which == "best" else path_of(folder, int(which))
     if not path.exists():  # it may have been saved in parts

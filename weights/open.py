@@ -189,6 +189,13 @@ def load_model(
 
 def check_exists(place: Path) -> None:
     if not place.exists():
+        if str(place) == "resume":  # nanoGPT's words
+            raise ValueError("init_from=resume: python train.py FOLDER goes on with a run")
+        if str(place).startswith("gpt2"):
+            raise ValueError(
+                f"{place} is GPT-2, which is no Llama, so its weights cannot be used: "
+                f"docs/huggingface.md says which can"
+            )
         raise ValueError(
             f"{place} does not exist: name a folder of a run, or one of Hugging Face weights on "
             f"this disk (hf download NAME --local-dir FOLDER makes one)"
