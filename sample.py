@@ -80,7 +80,17 @@ NEEDS = (  # as in config/schema.py: options that count only beside others
         lambda k: k["eval"] == "none",
     ),
     ("prompt", "interactive=false", lambda k: not k["interactive"]),
-    ("top_k top_p min_p seed", "a temperature above 0", lambda k: k["temperature"] != 0),
+    ("top_k", "a temperature above 0", lambda k: k["temperature"] != 0),
+    (
+        "top_p min_p seed",
+        "a temperature above 0 and a top_k other than 1",
+        lambda k: k["temperature"] != 0 and k["top_k"] != 1,
+    ),
+    (
+        "num_samples",  # they would all be the same
+        "a temperature above 0 and a top_k other than 1",
+        lambda k: k["num_samples"] == 1 or (k["temperature"] != 0 and k["top_k"] != 1),
+    ),
 )
 
 
@@ -222,13 +232,13 @@ def sample_or_evaluate(argv: list[str]) -> None:
 def parse_arguments(argv: list[str]) -> tuple[Path, SampleOptions]:
     """The folder and the options, with the device and the dtype that auto stands for."""
     words, pairs = split_arguments(argv)
+    known = knobs_of(SampleOptions)
+    given = parse_knobs(pairs, known, "command line")
     if len(words) != 1:
         raise ValueError(
             f"name one folder of a run, got {' '.join(words) or 'none'}: "
             f"python sample.py out/small prompt='...'"
         )
-    known = knobs_of(SampleOptions)
-    given = parse_knobs(pairs, known, "command line")
     useless = without_effect(given, given, known, NEEDS)
     refuse_without_effect(useless, given, "command line")
     options = SampleOptions(**given)
@@ -240,9 +250,9 @@ def parse_arguments(argv: list[str]) -> tuple[Path, SampleOptions]:
 def prompt_text(prompt: str) -> str:
     """The text that prompt=... stands for."""
     if prompt == "-":
-        if sys.stdin is None:
-            raise ValueError("prompt=-, but there is no standard input")
-        return read_prompt(sys.stdin.buffer, "standard input")
+        if not (text := read_prompt(sys.stdin.buffer, "standard input")):
+            raise ValueError("prompt=-, but nothing came from standard input")
+        return text
     if prompt.startswith("FILE:"):
         path = Path(os.path.expanduser(prompt.removeprefix("FILE:")))
         if path.exists() and not path.is_file():  # a FIFO could make us wait for ever

@@ -47,18 +47,19 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     """
     words, pairs = [], {}
     for argument in argv:
-        key, equals, value = argument.removeprefix("--").partition("=")
+        key, equals, value = argument.partition("=")
         if not equals and argument.startswith("-"):
             raise ValueError(f"{argument} has no value: write {key.lstrip('-')}=VALUE")
         if not equals or "/" in key:
             words.append(os.path.expanduser(argument))
-        elif key in pairs:
+            continue
+        key = key.lstrip("-")
+        if key in pairs:
             raise ValueError(
                 f"{key} is given twice on the command line, as {pairs[key]!r} and {value!r}: "
                 f"keep one"
             )
-        else:
-            pairs[key] = value
+        pairs[key] = value
     return words, pairs
 
 

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from config.command import shell_path, split_arguments
-from config.schema import Config, knobs_of, parse_knobs, refuse_without_effect, without_effect
+from config.schema import (
+    NEEDS,
+    Config,
+    knobs_of,
+    parse_knobs,
+    refuse_without_effect,
+    without_effect,
+)
 from model import ModelConfig
 
 FOLDER = Path(__file__).parent
@@ -33,17 +40,27 @@ def read_knobs(argv: list[str], launched: bool = False) -> dict[str, Any]:
     key=value pairs, which override the preset. `launched`: whether torchrun or its like has started
     this process.
 
-    Raises ValueError, also for a knob that counts only beside another one which is not set. A
-    preset is judged by itself, so that a command line can override what its other knobs need.
+    Raises ValueError, also for a knob that counts only beside another one which is not set.
     """
     place, preset, own = read_layers(argv)
-    if not place.is_dir():  # a run's folder has every knob
-        # It may be meant for several ranks.
-        useless = without_effect(preset, preset | {"launched": True}, KNOBS)
-        refuse_without_effect(useless, preset, str(place))
-    useless = without_effect(own, preset | own | {"launched": launched}, KNOBS)
+    useless = without_effect_of(own, preset | own | {"launched": launched})
     refuse_without_effect(useless, own, "command line")
+    if not place.is_dir():  # a run's folder has every knob
+        # A preset may be meant for several ranks. And what one of its knobs needs may stand on the
+        # command line, or be overridden there.
+        by_itself = without_effect_of(preset, preset | {"launched": True})
+        together = without_effect_of(preset, preset | own | {"launched": True})
+        useless = {name: need for name, need in together.items() if name in by_itself}
+        refuse_without_effect(useless, preset, str(place))
     return preset | own
+
+
+def without_effect_of(given: dict[str, Any], values: dict[str, Any]) -> dict[str, str]:
+    """Those of the knobs `given` to train.py that do not count beside the others, and what they
+    need. With init_from the weights decide the model's knobs, so nothing is said of these here.
+    """
+    names = given.keys() - (knobs_of(ModelConfig).keys() if values.get("init_from") else set())
+    return without_effect(names, values, KNOBS, NEEDS)
 
 
 def read_layers(argv: list[str]) -> tuple[Path, dict[str, Any], dict[str, Any]]:

@@ -126,8 +126,8 @@ class MachineKnobs:
     )
     sharded: Literal["auto", True, False] = knob(
         "auto",
-        "with fsdp: each rank writes its part of a checkpoint, and python -m run.sharded makes "
-        "one file of the parts; auto = where one machine could not hold the whole",
+        "each rank writes its part of a checkpoint, and python -m run.sharded makes one file of "
+        "the parts; auto = with fsdp, where one machine could not hold the whole",
     )
 
 
@@ -161,6 +161,7 @@ NEEDS = (
         "rope_scaling=llama3",
         lambda k: k["rope_scaling"] == "llama3",
     ),
+    ("norm_impl", "a norm", lambda k: k["norm"] != "none"),
     ("norm_eps", "a norm with an eps", lambda k: k["norm"] not in ELEMENTWISE),
     ("prms_p", "norm=prmsnorm", lambda k: k["norm"] == "prmsnorm"),
     ("norm_alpha", "norm=dyt or norm=derf", lambda k: "alpha" in PARAMETERS[k["norm"]]),
@@ -168,14 +169,22 @@ NEEDS = (
     ("min_lr", "a falling lr_schedule", lambda k: k["lr_schedule"] != "constant"),
     ("decay_fraction", "lr_schedule=wsd", lambda k: k["lr_schedule"] == "wsd"),
     ("lora_alpha", "lora_rank above 0", lambda k: k["lora_rank"] > 0),
-    ("keep", "save_interval above 0", lambda k: k["save_interval"] > 0),
-    ("sample_prompt", "sample_tokens above 0", lambda k: k["sample_tokens"] > 0),
+    ("embed_lr", "lora_rank=0", lambda k: k["lora_rank"] == 0),
+    (
+        "beta1 beta2",  # Muon trains all adapters
+        "optimizer=adamw or lora_rank=0",
+        lambda k: k["optimizer"] == "adamw" or k["lora_rank"] == 0,
+    ),
+    (
+        "sample_prompt",
+        "sample_tokens above 0",
+        lambda k: k["sample_tokens"] > 0 or not k["sample_prompt"],
+    ),
     (
         "parallel",
         "torchrun, which starts several ranks",
         lambda k: k["parallel"] == "auto" or k["launched"],
     ),
-    ("sharded", "parallel=fsdp", lambda k: k["parallel"] != "ddp" or k["sharded"] is not True),
 )
 
 
@@ -248,6 +257,13 @@ SYNONYMS = {  # what other programs call it -> what it is called here, or how it
         "batch_size is that of a whole step, and micro_batch_size says how many fit at once"
     ),
     "max_steps": "max_iters",
+    "epochs": "max_iters counts the optimizer steps, and the log says how many epochs they are",
+    "num_epochs": "max_iters counts the optimizer steps, and the log says how many epochs they are",
+    "num_train_epochs": (
+        "max_iters counts the optimizer steps, and the log says how many epochs they are"
+    ),
+    "num_samples": "sample.py has it",
+    "temperature": "sample.py has it",
     "lr_decay_iters": "max_iters",
     "decay_lr": "lr_schedule",
     "lora_r": "lora_rank",
@@ -281,7 +297,7 @@ def knobs_of(*classes: type) -> dict[str, tuple[Any, dataclasses.Field]]:
 
 
 def without_effect(
-    given: Iterable[str], values: dict[str, Any], knobs: dict, needs: tuple = NEEDS
+    given: Iterable[str], values: dict[str, Any], knobs: dict, needs: tuple
 ) -> dict[str, str]:
     """Those of the knobs `given` that do not count beside the other `values`, and what they need.
 
@@ -315,7 +331,7 @@ def parse_knobs(values: dict[str, Any], knobs: dict, where: str) -> dict[str, An
     parsed = {}
     for name, value in values.items():
         if name not in knobs:
-            near = [SYNONYMS[name]] if name in SYNONYMS else get_close_matches(name, knobs, 1, 0.5)
+            near = [SYNONYMS[name]] if name in SYNONYMS else get_close_matches(name, knobs, 1, 0.6)
             hint = "--help lists all"
             if near and near[0] in knobs:
                 hint = f"did you mean {near[0]}?"

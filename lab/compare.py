@@ -75,6 +75,12 @@ written to out_dir (out/compare-PRESET), and the same command goes on where it w
 Options:"""
 EVERY_KNOB = "Every knob of a run can be set, and every knob that is not a text can be a list."
 
+NOT_FOR_A_COMPARISON = {
+    "resume": "which always goes on where it was stopped",
+    "keep": "whose weights are deleted when a cell has ended",
+    "sample_prompt": "whose cells print no sample",
+    "sample_tokens": "whose cells print no sample",
+}
 # Decided once and then given to every cell, so that no two cells can differ in them.
 AUTOMATIC = ("device", "dtype", "compile")
 # An arm with these knobs has no norm at all: it is only timed, to know what the norms cost.
@@ -211,11 +217,9 @@ def read_lists(knobs: Knobs) -> dict[str, list[str]]:
     for name, meaning in meanings.items():
         if "," in knobs.get(name, ""):
             raise ValueError(f"{name}={knobs[name]} cannot be a list: it is {meaning}")
-    if "resume" in knobs:
-        raise ValueError(
-            "resume is not for a comparison, which always goes on where it was stopped: "
-            "leave it out"
-        )
+    for name, reason in NOT_FOR_A_COMPARISON.items():
+        if name in knobs:
+            raise ValueError(f"{name} is not for a comparison, {reason}: leave it out")
     lists = {}
     for name, (kind, _) in KNOBS.items():
         if kind is not str and "," in knobs.get(name, ""):

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from config.command import split_arguments
-from config.preset import KNOBS, read_layers
-from config.schema import Config, knobs_of, parse_choice, parse_knobs, without_effect
+from config.preset import read_layers, without_effect_of
+from config.schema import Config, knobs_of, parse_choice, parse_knobs
 from run.machine import processor, synchronize, versions
 from run.setup import Run, set_up
 from train import train_step, warm_up
@@ -43,7 +43,7 @@ def that_count(preset: list[str], knobs: dict[str, Any]) -> dict[str, Any]:
     its norm has none. A command line with them would be refused.
     """
     _, of_preset, own = read_layers([*preset, *as_arguments(knobs)])
-    useless = without_effect(own, of_preset | own | {"launched": False}, KNOBS)
+    useless = without_effect_of(own, of_preset | own | {"launched": False})
     return {name: value for name, value in knobs.items() if name not in useless}
 
 

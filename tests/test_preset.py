@@ -65,6 +65,7 @@ def test_a_preset_and_a_command_line_are_each_judged_for_knobs_without_effect(tm
     path = write_preset(tmp_path, "lr_schedule = 'wsd'\ndecay_fraction = 0.3\nparallel = 'fsdp'\n")
     assert load(path, "lr_schedule=cosine").decay_fraction == 0.3  # of no use, but not a mistake
     write_preset(tmp_path, "decay_fraction = 0.3\n")
+    assert load(path, "lr_schedule=wsd").decay_fraction == 0.3
     wanted = f"{path}: decay_fraction=0.3 has no effect without lr_schedule=wsd"
     with pytest.raises(ValueError, match=re.escape(wanted)):
         load(path)

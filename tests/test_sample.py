@@ -155,8 +155,8 @@ def test_the_prompt_comes_from_a_file_or_from_standard_input_without_its_last_ne
     assert sampled(capsys, run, "prompt=FILE:~/prompt.txt")[0] == "ab\nh\n"
     give_input(monkeypatch, b"cd\n\n")
     assert sampled(capsys, run, "prompt=-")[0] == "cd\nh\n"
-    give_input(monkeypatch, None)
-    assert "there is no standard input" in refused(capsys, run, "prompt=-")
+    give_input(monkeypatch, b"")
+    assert "nothing came from standard input" in refused(capsys, run, "prompt=-")
 
 
 @pytest.mark.parametrize(
@@ -450,6 +450,8 @@ def test_help_lists_every_option_with_its_meaning(capsys):
         (["eval=val", "temperature=0.5"], "temperature=0.5 has no effect without eval=none"),
         (["dataset=x", "eval_iters=3"], "eval_iters=3 has no effect without eval=val or eval=tr"),
         (["temperature=0", "top_k=9"], "top_k=9 has no effect without a temperature above 0"),
+        (["temperature=0", "num_samples=2"], "num_samples=2 has no effect without a temperature"),
+        (["top_k=1", "seed=3"], "seed=3 has no effect without a temperature above 0 and a top_k"),
         (["eval=val", "special=true"], "special=True has no effect without eval=none"),
         (["quantize=int8", "dtype=float16"], "would overflow in float16"),
         (["device=cuda:99"], "device=cuda:99 is not on this machine"),

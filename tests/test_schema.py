@@ -73,6 +73,10 @@ def test_knobs_are_checked_together():
             "set the environment variable WANDB_PROJECT",
         ),
         ("zzzzzz=4", "--help lists all"),
+        ("nope=4", "--help lists all"),
+        ("epochs=4", "max_iters counts the optimizer steps"),
+        ("num_samples=4", "sample.py has it"),
+        ("-lr=1", "did you mean learning_rate?"),
         # types
         ("n_layer=abc", "n_layer must be a whole number, got 'abc'"),
         ("n_layer=4.0", "n_layer must be a whole number, got '4.0'"),
@@ -129,10 +133,11 @@ def test_knobs_are_checked_together():
         ("lr_schedule=constant min_lr=1e-5", "has no effect without a falling lr_schedule"),
         ("decay_fraction=0.1", "decay_fraction=0.1 has no effect without lr_schedule=wsd"),
         ("init_from=x lora_alpha=8", "lora_alpha=8.0 has no effect without lora_rank above 0"),
-        ("save_interval=0 keep=3", "keep=3 has no effect without save_interval above 0"),
+        ("norm=none norm_impl=fused", "norm_impl=fused has no effect without a norm"),
+        ("init_from=x lora_rank=2 embed_lr=3", "embed_lr=3.0 has no effect without lora_rank=0"),
+        ("init_from=x lora_rank=2 optimizer=muon beta1=0.8", "without optimizer=adamw or lora_"),
         ("sample_tokens=0 sample_prompt=a", "has no effect without sample_tokens above 0"),
         ("parallel=ddp", "parallel=ddp has no effect without torchrun, which starts several ranks"),
-        ("parallel=ddp sharded=true", "sharded=True has no effect without parallel=fsdp"),
         # knobs that do not fit together
         ("min_lr=1 learning_rate=0.1", "min_lr=1.0 must not be above learning_rate=0.1"),
         ("warmup_iters=100 max_iters=10", "warmup_iters=100 must not be above max_iters=10"),
@@ -147,6 +152,19 @@ def test_bad_command_lines_are_refused_in_one_line(words, message):
         load(*words.split())
     said = str(error.value)
     assert message in said and "\n" not in said and len(said) < 300
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "save_interval=0 keep=3",  # each Ctrl-C and each end saves
+        "sharded=true",  # one process writes parts, too
+        "init_from=x norm_alpha=0.8",  # the weights decide the norm: make_config compares them
+        "sample_tokens=0 sample_prompt=",
+    ],
+)
+def test_knobs_that_count_are_taken(words):
+    assert read_knobs(words.split())
 
 
 def test_a_value_that_no_preset_can_hold_is_refused_unread():

@@ -189,7 +189,10 @@ def load_model(
 
 def check_exists(place: Path) -> None:
     if not place.exists():
-        if str(place) == "resume":  # nanoGPT's words
+        # Three words of nanoGPT.
+        if str(place) == "scratch":
+            raise ValueError("init_from=scratch: leave init_from out to begin from scratch")
+        if str(place) == "resume":
             raise ValueError("init_from=resume: python train.py FOLDER goes on with a run")
         if str(place).startswith("gpt2"):
             raise ValueError(
