@@ -26,6 +26,7 @@ from weights.lock import Lock
 
 TINY = str(ROOT / "config" / "tiny.py")
 KNOBS = dict(knob.split("=") for knob in SMALL) | {"max_iters": "4", "eval_interval": "0"}
+del KNOBS["sample_tokens"]  # a cell prints no sample
 NORMS = "norm=rmsnorm,layernorm"
 BOTH = (NORMS, "equal_time=false")
 
@@ -134,7 +135,8 @@ def test_comparisons_that_begin_from_runs_have_a_folder_each(tmp_path, monkeypat
         ("learing_rate=1,2", "did you mean learning_rate?"),
         ("seed=1,2", "seed=1,2 cannot be a list: it is the first seed, seeds=N says how many"),
         ("out_dir=a,b", "out_dir=a,b cannot be a list"),
-        ("resume=auto", "leave it out"),
+        ("resume=auto", "which always goes on where it was stopped: leave it out"),
+        ("keep=1", "keep is not for a comparison, whose weights are deleted"),
         ("seeds=-1", "seeds must be 0 or more"),
         ("steps=1", "steps must be 2 or more"),
         ("jobs=x", "jobs must be a whole number"),
@@ -178,7 +180,7 @@ def test_a_comparison_trains_times_and_judges(compared):
     pairs = list(itertools.product(("rmsnorm", "layernorm"), ("1e-3", "1e-2")))
     order = [(*pair, "1337") for pair in pairs] + [(*pair, "1338") for pair in pairs[::-1]]
     assert [(c["norm"], c["learning_rate"], c["seed"]) for c in compared.cells] == order
-    own = {"norm", "learning_rate", "seed", "out_dir", "resume"}
+    own = {"norm", "learning_rate", "seed", "out_dir", "resume", "sample_tokens"}
     for cell in compared.cells:
         assert KNOBS.items() <= cell.items() and cell["resume"] == "auto"
         assert cell.keys() == KNOBS.keys() | own
