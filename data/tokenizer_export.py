@@ -91,9 +91,10 @@ def tokenizer_config(tokenizer: Tokenizer, made: dict) -> dict:
 
 
 def names_only(value: Any) -> Any:
-    """What tokenizer_config.json or special_tokens_map.json says of special tokens, with the text of
-    each token alone. The two files describe a token in different forms, and transformers takes the
-    form of one not in the other. How a token is matched is in tokenizer.json.
+    """What tokenizer_config.json says of special tokens, with the text of each token alone.
+
+    It and special_tokens_map.json describe a token in different forms, and transformers does not
+    take the form of one in the other. How a token is found in a text is in tokenizer.json.
     """
     match value:
         case {"content": str(text)}:
