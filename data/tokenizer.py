@@ -16,11 +16,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import sentencepiece
 import tiktoken
 
+from config.command import warn
 from data.tokenizer_json import (
     FOREIGN_TOKEN,
     ID_NAMES,
@@ -38,6 +40,7 @@ from data.tokenizer_json import (
     read_capped,
     read_companions,
     read_json_object,
+    replaced_by,
     run_apart,
     run_by_library,
     rust_errors,
@@ -514,6 +517,12 @@ class HuggingFaceTokenizer(Tokenizer):
         """
         tokenizer = with_named(tokenizer, named_tokens(folder))
         said, ids = read_companions(folder), json_ids(tokenizer)
+        if name := replaced_by(folder, tokenizer, said.config):
+            warn_once(
+                f"{folder}: transformers 5 makes a {name} of it, which takes other steps than its "
+                "tokenizer.json has and can give other ids; those here, and of an export, are the "
+                "ids of tokenizer.json"
+            )
         special = {token["id"] for token in tokenizer["added_tokens"] if token["special"]}
         bos, eos = (said.ids(role, ids, special) for role in ("bos", "eos"))
         made = cls(tokenizer, said.config, bos[0] if bos else None, eos, said.merged)
@@ -542,6 +551,12 @@ def with_named(tokenizer: dict, named: dict[str, tuple[str, dict]]) -> dict:
             raise Mismatch(f"it does not have the token {text!r:.99} of {file}", FOREIGN_TOKEN)
     more = [token | {"id": ids[t]} for t, (_, token) in named.items() if t not in added]
     return tokenizer | {"added_tokens": [*tokenizer["added_tokens"], *more]} if more else tokenizer
+
+
+@lru_cache
+def warn_once(text: str) -> None:
+    """Warns once, however often a program opens the folder."""
+    warn(text)
 
 
 def same_ids(first: Tokenizer, second: Tokenizer) -> bool:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +114,10 @@ def flattened(part: dict | None) -> list[dict]:
     return [step for inner in part[name] for step in flattened(inner)]
 
 
+def kinds_of(steps: list[dict]) -> set[str]:
+    return {step["type"] for step in steps}
+
+
 def without_prefix(tokenizer: dict) -> dict:
     """A tokenizer.json without the steps that put a space before a text.
 
@@ -163,7 +168,7 @@ def json_pieces(tokenizer: dict) -> list[bytes]:
 
     Raises ValueError if its decoder does more than to join pieces, as WordPiece's does.
     """
-    kinds = {step["type"] for step in flattened(tokenizer["decoder"])}
+    kinds = kinds_of(flattened(tokenizer["decoder"]))
     if not kinds or kinds - DECODERS:
         raise ValueError(
             f"its decoder {', '.join(sorted(kinds - DECODERS)) or 'null'} is not one that is known "
@@ -319,6 +324,44 @@ def read_companions(folder: Path) -> Companions:
     generation = {name: value for name, value in generation.items() if name not in unnamed}
     ids = {name: model[name] for name in ID_NAMES if model.get(name) is not None}
     return Companions(config, generation, ids)
+
+
+def replaced_by(folder: Path, tokenizer: dict, config: dict) -> str | None:
+    """The class for which transformers 5 replaces the steps in a folder's tokenizer.json, if that
+    can change ids; else None. `config` is what tokenizer_config.json says.
+
+    The regular expression of Qwen2Tokenizer is not compared.
+    """
+    about = read_json_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    family = about.get("model_type")
+    usual = "Qwen2Tokenizer" if family == "qwen3" else ""
+    name = str(config.get("tokenizer_class") or about.get("tokenizer_class") or usual)
+    name = name.removesuffix("Fast")
+    steps = [flattened(tokenizer.get(part)) for part in ("normalizer", "pre_tokenizer")]
+    prefix = config.get("add_prefix_space")
+    level = {"type": "ByteLevel", "add_prefix_space": prefix is True}
+    match name:
+        # For byte-level tokenizers and for Mistral, transformers takes tokenizer.json after all.
+        case "LlamaTokenizer" if family != "mistral" and "ByteLevel" not in kinds_of(steps[1]):
+            scheme = "always" if config.get("legacy") else "first"
+            scheme = "never" if prefix is False else scheme
+            space = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme}
+            wanted = [[], [space | {"split": False}]]
+        case "GPT2Tokenizer":
+            wanted = [[], [level | {"use_regex": True}]]
+        case "Qwen2Tokenizer":
+            split = {"type": "Split", "behavior": "Isolated", "invert": False}
+            wanted = [[{"type": "NFC"}], [split, level | {"use_regex": False}]]
+        case _:
+            return None
+    # A step can say more than is compared here, which then changes no id.
+    same = [len(have) for have in steps] == [len(want) for want in wanted] and all(
+        want.items() <= have.items()
+        for have, want in zip(chain(*steps), chain(*wanted), strict=True)
+    )
+    model = tokenizer["model"]
+    same &= bool(model.get("byte_fallback")) is (name == "LlamaTokenizer")
+    return None if same and not model.get("ignore_merges") else name
 
 
 def named_tokens(folder: Path) -> dict[str, tuple[str, dict]]:

@@ -686,6 +686,47 @@ ROBERTA |= {"trim_offsets": True, "add_prefix_space": False}
 BOTH = {"type": "Sequence", "processors": [LEVEL, BYTE_LEVEL["post_processor"]]}
 
 
+LLAMA_CLASS = {"tokenizer_class": "LlamaTokenizer"}
+GPT2_CLASS = {"tokenizer_class": "GPT2Tokenizer"}
+DIGITS = [{"type": "Digits", "individual_digits": True}, LEVEL]
+DIGITS = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": DIGITS}}
+
+
+@pytest.mark.parametrize(
+    "fields, said, family, differs",
+    [
+        (LLAMA, LLAMA_CLASS, "llama", True),
+        (LLAMA, {"tokenizer_class": "LlamaTokenizerFast"}, "llama", True),
+        (LLAMA | {"normalizer": None}, LLAMA_CLASS, "llama", True),
+        (METASPACE, LLAMA_CLASS, "llama", False),
+        (METASPACE, LLAMA_CLASS | {"legacy": True}, "llama", True),
+        (METASPACE, LLAMA_CLASS | {"add_prefix_space": False}, "llama", True),
+        (LLAMA, LLAMA_CLASS, "mistral", False),
+        (LLAMA, {"tokenizer_class": "PreTrainedTokenizerFast"}, "llama", False),
+        (LLAMA, {}, "llama", False),
+        (BYTE_LEVEL, LLAMA_CLASS, "llama", False),
+        (BYTE_LEVEL, GPT2_CLASS, "llama", False),
+        (BYTE_LEVEL | DIGITS, GPT2_CLASS, "llama", True),
+        (BYTE_LEVEL, {}, "qwen3", True),
+    ],
+)
+def test_a_class_that_would_replace_the_steps_of_a_tokenizer_json_is_told_once(
+    fields, said, family, differs, tmp_path, capsys
+):
+    files = {"tokenizer_config": NAMES | said, "config": {"model_type": family}}
+    save_hugging_face(tmp_path, fields, **files)
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["  two and  12 ", "return self", " a b", "e\u0301t\u00e9 2024  if\n\n x"]
+    texts += ["a</s>b"]  # with "legacy", a space stands behind a special token too
+    ids = [theirs(text, add_special_tokens=False).input_ids for text in texts]
+    assert ([ours.encode_special(text) for text in texts] != ids) is differs
+    load_tokenizer(tmp_path)
+    said = capsys.readouterr().err.splitlines()
+    said = [line for line in said if line.startswith("warning: ") and str(tmp_path) in line]
+    assert len(said) == differs
+    assert not differs or "transformers 5 makes a " in said[0]
+
+
 @pytest.mark.parametrize("said", [{}, {"add_bos_token": False}, {"add_eos_token": True}], ids=str)
 @pytest.mark.parametrize("around", [None, LEVEL, TEMPLATE, ONLY_EOS, ROBERTA, BOTH], ids=str)
 def test_bos_and_eos_stand_around_a_text_where_auto_tokenizer_puts_them(around, said, tmp_path):
