@@ -317,8 +317,16 @@ def read_companions(folder: Path) -> Companions:
     config = read("tokenizer_config.json")
     if "added_tokens_decoder" not in config:  # else transformers leaves this old file alone
         config |= read("special_tokens_map.json")
+    more = sorted(folder.glob("additional_chat_templates/*.jinja"))
+    templates = {path.stem: read_capped(path).decode() for path in more}
     if (folder / "chat_template.jinja").exists():
-        config["chat_template"] = read_capped(folder / "chat_template.jinja").decode()
+        templates["default"] = read_capped(folder / "chat_template.jinja").decode()
+    if templates.keys() == {"default"}:
+        config["chat_template"] = templates["default"]
+    elif templates:  # as transformers 4 writes several templates, and 5 reads them too
+        config["chat_template"] = [
+            {"name": name, "template": template} for name, template in templates.items()
+        ]
     generation, model = read("generation_config.json"), read("config.json")
     unnamed = [name for name in ID_NAMES if generation.get(name) is None]
     generation = {name: value for name, value in generation.items() if name not in unnamed}

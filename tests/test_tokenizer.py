@@ -848,3 +848,11 @@ def test_the_chat_template_that_transformers_saves_apart_goes_along(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     made = tokenizer_files(load_tokenizer(tmp_path))
     assert json.loads(made["tokenizer_config.json"])["chat_template"] == "{{ messages }}"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    theirs = AutoTokenizer.from_pretrained(tmp_path).chat_template
+    (tmp_path / "out").mkdir()
+    for file, content in tokenizer_files(load_tokenizer(tmp_path)).items():
+        (tmp_path / "out" / file).write_bytes(content)
+    again = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert again == theirs == {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
