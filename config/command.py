@@ -180,6 +180,11 @@ def one_line(error: object, most: int = 1500) -> str:
     return text if len(text) <= most else f"{text[: most - 300]} ... {text[-295:]}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and the noun that it counts: 1 block, 2 blocks."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     """The text without what a terminal would obey or not show: control characters (but not tab and
     newline), and characters that change the direction of text or have no width. What joins letters

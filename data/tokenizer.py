@@ -16,12 +16,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import sentencepiece
 import tiktoken
 
+from config.command import warn
 from data.tokenizer_json import (
+    FOREIGN_TOKEN,
     ID_NAMES,
     PATTERN_PROBE,
     PROBES,
@@ -32,10 +35,12 @@ from data.tokenizer_json import (
     ids_around,
     json_ids,
     json_pieces,
+    named_tokens,
     probe_texts,
     read_capped,
     read_companions,
     read_json_object,
+    replaced_by,
     run_apart,
     run_by_library,
     rust_errors,
@@ -61,6 +66,10 @@ SAID_BY_EXPORTS = {
     "eos_token",
     "unk_token",
 }
+MADE_OF_TEXT = (
+    "the id is right, but the model in tokenizer.json also makes it of a text that spells the "
+    "token, by ignore_merges or by its merges: without that it can be used here"
+)
 # In characters. SentencePiece is slower for a longer text, so it is given about so much at a time;
 # tiktoken overflows its stack in a run of white space that is some times longer than this.
 SENTENCEPIECE_CHARS = 2000
@@ -269,6 +278,15 @@ class SentencePieceTokenizer(Tokenizer):
             self.said, self.config, self.generation = said, said.config, said.merged
             self.file = "tokenizer.json"
 
+    def check_has(self, named: dict[str, tuple[str, dict]]) -> None:
+        """Raises Mismatch if it does not have one of the tokens that files beside it name."""
+        for text, (file, token) in named.items():
+            i = self.first.piece_to_id(text)
+            found = i != self.first.unk_id() or text == self.first.id_to_piece(i)
+            if not found or (token["special"] and self.pieces[i]):
+                kind = "special token" if token["special"] else "token"
+                raise Mismatch(f"it does not have the {kind} {text!r:.99} of {file}", FOREIGN_TOKEN)
+
     def _piece_bytes(self, i: int) -> bytes:
         piece = self.first.id_to_piece(i)
         if self.first.is_byte(i):
@@ -419,10 +437,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _check(self) -> None:
         """Checks that no text becomes a special token and that the library decodes as we do."""
+        added = {token["content"] for token in self.tokenizer["added_tokens"]}
         for i in self.end_ids | {*self.before, *self.after}:
             name = self.first.id_to_token(i)
             if i in self.encode(self._encodable(name or "")):
-                raise Mismatch(f"bos or eos, id {i}, is {name!r} here, which a text can have")
+                raise Mismatch(
+                    f"bos or eos, id {i}, is {name!r} here, which a text can have",
+                    MADE_OF_TEXT if name in added else "",
+                )
         self.probe(self._encodable)
         ids = self.encode(self._encodable(PATTERN_PROBE))
         with rust_errors("its decoder fails"):
@@ -493,7 +515,14 @@ class HuggingFaceTokenizer(Tokenizer):
         A tokenizer.model beside it counts if it gives the same ids. If the folder says no more than
         our own exports do, it is the tokenizer.
         """
+        tokenizer = with_named(tokenizer, named_tokens(folder))
         said, ids = read_companions(folder), json_ids(tokenizer)
+        if name := replaced_by(folder, tokenizer, said.config):
+            warn_once(
+                f"{folder}: transformers 5 makes a {name} of it, which takes other steps than its "
+                "tokenizer.json has and can give other ids; those here, and of an export, are the "
+                "ids of tokenizer.json"
+            )
         special = {token["id"] for token in tokenizer["added_tokens"] if token["special"]}
         bos, eos = (said.ids(role, ids, special) for role in ("bos", "eos"))
         made = cls(tokenizer, said.config, bos[0] if bos else None, eos, said.merged)
@@ -509,6 +538,25 @@ class HuggingFaceTokenizer(Tokenizer):
             return model
         made.sentencepiece = model.model
         return made
+
+
+def with_named(tokenizer: dict, named: dict[str, tuple[str, dict]]) -> dict:
+    """A tokenizer.json to which the tokens that files beside it name are added, as transformers
+    does. Raises Mismatch if one is not in the vocabulary: its id would be a new one.
+    """
+    ids = json_ids(tokenizer)
+    added = {token["content"] for token in tokenizer["added_tokens"]}
+    for text, (file, _) in named.items():
+        if text not in ids:
+            raise Mismatch(f"it does not have the token {text!r:.99} of {file}", FOREIGN_TOKEN)
+    more = [token | {"id": ids[t]} for t, (_, token) in named.items() if t not in added]
+    return tokenizer | {"added_tokens": [*tokenizer["added_tokens"], *more]} if more else tokenizer
+
+
+@lru_cache
+def warn_once(text: str) -> None:
+    """Warns once, however often a program opens the folder."""
+    warn(text)
 
 
 def same_ids(first: Tokenizer, second: Tokenizer) -> bool:
@@ -555,7 +603,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = tokenizer_file(folder)
     if path.name == SentencePieceTokenizer.file:
         with blamed_on(path, foreign=True):
-            return SentencePieceTokenizer(read_capped(path), read_companions(path.parent))
+            made = SentencePieceTokenizer(read_capped(path), read_companions(path.parent))
+            made.check_has(named_tokens(path.parent))
+            return made
     fields = read_json_object(path)
     ours = "kind" in fields
     with blamed_on(path, foreign=not ours):

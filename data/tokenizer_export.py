@@ -70,7 +70,11 @@ def tokenizer_config(tokenizer: Tokenizer, made: dict) -> dict:
     # This class takes tokenizer.json as it is. LlamaTokenizer would replace the steps in it by its
     # own, which are others.
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    theirs = {name: value for name, value in tokenizer.config.items() if name != "auto_map"}
+    theirs = {
+        name: names_only(value) if name.endswith(("_token", "_tokens")) else value
+        for name, value in tokenizer.config.items()
+        if name != "auto_map"
+    }
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return theirs | config
     names = {token["id"]: token["content"] for token in made["added_tokens"]}
@@ -84,6 +88,22 @@ def tokenizer_config(tokenizer: Tokenizer, made: dict) -> dict:
     if not theirs:
         config |= {"split_special_tokens": True}
     return {role: name for role, name in roles.items() if name} | theirs | config
+
+
+def names_only(value: Any) -> Any:
+    """What tokenizer_config.json says of special tokens, with the text of each token alone.
+
+    It and special_tokens_map.json describe a token in different forms, and transformers does not
+    take the form of one in the other. How a token is found in a text is in tokenizer.json.
+    """
+    match value:
+        case {"content": str(text)}:
+            return text
+        case dict():
+            return {name: names_only(inner) for name, inner in value.items()}
+        case list():
+            return [names_only(inner) for inner in value]
+    return value
 
 
 def from_byte(tokenizer: ByteTokenizer) -> dict:

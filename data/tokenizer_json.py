@@ -15,6 +15,7 @@ import sys
 from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +62,14 @@ def read_capped(path: Path) -> bytes:
 
 
 class Mismatch(ValueError):
-    """The bos or eos that the files beside a tokenizer.json name does not fit it."""
+    """What the files beside a tokenizer say does not fit it. `cure` says what to do about that."""
+
+    def __init__(self, reason: str, cure: str = "") -> None:
+        super().__init__(reason)
+        self.cure = cure or (
+            "it is not the tokenizer of the config.json and generation_config.json beside it, or "
+            "the ids there are wrong: correct them"
+        )
 
 
 @contextmanager
@@ -74,10 +82,7 @@ def blamed_on(path: Path, foreign: bool = False) -> Iterator[None]:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         if foreign and isinstance(error, Mismatch):
-            raise ValueError(
-                f"{path}: {error}: it is not the tokenizer of the config.json and "
-                "generation_config.json beside it, or the ids there are wrong: correct them"
-            ) from None
+            raise ValueError(f"{path}: {error}: {error.cure}") from None
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
             f"{path}: damaged tokenizer file ({reason}); make or fetch it again"
@@ -107,6 +112,10 @@ def flattened(part: dict | None) -> list[dict]:
         return [part]
     (name,) = {"normalizers", "pretokenizers", "processors", "decoders"} & part.keys()
     return [step for inner in part[name] for step in flattened(inner)]
+
+
+def kinds_of(steps: list[dict]) -> set[str]:
+    return {step["type"] for step in steps}
 
 
 def without_prefix(tokenizer: dict) -> dict:
@@ -159,7 +168,7 @@ def json_pieces(tokenizer: dict) -> list[bytes]:
 
     Raises ValueError if its decoder does more than to join pieces, as WordPiece's does.
     """
-    kinds = {step["type"] for step in flattened(tokenizer["decoder"])}
+    kinds = kinds_of(flattened(tokenizer["decoder"]))
     if not kinds or kinds - DECODERS:
         raise ValueError(
             f"its decoder {', '.join(sorted(kinds - DECODERS)) or 'null'} is not one that is known "
@@ -256,6 +265,14 @@ def growth(step: dict) -> int:
 # The files beside it
 
 
+FOREIGN_TOKEN = (
+    "it is not the tokenizer of the files beside it, or transformers would add the token to it: "
+    "save the folder's tokenizer again with AutoTokenizer's save_pretrained, or take the token out "
+    "of that file"
+)
+MATCHING = ("single_word", "lstrip", "rstrip", "normalized")  # how a token is found in a text
+
+
 class Companions(NamedTuple):
     """What the files of a Hugging Face folder say beside its tokenizer."""
 
@@ -273,13 +290,15 @@ class Companions(NamedTuple):
 
         All three files count, with one exception: many a config.json holds the ids of another
         tokenizer. Where generation_config.json speaks, config.json adds only special tokens.
-        `known` has the id of each text, `special` the special tokens. Raises ValueError if
+        `known` has the id of each text, `special` the special tokens. Raises Mismatch if
         tokenizer_config.json names a text that is not in the vocabulary.
         """
         token = self.config.get(f"{role}_token")
         text = token["content"] if isinstance(token, dict) else token
         if text is not None and text not in known:
-            raise ValueError(f"it does not have tokenizer_config.json's {role}_token {text!r:.99}")
+            raise Mismatch(
+                f"it does not have tokenizer_config.json's {role}_token {text!r:.99}", FOREIGN_TOKEN
+            )
         found = [] if text is None else [known[text]]
         said, other = (
             [] if i is None else i if isinstance(i, list) else [i]
@@ -298,13 +317,100 @@ def read_companions(folder: Path) -> Companions:
     config = read("tokenizer_config.json")
     if "added_tokens_decoder" not in config:  # else transformers leaves this old file alone
         config |= read("special_tokens_map.json")
+    more = sorted(folder.glob("additional_chat_templates/*.jinja"))
+    templates = {path.stem: read_capped(path).decode() for path in more}
     if (folder / "chat_template.jinja").exists():
-        config["chat_template"] = read_capped(folder / "chat_template.jinja").decode()
+        templates["default"] = read_capped(folder / "chat_template.jinja").decode()
+    if templates.keys() == {"default"}:
+        config["chat_template"] = templates["default"]
+    elif templates:  # as transformers 4 writes several templates, and 5 reads them too
+        config["chat_template"] = [
+            {"name": name, "template": template} for name, template in templates.items()
+        ]
     generation, model = read("generation_config.json"), read("config.json")
     unnamed = [name for name in ID_NAMES if generation.get(name) is None]
     generation = {name: value for name, value in generation.items() if name not in unnamed}
     ids = {name: model[name] for name in ID_NAMES if model.get(name) is not None}
     return Companions(config, generation, ids)
+
+
+def replaced_by(folder: Path, tokenizer: dict, config: dict) -> str | None:
+    """The class for which transformers 5 replaces the steps in a folder's tokenizer.json, if that
+    can change ids; else None. `config` is what tokenizer_config.json says.
+
+    The regular expression of Qwen2Tokenizer is not compared.
+    """
+    about = read_json_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    family = about.get("model_type")
+    usual = "Qwen2Tokenizer" if family == "qwen3" else ""
+    name = str(config.get("tokenizer_class") or about.get("tokenizer_class") or usual)
+    name = name.removesuffix("Fast")
+    steps = [flattened(tokenizer.get(part)) for part in ("normalizer", "pre_tokenizer")]
+    prefix = config.get("add_prefix_space")
+    level = {"type": "ByteLevel", "add_prefix_space": prefix is True}
+    match name:
+        # For byte-level tokenizers and for Mistral, transformers takes tokenizer.json after all.
+        case "LlamaTokenizer" if family != "mistral" and "ByteLevel" not in kinds_of(steps[1]):
+            scheme = "always" if config.get("legacy") else "first"
+            scheme = "never" if prefix is False else scheme
+            space = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme}
+            wanted = [[], [space | {"split": False}]]
+        case "GPT2Tokenizer":
+            wanted = [[], [level | {"use_regex": True}]]
+        case "Qwen2Tokenizer":
+            split = {"type": "Split", "behavior": "Isolated", "invert": False}
+            wanted = [[{"type": "NFC"}], [split, level | {"use_regex": False}]]
+        case _:
+            return None
+    # A step can say more than is compared here, which then changes no id.
+    same = [len(have) for have in steps] == [len(want) for want in wanted] and all(
+        want.items() <= have.items()
+        for have, want in zip(chain(*steps), chain(*wanted), strict=True)
+    )
+    model = tokenizer["model"]
+    same &= bool(model.get("byte_fallback")) is (name == "LlamaTokenizer")
+    return None if same and not model.get("ignore_merges") else name
+
+
+def named_tokens(folder: Path) -> dict[str, tuple[str, dict]]:
+    """The tokens that the files of a Hugging Face folder name beside its tokenizer: text -> (name
+    of the file, the token as in a tokenizer.json, without its id). transformers adds those that the
+    tokenizer does not have.
+    """
+    named: dict[str, tuple[str, dict]] = {}
+
+    def take(file: str, said: Any, special: bool = True) -> None:
+        match said:
+            case str() if said:
+                take(file, {"content": said}, special)
+            case {"content": str(text)}:
+                special = special or said.get("special") is True
+                how = dict.fromkeys(MATCHING, False) | {"normalized": not special}
+                how |= {name: said[name] for name in how if type(said.get(name)) is bool}
+                if text:
+                    token = {"content": text, **how, "special": special}
+                    named.setdefault(text, (file, token))
+            case list():
+                for inner in said:
+                    take(file, inner, special)
+            case dict():
+                take(file, list(said.values()), special)
+
+    def take_file(file: str) -> dict:
+        content = read_json_object(folder / file) if (folder / file).exists() else {}
+        for name, said in content.items():
+            if name.endswith(("_token", "special_tokens")):
+                take(file, said)
+        return content
+
+    config = take_file("tokenizer_config.json")
+    if "added_tokens_decoder" in config:  # else transformers leaves the old files alone
+        take("tokenizer_config.json", config["added_tokens_decoder"], special=False)
+        return named
+    take_file("special_tokens_map.json")
+    if (folder / "added_tokens.json").exists():
+        take("added_tokens.json", list(read_json_object(folder / "added_tokens.json")), False)
+    return named
 
 
 # Texts to try tokenizers with
@@ -374,6 +480,13 @@ def run_by_library(tokenizer: dict) -> Any:
         made = tokenizers.Tokenizer.from_str(json.dumps(tokenizer | {"post_processor": None}))
     check_growth(tokenizer)
     check_patterns(tokenizer)
+    for token in tokenizer["added_tokens"]:
+        given = made.token_to_id(token["content"])  # it counts on where an id is not the next one
+        if token["content"] and given != token["id"]:
+            raise ValueError(
+                f"its added token {token['content']!r:.99} has the id {token['id']}, but the "
+                f"library gives it {given}"
+            )
     made.encode_special_tokens = True  # the library's name for: encode them as ordinary text
     return made
 

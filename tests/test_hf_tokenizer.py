@@ -22,7 +22,7 @@ from data.tokenizer import (
     load_tokenizer,
     train_sentencepiece,
 )
-from data.tokenizer_export import check_same_ids, merges_of, tokenizer_files
+from data.tokenizer_export import CONVERSIONS, check_same_ids, merges_of, tokenizer_files
 
 SOURCES = [
     path.read_text(encoding="utf-8") for path in sorted(Path(os.__file__).parent.glob("*.py"))[:12]
@@ -215,6 +215,49 @@ def test_a_hugging_face_tokenizer_is_written_back_as_it_came():
         "chat_template": "x",
         "clean_up_tokenization_spaces": False,
     }
+
+
+NAMED = {
+    "bos_token": {"content": "<s>", "lstrip": False, "normalized": False},
+    "eos_token": {"content": "</s>", "rstrip": False, "single_word": False},
+    "pad_token": {"content": "</s>", "normalized": True, "special": True},
+}
+OLD = {role: {"__type": "AddedToken", **token} for role, token in NAMED.items()}
+LISTED = [{"content": "<unk>", "lstrip": False}, "<s>"]
+
+
+@pytest.mark.parametrize("with_model", [False, True], ids=["json", "model"])
+@pytest.mark.parametrize(
+    "config, token_map",
+    [
+        ({}, NAMED | {"additional_special_tokens": LISTED}),
+        ({}, {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}),
+        (NAMED, {}),
+        (OLD | {"additional_special_tokens": [OLD["bos_token"], "<unk>"]}, NAMED),
+        ({"extra_special_tokens": {"eot_token": "<unk>"}}, NAMED),
+        ({"extra_special_tokens": ["<unk>"]}, NAMED | {"extra_special_tokens": LISTED}),
+    ],
+)
+def test_special_tokens_load_from_an_export_in_whatever_form_they_came(
+    config, token_map, with_model, made, tmp_path
+):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    ours = made["ours"][0]
+    if with_model:
+        ours.save(source)
+    else:
+        fields = CONVERSIONS[SentencePieceTokenizer](ours)
+        (source / "tokenizer.json").write_text(json.dumps(fields))
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (source / "special_tokens_map.json").write_text(json.dumps(token_map))
+    again, (theirs, _) = load_tokenizer(source), exported(load_tokenizer(source), out)
+    assert_equal(again, theirs, SOURCES[0][:3000])
+    text = "one</s>two<s> three"
+    assert theirs(text, add_special_tokens=False).input_ids == again.encode_special(text)
+    if "pad_token" in config | token_map:
+        assert (theirs.pad_token, theirs.pad_token_id) == ("</s>", 2)
 
 
 def test_the_files_are_the_same_each_time(made):

@@ -596,7 +596,7 @@ def test_a_damaged_tokenizer_json_is_one_error_line(part, match, tmp_path, capfd
         ("config", {"bos_token_id": "1"}, "bos or eos, '1', is not an id"),
         ("config", {"eos_token_id": [True]}, "bos or eos, True, is not an id"),
         ("config", {"eos_token_id": [[]]}, "damaged"),
-        ("tokenizer_config", {"eos_token": "<end>"}, "tokenizer_config.json's eos_token '<end>'"),
+        ("tokenizer_config", {"eos_token": "<end>"}, "token '<end>' of tokenizer_config.json"),
         ("tokenizer_config", {"eos_token": 7}, "does not have"),
         ("tokenizer_config", {"eos_token": {}}, "no 'content'"),
     ],
@@ -604,6 +604,59 @@ def test_a_damaged_tokenizer_json_is_one_error_line(part, match, tmp_path, capfd
 def test_wrong_files_beside_a_tokenizer_json_are_named(file, content, match, tmp_path):
     save_hugging_face(tmp_path, BYTE_LEVEL, **{file: content})
     refused(tmp_path, match)
+
+
+@pytest.mark.parametrize("text, refusal", [("WORLD", True), ("th", False), ("<s>", False)])
+@pytest.mark.parametrize(
+    "file, said",
+    [
+        ("tokenizer_config", lambda text: {"additional_special_tokens": [text]}),
+        ("tokenizer_config", lambda text: {"extra_special_tokens": {"x": text}}),
+        ("tokenizer_config", lambda text: {"pad_token": text}),
+        ("tokenizer_config", lambda text: {"added_tokens_decoder": {"9": {"content": text}}}),
+        ("special_tokens_map", lambda text: {"cls_token": {"content": text}}),
+        ("added_tokens", lambda text: {text: 9}),
+    ],
+)
+def test_tokens_that_stand_only_beside_a_tokenizer_are_those_of_auto_tokenizer_or_refused(
+    file, said, text, refusal, tmp_path
+):
+    files = {file: said(text), "config": {"model_type": "llama"}}
+    save_hugging_face(tmp_path, BYTE_LEVEL, **files)
+    if refusal:
+        match = rf"it does not have the token 'WORLD' of {file}.json: .*save_pretrained"
+        assert "damaged" not in refused(tmp_path, match)
+        return
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for tried in (f"Hello {text} {text}e", text):
+        assert ours.encode_special(tried) == theirs(tried, add_special_tokens=False).input_ids
+
+
+def test_a_tokenizer_model_must_have_the_tokens_that_stand_beside_it(tmp_path):
+    SentencePieceTokenizer(foreign_model()).save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "</s>"}')
+    assert load_tokenizer(tmp_path).vocab_size
+    for file, said in (
+        ("special_tokens_map.json", {"pad_token": {"content": "<pad>"}}),
+        ("added_tokens.json", {"<pad>": 300}),
+    ):
+        (tmp_path / file).write_text(json.dumps(said))
+        refused(tmp_path, f"it does not have the .*token '<pad>' of {file}: .*save_pretrained")
+        (tmp_path / file).unlink()
+
+
+def test_an_added_token_whose_id_the_library_does_not_keep_is_refused(tmp_path):
+    more = BYTE_LEVEL["added_tokens"][-1] | {"id": 650, "content": "WORLD"}
+    fields = BYTE_LEVEL | {"added_tokens": [*BYTE_LEVEL["added_tokens"], more]}
+    save_hugging_face(tmp_path, fields)
+    refused(tmp_path, "added token 'WORLD' has the id 650, but the library gives it 601")
+
+
+def test_a_right_id_that_the_model_also_makes_of_text_is_not_called_wrong(tmp_path):
+    model = BYTE_LEVEL["model"] | {"ignore_merges": True}
+    fields = BYTE_LEVEL | {"model": model, "pre_tokenizer": LEVEL | {"use_regex": False}}
+    save_hugging_face(tmp_path, fields, tokenizer_config=NAMES)
+    assert "ids there are wrong" not in refused(tmp_path, "the id is right, .* ignore_merges")
 
 
 def test_a_special_token_that_cannot_be_kept_out_of_texts_is_refused(tmp_path):
@@ -631,6 +684,47 @@ ONLY_EOS = TEMPLATE | {"single": TEMPLATE["single"][1:]}
 ROBERTA = {"type": "RobertaProcessing", "sep": ["</s>", 2], "cls": ["<s>", 1]}
 ROBERTA |= {"trim_offsets": True, "add_prefix_space": False}
 BOTH = {"type": "Sequence", "processors": [LEVEL, BYTE_LEVEL["post_processor"]]}
+
+
+LLAMA_CLASS = {"tokenizer_class": "LlamaTokenizer"}
+GPT2_CLASS = {"tokenizer_class": "GPT2Tokenizer"}
+DIGITS = [{"type": "Digits", "individual_digits": True}, LEVEL]
+DIGITS = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": DIGITS}}
+
+
+@pytest.mark.parametrize(
+    "fields, said, family, differs",
+    [
+        (LLAMA, LLAMA_CLASS, "llama", True),
+        (LLAMA, {"tokenizer_class": "LlamaTokenizerFast"}, "llama", True),
+        (LLAMA | {"normalizer": None}, LLAMA_CLASS, "llama", True),
+        (METASPACE, LLAMA_CLASS, "llama", False),
+        (METASPACE, LLAMA_CLASS | {"legacy": True}, "llama", True),
+        (METASPACE, LLAMA_CLASS | {"add_prefix_space": False}, "llama", True),
+        (LLAMA, LLAMA_CLASS, "mistral", False),
+        (LLAMA, {"tokenizer_class": "PreTrainedTokenizerFast"}, "llama", False),
+        (LLAMA, {}, "llama", False),
+        (BYTE_LEVEL, LLAMA_CLASS, "llama", False),
+        (BYTE_LEVEL, GPT2_CLASS, "llama", False),
+        (BYTE_LEVEL | DIGITS, GPT2_CLASS, "llama", True),
+        (BYTE_LEVEL, {}, "qwen3", True),
+    ],
+)
+def test_a_class_that_would_replace_the_steps_of_a_tokenizer_json_is_told_once(
+    fields, said, family, differs, tmp_path, capsys
+):
+    files = {"tokenizer_config": NAMES | said, "config": {"model_type": family}}
+    save_hugging_face(tmp_path, fields, **files)
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["  two and  12 ", "return self", " a b", "e\u0301t\u00e9 2024  if\n\n x"]
+    texts += ["a</s>b"]  # with "legacy", a space stands behind a special token too
+    ids = [theirs(text, add_special_tokens=False).input_ids for text in texts]
+    assert ([ours.encode_special(text) for text in texts] != ids) is differs
+    load_tokenizer(tmp_path)
+    said = capsys.readouterr().err.splitlines()
+    said = [line for line in said if line.startswith("warning: ") and str(tmp_path) in line]
+    assert len(said) == differs
+    assert not differs or "transformers 5 makes a " in said[0]
 
 
 @pytest.mark.parametrize("said", [{}, {"add_bos_token": False}, {"add_eos_token": True}], ids=str)
@@ -754,3 +848,11 @@ def test_the_chat_template_that_transformers_saves_apart_goes_along(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     made = tokenizer_files(load_tokenizer(tmp_path))
     assert json.loads(made["tokenizer_config.json"])["chat_template"] == "{{ messages }}"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    theirs = AutoTokenizer.from_pretrained(tmp_path).chat_template
+    (tmp_path / "out").mkdir()
+    for file, content in tokenizer_files(load_tokenizer(tmp_path)).items():
+        (tmp_path / "out" / file).write_bytes(content)
+    again = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert again == theirs == {"default": "{{ messages }}", "tool_use": "{{ tools }}"}

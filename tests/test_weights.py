@@ -199,6 +199,10 @@ def test_surplus_that_old_folders_have_is_left_out(folder):
             "one number or text for each name",
         ),
         ({"hidden_size": None}, "lacks hidden_size"),
+        ({"vocab_size": 0}, "config.json: vocab_size must be 1 or more, got 0"),
+        ({"intermediate_size": 0}, "config.json: intermediate_size must be 1 or more, got 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be 1 or more, got 0"),
+        ({"head_dim": -2}, "config.json: head_dim must be 1 or more, got -2"),
         ({"hidden_size": "wide"}, "config.json: hidden_size must be a whole number"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers must be a whole number, got 2.0"),
         ({"head_dim": False}, "head_dim must be a whole number, got False"),
@@ -228,6 +232,16 @@ def test_surplus_that_old_folders_have_is_left_out(folder):
 def test_what_the_model_cannot_be_is_refused_by_name(folder, changes, words):
     edit(folder / "config.json", **changes)
     assert words in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "empty", ["max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_theta"]
+)
+def test_a_null_where_the_model_needs_a_value_is_named(folder, empty):
+    content = json.loads((folder / "config.json").read_text())
+    content |= {"rope_parameters": None, empty: None}
+    (folder / "config.json").write_text(json.dumps(content))
+    assert f"config.json: {empty} must not be null" in refusal(folder)
 
 
 @pytest.mark.parametrize(

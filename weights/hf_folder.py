@@ -167,10 +167,15 @@ def config_from_hf(theirs: dict[str, Any], where: str) -> ModelConfig:
         raise ValueError(f"{where}: this model cannot have {'; '.join(problems)}")
     automatic = {key: 0 for key in ("num_key_value_heads", "head_dim") if theirs[key] is None}
     values = {key: (theirs | automatic)[key] for key in KEYS.values()} | rope
+    if empty := [key for key, value in values.items() if value is None]:
+        raise ValueError(f"{where}: {', '.join(empty)} must not be null: write the model's value")
     words = KEYS | ROPE_KEYS  # all messages are in the words of the file
     kinds = {words[name]: kind for name, kind in knobs_of(ModelConfig).items() if name in words}
     try:
         parsed = parse_knobs(values, kinds, where)
+        for key in ("vocab_size", "intermediate_size", "num_key_value_heads", "head_dim"):
+            if parsed[key] < 1 and key not in automatic:  # 0 is automatic for our knobs alone
+                raise ValueError(f"{key} must be 1 or more, got {parsed[key]}")
         knobs: dict[str, Any] = {name: parsed[key] for name, key in words.items() if key in parsed}
         knobs["qk_norm"] = family == "qwen3"
         if "rope_factor" in knobs:
