@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from config.command import shell_path
+from config.command import shell_path, warn
 from config.preset import NOT_DECIDED_BY_WEIGHTS, make_config, read_knobs
 from config.schema import Config
 from data.corpus import Corpus, open_corpus
@@ -149,6 +149,11 @@ def read_and_check(
         # A relative path, so that the run and the weights can be moved together.
         path = os.path.relpath(start.place.resolve(), Path(config.out_dir).resolve())
         base |= {"path": path, "checksum": start.checksum()}
+        if start.state and not saved:
+            warn(
+                f"these adapters work only beside {start.place}, which the run there removes or "
+                f"replaces if it goes on: before it does, copy its folder, and begin with the copy"
+            )
     return config, data, {"saved": saved, "weights": start and start.tensors, "base": base}
 
 

@@ -309,6 +309,23 @@ def test_adapters_notice_that_their_weights_are_gone_or_others(tune, base, tmp_p
     assert code == 2 and "no longer holds the weights" in error
 
 
+def test_a_base_that_goes_on_is_warned_of_and_named_when_it_has(tune, start, base, tmp_path):
+    newest = checkpoint.all_in(base)[-1][1]
+    code, _, err = tune("lora_rank=2", "max_iters=6", "lr_schedule=constant")
+    assert code == 0 and err.count("warning:") == 1
+    assert f"only beside {newest}, which the run there removes or replaces if it goes on" in err
+    copy = shutil.copytree(base, tmp_path / "copy")
+    assert start("resume=yes", "max_iters=20", "keep=1", out="base")[0] == 0
+    with pytest.raises(ValueError, match=f"{newest}, which that run has removed: it is at step 20"):
+        load_model(tmp_path / "run")
+    more = ("lora_rank=2", "max_iters=7", "lr_schedule=constant", "resume=yes")
+    code, _, err = tune(*more)
+    assert code == 2 and "which that run has removed: it is at step 20" in err
+    code, _, err = tune(*more, f"init_from={copy}")  # as the message says
+    assert code == 0 and "warning" not in err
+    assert load_model(tmp_path / "run")
+
+
 def test_base_and_adapters_are_found_from_elsewhere_and_over_links(
     tune, base, tmp_path, monkeypatch
 ):

@@ -152,14 +152,11 @@ def open_base(
     if "path" not in base:
         raise ValueError(f"{file} is damaged: it has adapters, but does not say for which weights")
     file = Path(os.path.realpath(file))  # there are many ways to write a path
-    place = Path(os.path.realpath(file.parent / base["path"]))
+    wanted = place = Path(os.path.realpath(file.parent / base["path"]))
     if moved is not None and not place.exists():
         place = moved
     if not place.exists():
-        raise ValueError(
-            f"{file} has adapters for the weights in {place}, which is gone: put it "
-            f"back, or resume this run once with init_from=where it is now"
-        )
+        raise base_is_gone(file, wanted)
     if file in chain:
         raise ValueError(f"{file} is damaged: it has adapters for itself")
     if len(chain) == LONGEST_CHAIN:
@@ -169,10 +166,30 @@ def open_base(
         )
     weights = open_weights(place, chain=(*chain, file))
     if weights.checksum() != base.get("checksum"):
+        if not wanted.exists() and newer_step(wanted):
+            raise base_is_gone(file, wanted)
         raise ValueError(
             f"{place} no longer holds the weights that {file} was fine-tuned from: put those back"
         )
     return weights
+
+
+def base_is_gone(file: Path, place: Path) -> ValueError:
+    """The error for the adapters in `file` whose weights are not in `place` any more."""
+    why = "is gone: put it back"
+    if step := newer_step(place):
+        why = f"that run has removed: it is at step {step} now. Put a copy of the file back"
+    return ValueError(
+        f"{file} has adapters for the weights in {place}, which {why}, or once resume the run "
+        f"of the adapters with init_from=where those weights are now"
+    )
+
+
+def newer_step(place: Path) -> int | None:
+    """The newest step in the folder of a numbered checkpoint, if it is a later one."""
+    step = checkpoint.step_in_name(place)
+    newest = max((at for at, _ in checkpoint.all_in(place.parent)), default=0)
+    return newest if step is not None and newest > step else None
 
 
 def load_model(
