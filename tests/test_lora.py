@@ -17,7 +17,13 @@ from model import Decoder, ModelConfig
 from run.metrics import read_metrics
 from weights import checkpoint
 from weights.lora import LoRALinear, adapter_count, add_adapters, merge_adapters
-from weights.open import LONGEST_CHAIN, knobs_of_base, load_model, open_weights
+from weights.open import (
+    LONGEST_CHAIN,
+    knobs_of_base,
+    load_model,
+    open_weights,
+    read_architecture,
+)
 
 MODEL = ModelConfig(
     n_layer=2, n_head=2, n_kv_head=1, n_embd=16, n_hidden=24, block_size=16, vocab_size=30
@@ -445,6 +451,18 @@ def test_a_folder_whose_config_is_of_another_model_is_refused(tune, base, tmp_pa
 
 
 # The data
+
+
+@pytest.mark.parametrize("knobs", [{"n_head": 5}, {"norm": "none"}, {"norm": "foonorm"}])
+def test_a_checkpoint_whose_model_cannot_be_is_named(base, knobs, tmp_path):
+    path = tmp_path / "x.pt"
+    shutil.copy(base / "best.pt", path)
+    save_again(path, config=checkpoint.load(path)["config"] | knobs)
+    with pytest.raises(ValueError, match=f"{path}: "):
+        open_weights(path)
+    (tmp_path / "config.json").write_text(json.dumps(said(base) | {"n_head": 5}))
+    with pytest.raises(ValueError, match="config.json: n_embd="):
+        read_architecture(tmp_path)
 
 
 def test_data_with_another_tokenizer_is_refused(tune, data_folder, tmp_path):

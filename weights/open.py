@@ -117,15 +117,19 @@ def open_weights(place: str | Path, which: str = "latest", chain: tuple[Path, ..
         state = checkpoint.load_named(place, which)
         file = place / "best.pt" if which == "best" else checkpoint.path_of(place, state["step"])
         check_belongs(state, file)
-    config, stored = checkpoint.model_config(state), state.pop("model")
+    stored, adapters = state.pop("model"), {}
     rank = state["config"].get("lora_rank", 0)
-    if not rank:
-        checkpoint.check_fit(config, stored)
-        return Weights(config, stored, file, state)
-    base = open_base(state["base"], file, chain)
-    alpha = state["config"].get("lora_alpha", Config.lora_alpha)
-    tensors = merge_adapters(base.tensors, stored, alpha / rank)
-    return Weights(config, tensors, file, state, stored)
+    base = open_base(state["base"], file, chain) if rank else None
+    try:
+        config, tensors = checkpoint.model_config(state), stored
+        if base is None:
+            checkpoint.check_fit(config, tensors)
+        else:
+            alpha = state["config"].get("lora_alpha", Config.lora_alpha)
+            tensors, adapters = merge_adapters(base.tensors, stored, alpha / rank), stored
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return Weights(config, tensors, file, state, adapters)
 
 
 def check_belongs(state: dict[str, Any], file: Path) -> None:
@@ -244,7 +248,11 @@ def read_architecture(place: Path) -> ModelConfig:
         raise ValueError(
             f"{path} is neither Hugging Face's nor of a run: it lacks {', '.join(missing[:3])}"
         )
-    return ModelConfig(**parse_knobs({name: said[name] for name in knobs}, knobs, str(path)))
+    parsed = parse_knobs({name: said[name] for name in knobs}, knobs, str(path))
+    try:
+        return ModelConfig(**parsed)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def knobs_of_base(knobs: dict[str, Any]) -> dict[str, Any]:
