@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from http.client import HTTPException
 from itertools import takewhile
@@ -65,10 +66,11 @@ def open_corpus(sources: list[str]) -> Corpus:
         return NAMED[sources[0]]()
     # Path.expanduser would raise RuntimeError for a user that does not exist.
     paths = [Path(os.path.expanduser(source)) for source in sources]
-    for path in paths:
+    for source, path in zip(sources, paths, strict=True):
         if not (path.is_dir() or path.is_file()):
             raise FileNotFoundError(
-                f"{path} is not a file or folder, nor one of {', '.join(NAMED)}"
+                f"{source} is not a file or folder, nor one of {', '.join(NAMED)}"
+                f"{what_was_meant(source)}"
             )
         if path.is_file():
             check_readable(path)
@@ -76,6 +78,15 @@ def open_corpus(sources: list[str]) -> Corpus:
     if one_text:
         tell_of_rows(paths)
     return text_file(paths[0]) if one_text else documents(paths)
+
+
+def what_was_meant(source: str) -> str:
+    """What somebody who names this source may want, as the end of a message; '' if unknown."""
+    if "://" in source:
+        return "; download it, and name the file"
+    name = source.rpartition("/")[2].lower()
+    near = get_close_matches(KIN.get(name, name), NAMED, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 # Train or val
@@ -494,3 +505,4 @@ NAMED = {
         "fineweb-edu", "HuggingFaceFW/fineweb-edu", "tiktoken:gpt2", name="sample-10BT"
     ),
 }
+KIN = {"openwebtext": "fineweb-edu"}  # other programs' data sets -> the one here that is like them
