@@ -82,7 +82,9 @@ def prepare(
     """
     out, begin = Path(out), time.monotonic()
     if out.exists() and not (out / "meta.json").is_file():
-        raise ValueError(f"{out}: exists already and is no data set; choose another name with name=")
+        raise ValueError(
+            f"{out}: exists already and is no data set; choose another name with name="
+        )
     if out.exists():
         raise ValueError(f"{out}: exists already; delete it, or choose another name with name=")
     corpus = sources if isinstance(sources, Corpus) else open_corpus(sources)
