@@ -254,7 +254,12 @@ def prompt_text(prompt: str) -> str:
             raise ValueError("prompt=-, but nothing came from standard input")
         return text
     if prompt.startswith("FILE:"):
-        path = Path(os.path.expanduser(prompt.removeprefix("FILE:")))
+        name = prompt.removeprefix("FILE:")
+        if not name:
+            raise ValueError("prompt=FILE: names no file: write prompt=FILE:PATH")
+        path = Path(os.path.expanduser(name))
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: name a file, as in prompt=FILE:my.txt")
         if path.exists() and not path.is_file():  # a FIFO could make us wait for ever
             raise ValueError(f"{path} is not a regular file: use prompt=- to read from a pipe")
         with open(path, "rb") as file:

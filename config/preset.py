@@ -125,7 +125,7 @@ def find_preset(path: Path) -> Path:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """All knobs of a run, as a preset that goes on with it, or that begins a run like it if another
-    out_dir is given.
+    out_dir is given. Raises ValueError.
 
     If vocab_size is that of the run's data, it is left out: other data may have another one.
     """
@@ -137,6 +137,12 @@ def read_run(folder: Path) -> dict[str, Any]:
             f"there, write init_from={shell_path(folder)}"
         )
     knobs = {k: v for k, v in saved.items() if k not in ("versions", "parameters", "data")}
+    try:
+        make_config(parse_knobs(knobs, KNOBS, "its knobs"))
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / 'config.json'}: {error} (use the version of the program that wrote it)"
+        ) from None
     if "vocab_size" in data and data["vocab_size"] == knobs.get("vocab_size"):
         del knobs["vocab_size"]
     device = str(saved["device"]).partition(":")[0]  # cuda:3 may be taken, or not exist here
@@ -188,7 +194,10 @@ def syntax_tree(path: Path) -> ast.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python warns of spelling such as `1is 1`
-            return ast.parse(path.read_text(encoding="utf-8-sig"), filename=str(path))
+            text = path.read_text(encoding="utf-8-sig")
+            if "\0" in text:
+                raise ValueError("it has a NUL byte")
+            return ast.parse(text, filename=str(path))
     except SyntaxError as error:
         raise ValueError(f"{path}:{error.lineno}:{error.offset}: {error.msg}") from error
     except ValueError as error:  # UnicodeDecodeError is one, too

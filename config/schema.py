@@ -343,7 +343,10 @@ def parse_knobs(values: dict[str, Any], knobs: dict, where: str) -> dict[str, An
         if not isinstance(value, (str, int, float)):
             kind = type(value).__name__
             raise ValueError(f"{where}: {name} must be a number or a text, got {kind}")
-        parsed[name] = parse_value(name, value, knobs[name][0])
+        try:
+            parsed[name] = parse_value(name, value, knobs[name][0])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     return parsed
 
 

@@ -14,16 +14,19 @@ import sysconfig
 import tokenize
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from http.client import HTTPException
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from config.command import one_line
-from data.formats import HEAD, not_text, not_utf8
+from config.command import one_line, shell_path, warn
+from data import SPLITS
+from data.formats import DROP_NUL, HEAD, not_text, not_utf8
 
 CHUNK = 2**20  # bytes: a longer file comes in pieces of this size; a row is always one piece
 SHAKESPEARE = (
@@ -63,15 +66,27 @@ def open_corpus(sources: list[str]) -> Corpus:
         return NAMED[sources[0]]()
     # Path.expanduser would raise RuntimeError for a user that does not exist.
     paths = [Path(os.path.expanduser(source)) for source in sources]
-    for path in paths:
+    for source, path in zip(sources, paths, strict=True):
         if not (path.is_dir() or path.is_file()):
             raise FileNotFoundError(
-                f"{path} is not a file or folder, nor one of {', '.join(NAMED)}"
+                f"{source} is not a file or folder, nor one of {', '.join(NAMED)}"
+                f"{what_was_meant(source)}"
             )
         if path.is_file():
             check_readable(path)
     one_text = len(paths) == 1 and paths[0].is_file() and rows_of(paths[0]) is None
+    if one_text:
+        tell_of_rows(paths)
     return text_file(paths[0]) if one_text else documents(paths)
+
+
+def what_was_meant(source: str) -> str:
+    """What somebody who names this source may want, as the end of a message; '' if unknown."""
+    if "://" in source:
+        return "; download it, and name the file"
+    name = source.rpartition("/")[2].lower()
+    near = get_close_matches(KIN.get(name, name), NAMED, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 # Train or val
@@ -107,7 +122,7 @@ def text_pieces(split: str, path: Path, start: int, stop: int) -> Iterator[Piece
     """Bytes start..stop of a UTF-8 file as one document, in pieces of CHUNK bytes.
 
     The text is taken exactly as it is, with a byte order mark and with CRLF line ends. Raises
-    ValueError if it is not UTF-8.
+    ValueError if it is not UTF-8, or has a NUL byte.
     """
     decoder, position = codecs.getincrementaldecoder("utf-8")(), start
     with open(path, "rb") as file:
@@ -124,6 +139,9 @@ def text_pieces(split: str, path: Path, start: int, stop: int) -> Iterator[Piece
                 raise ValueError(
                     f"{path}: byte {place} {not_utf8(error.object, error.start)}"
                 ) from None
+            if "\0" in text:
+                place = position - waiting + len(text.partition("\0")[0].encode())
+                raise ValueError(f"{path}: byte {place} is NUL, which no text has: {DROP_NUL}")
             yield Piece(split, position == start, text)
             position += len(block)
 
@@ -148,11 +166,10 @@ def text_file(path: Path) -> Corpus:
 
 def text_in(row: object) -> str:
     """The 'text' of a row; ValueError says what the row has instead."""
-    if not isinstance(row, dict):
+    if not isinstance(row, dict) or not row:
         raise ValueError(f"it is {row!r:.40}")
     if "text" not in row:
-        fields = ", ".join(map(repr, row)) or "nothing"
-        raise ValueError(f"it has {fields:.200}, but no 'text'")
+        raise ValueError(f"it has {', '.join(map(repr, row)):.200}, but no 'text'")
     text = row["text"]
     if not isinstance(text, str):
         raise ValueError(f"its 'text' is {text!r:.40}")
@@ -164,7 +181,7 @@ def text_in(row: object) -> str:
 
 
 def json_lines(path: Path) -> Iterator[str]:
-    """The 'text' of each line of a .jsonl or .ndjson file. Blank lines are skipped."""
+    """The 'text' of each line of a file of JSON lines. Blank lines are skipped."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -229,12 +246,12 @@ def parquet_rows(path: Path) -> Iterator[str]:
 
 
 ROWS = {  # files of which each row is a document
-    ".jsonl": json_lines,
-    ".ndjson": json_lines,
+    **dict.fromkeys((".jsonl", ".jsonlines", ".jl", ".ndjson"), json_lines),
     ".json": json_list,
     ".parquet": parquet_rows,
 }
 TABLES = (".csv", ".tsv")
+OF_A_DATA_SET = (*(f"{split}.bin" for split in SPLITS), "meta.json")
 HIDDEN, UNREADABLE = "hidden file* or folder*", "unreadable file* or folder*"  # see counted
 
 
@@ -253,6 +270,11 @@ def what_it_holds(path: Path) -> tuple[str, str] | None:
 
 def check_readable(path: Path) -> None:
     """ValueError with the way out for a file that is named and is neither text nor rows."""
+    if path.name in OF_A_DATA_SET and (path.parent / "meta.json").is_file():
+        raise ValueError(
+            f"{path} is a part of the data set {path.parent}: name that folder, as in "
+            f"train.py dataset={shell_path(path.parent)}"
+        )
     if found := what_it_holds(path):
         what, cure = found
         raise ValueError(f"{path} is {what}, not text in UTF-8: {cure}")
@@ -260,10 +282,28 @@ def check_readable(path: Path) -> None:
         refuse_tables([str(path)])
 
 
+def tell_of_rows(texts: Iterable[Path]) -> None:
+    """Warns of files that are read as text, by their name, and look like lines of JSON with a text
+    in each."""
+    found = []
+    for path in texts:
+        with open(path, "rb") as file:
+            head = file.read(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
+        with suppress(ValueError, RecursionError):
+            if head.startswith(b"{"):
+                text_in(json.loads(head.partition(b"\n")[0]))
+                found.append(str(path))
+    if found:
+        warn(
+            f"{some(found)}: each line looks like a JSON object with a 'text', and is trained on "
+            "as it stands: a name that ends with .jsonl makes each of these texts a document"
+        )
+
+
 def refuse_tables(names: list[str]) -> None:
     raise ValueError(
         f"{some(names)}: the columns of a table are not read, and as text they would be trained on "
-        'with their commas: write each row as a line {"text": "..."} of a .jsonl file'
+        'with their commas or tabs: write each row as a line {"text": "..."} of a .jsonl file'
     )
 
 
@@ -351,6 +391,7 @@ def documents(paths: list[Path]) -> Corpus:
         found = folder_files(path) if path.is_dir() else {path.name: path}
         names |= {(name if name not in names else f"{path}/{name}"): found[name] for name in found}
     texts = {name: path for name, path in names.items() if rows_of(path) is None}
+    tell_of_rows(texts.values())
 
     def pieces(whole: bool = True) -> Iterator[Piece]:
         for split, path in split_files(texts, 0.1):
@@ -464,3 +505,4 @@ NAMED = {
         "fineweb-edu", "HuggingFaceFW/fineweb-edu", "tiktoken:gpt2", name="sample-10BT"
     ),
 }
+KIN = {"openwebtext": "fineweb-edu"}  # other programs' data sets -> the one here that is like them

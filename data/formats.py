@@ -5,6 +5,7 @@ import re
 
 HEAD = 8192  # bytes that are looked at
 UNPACK = "unpack it first"
+DROP_NUL = "take it out; or, if it is a text, tr -d '\\000' < OLD > NEW removes these"
 SAVE_AS_TEXT = "save its content as text in UTF-8 first"
 FORMATS = (  # a pattern of the first bytes, what such a file is, and what to do with it
     (rb"\x1f\x8b", "gzip", UNPACK),
@@ -56,8 +57,7 @@ def not_text(head: bytes) -> tuple[str, str] | None:
             cure = f"convert it to UTF-8: iconv -f {encoding} -t UTF-8 OLD > NEW"
             return f"probably text in {encoding}", cure
     if has_nul:
-        cure = "take it out; or, if it is a text, tr -d '\\000' < OLD > NEW removes these"
-        return "binary (it has NUL bytes)", cure
+        return "binary (it has NUL bytes)", DROP_NUL
     return None
 
 
@@ -71,9 +71,18 @@ def reads_as(head: bytes, encoding: str) -> bool:
 
 
 def not_utf8(content: bytes, at: int) -> str:
-    """In words: the byte at this place of a text is not UTF-8, and how to make it so."""
-    guess = content[at : at + 1].decode("cp1252", errors="replace")
+    """In words: the byte at this place of a text is not UTF-8, and how to make it so.
+
+    Another encoding is named only if the text around is plausible in it. Windows-1252 is that of
+    western languages, in which never many letters beyond ASCII stand side by side.
+    """
+    around = content[max(0, at - HEAD // 2) : at + HEAD // 2]
+    if reads_as(around, "cp1252") and not re.search(rb"[\x80-\xff]{4}", around):
+        byte = content[at : at + 1].decode("cp1252")
+        what, encoding = f", which is {byte!r} in Windows-1252", "WINDOWS-1252"
+    else:
+        what, encoding = "", "ITS-ENCODING"
     return (
-        f"is not UTF-8 (0x{content[at]:02X}, which is {guess!r} in Windows-1252); convert it to "
-        "UTF-8, for instance with iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+        f"is not UTF-8 (0x{content[at]:02X}{what}); if it is a text, convert it to UTF-8, for "
+        f"instance with iconv -f {encoding} -t UTF-8 OLD > NEW"
     )

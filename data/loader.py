@@ -214,7 +214,7 @@ def check_prepared(folder: Path) -> None:
     if (folder / "meta.json").exists() or (folder / "train.bin").exists():
         return
     if folder.exists():  # a text, or a folder of texts, of which a data set can be made
-        words = f"{shlex.quote(str(folder))} name=NAME tokenizer=RUN"
+        words = f"{shlex.quote(str(folder))} name=NAME"
     else:
         name = shlex.quote(folder.name)
         words = f"{name} (or YOUR-TEXT name={name})"

@@ -28,7 +28,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from config.command import one_line, run_command, user_errors, warn
+from config.command import one_line, run_command, split_arguments, user_errors, warn
 from data import PART_TOKENS, SPLITS, checksum
 from data.corpus import CHUNK, Corpus, Piece, open_corpus
 from data.files import new_folder, sync, write_atomically
@@ -81,6 +81,10 @@ def prepare(
     Raises ValueError or OSError with a message of one line, and then there is no folder `out`.
     """
     out, begin = Path(out), time.monotonic()
+    if out.exists() and not (out / "meta.json").is_file():
+        raise ValueError(
+            f"{out}: exists already and is no data set; choose another name with name="
+        )
     if out.exists():
         raise ValueError(f"{out}: exists already; delete it, or choose another name with name=")
     corpus = sources if isinstance(sources, Corpus) else open_corpus(sources)
@@ -514,14 +518,18 @@ def read_command(argv: list[str]) -> tuple[Corpus, Path, str | None, int | None]
     """What the command line asks for, as the arguments of `prepare`."""
     sources, options = [], {}
     for word in argv:
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not equals or os.path.exists(os.path.expanduser(word)):
+        if os.path.exists(os.path.expanduser(word)):  # it may contain a '='
             sources.append(word)
-        elif key not in OPTIONS:
-            raise ValueError(f"unknown option {key!r}; choose from {', '.join(OPTIONS)}")
-        elif key in options:
-            raise ValueError(f"{key} is given twice, as {options[key]!r} and {value!r}: keep one")
-        else:
+            continue
+        words, pairs = split_arguments([word])
+        sources += words
+        for key, value in pairs.items():
+            if key not in OPTIONS:
+                raise ValueError(f"unknown option {key!r}; choose from {', '.join(OPTIONS)}")
+            if key in options:
+                raise ValueError(
+                    f"{key} is given twice, as {options[key]!r} and {value!r}: keep one"
+                )
             options[key] = value
     if not sources:
         raise ValueError("no source given; try: python data/prepare.py python (or --help)")

@@ -193,6 +193,11 @@ def open_known_dataset(name: str, known: dict[str, Any], place: Path) -> Dataset
             f"the data set {wanted} that {place} was trained on is not under data/: name where it "
             f"is with dataset=FOLDER"
         )
+    if folder.exists() and not any((folder / n).exists() for n in ("meta.json", "train.bin")):
+        raise ValueError(
+            f"{folder} is not prepared: make a data set of it with python data/prepare.py "
+            f"{shell_path(folder)} tokenizer={shell_path(place)} name=NAME, then dataset=NAME"
+        )
     data = open_dataset(folder)
     if data.meta["tokenizer_sha256"] != known["tokenizer_sha256"]:
         raise ValueError(

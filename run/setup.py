@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from config.command import shell_path
+from config.command import shell_path, warn
 from config.preset import NOT_DECIDED_BY_WEIGHTS, make_config, read_knobs
 from config.schema import Config
 from data.corpus import Corpus, open_corpus
@@ -135,6 +135,8 @@ def read_and_check(
         tokenizer = Path(wanted.out_dir) if saved else start.folder
     folder = find_dataset_of_run(wanted.dataset, saved, tokenizer) if saved else None
     data = open_dataset(folder or find_dataset(wanted.dataset, tokenizer))
+    if saved:
+        refuse_other_data(wanted, saved, data)
     check_data(wanted, data, start)
     refuse_other_tokenizer(Path(wanted.out_dir), data)
     config = resolve(wanted, device, data, saved, ranks)
@@ -147,6 +149,11 @@ def read_and_check(
         # A relative path, so that the run and the weights can be moved together.
         path = os.path.relpath(start.place.resolve(), Path(config.out_dir).resolve())
         base |= {"path": path, "checksum": start.checksum()}
+        if start.state and not saved:
+            warn(
+                f"these adapters work only beside {start.place}, which the run there removes or "
+                f"replaces if it goes on: before it does, copy its folder, and begin with the copy"
+            )
     return config, data, {"saved": saved, "weights": start and start.tensors, "base": base}
 
 
@@ -240,6 +247,24 @@ def check_batch(config: Config, ranks: int) -> None:
     )
 
 
+def refuse_other_data(config: Config, saved: dict[str, Any], data: Dataset) -> None:
+    """ValueError if a run that goes on is given other data than it was begun with."""
+    before = saved["data"]
+    if all(before.get(key) == now for key, now in data.fingerprint.items() if key != "name"):
+        return
+    name = before.get("name")
+    if name == data.folder.resolve().name:
+        raise ValueError(
+            f"this is not the run in out_dir: {data.folder} does not hold the data any more with "
+            f"which the run in {config.out_dir} was begun: put them back, or name another out_dir"
+        )
+    raise ValueError(
+        f"this is not the run in out_dir: {data.folder} does not hold the data of {name}, with "
+        f"which the run in {config.out_dir} was begun: leave dataset as it was, or name another "
+        f"out_dir"
+    )
+
+
 def refuse_other_tokenizer(folder: Path, data: Dataset) -> None:
     """ValueError if out_dir has a tokenizer's file that the run will not replace by its own: then
     there would be two, and none of our programs could know which one counts."""
@@ -248,7 +273,7 @@ def refuse_other_tokenizer(folder: Path, data: Dataset) -> None:
         if name != own and (folder / name).exists():
             raise ValueError(
                 f"{folder / name} is not the tokenizer of {data.folder}, which is in {own}: "
-                f"delete it, or name another out_dir"
+                f"move it away, or name another out_dir"
             )
 
 
@@ -439,12 +464,21 @@ def find_dataset_of_run(name: str, saved: dict[str, Any], tokenizer: Path | None
     """The data set with which the run of the checkpoint `saved` was begun, which said dataset=NAME.
     None if it is gone, or if the user now names another one.
 
-    So a run that was begun with a text goes on when the text is gone or has been edited.
+    So a run that was begun with a text goes on when the text is gone or has been edited. ValueError
+    if the text has been edited and the data set is gone: nothing can make it again.
     """
     if name != saved["config"].get("dataset"):
         return None
     expected, text = dataset_folder(name), text_meant(name)
     found = find_same_data(saved["data"], expected)
+    if found is None and text and text.exists():
+        made, before = text_dataset(text, open_corpus([name]), tokenizer), saved["data"].get("name")
+        of_this_text = made.name[:-8] == str(before)[:-8]  # all but the hash
+        if of_this_text and made.name != before:
+            raise ValueError(
+                f"{name} has changed since this run was begun, and {DATA / before}, made of it "
+                f"then, is gone: put one of them back as it was, or name another out_dir"
+            )
     if found in (None, expected):
         return found
     state = "has changed since" if (text or expected).exists() else "is not here"

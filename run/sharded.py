@@ -336,20 +336,19 @@ def crc_of(path: Path) -> int:
 
 def find_parts(folder: Path, which: str) -> Path:
     """The sharded checkpoint that `which` names: latest, best, or a step."""
-    steps = {str(s): path for s, path in checkpoint.all_in(folder) if path.suffix == ".shards"}
-    best = sorted(folder.glob("best_*.shards"))
-    found = steps.get(which)
-    if which == "latest":
-        found = list(steps.values())[-1] if steps else None
-    if which == "best":
-        found = best[-1] if best else None
-    if found is None:
-        there = ", ".join(steps) or "none"
-        raise ValueError(
-            f"no checkpoint {which} in parts in {folder}; there are {there}"
-            f"{' and best' if best else ''}"
-        )
-    return found
+    parts, files = {}, {"best": folder / "best.pt"}
+    for step, path in checkpoint.all_in(folder):
+        of_kind = parts if path.suffix == ".shards" else files
+        of_kind.update({str(step): path, "latest": path})
+    for path in sorted(folder.glob("best_*.shards")):
+        parts["best"] = path
+    if which in parts:
+        return parts[which]
+    names = ", ".join(name for name in parts if name != "latest")
+    there = f"in parts there are: {names or 'none'}"
+    if which in files and files[which].exists():
+        raise ValueError(f"{files[which]} is whole already; {there}")
+    raise ValueError(f"no checkpoint {which} in parts in {folder}; {there}")
 
 
 def main(argv: list[str]) -> int:

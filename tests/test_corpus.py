@@ -79,6 +79,32 @@ def test_what_is_not_utf8_is_named_with_its_byte(tmp_path, at):
     in_one_line(lambda: bad, f"a.txt: byte {at} is not UTF-8")
 
 
+@pytest.mark.parametrize("at", [9000, CHUNK - 1, CHUNK, 2 * CHUNK + 5])
+def test_a_nul_byte_is_no_text_wherever_it_stands(tmp_path, at):
+    content = ("\u00e9" * (at // 2) + "x" * (at % 2)).encode() + b"\0" + b"y" * (2 * CHUNK)
+    in_one_line(lambda: one_text(tmp_path / "a.txt", content), f"a.txt: byte {at} is NUL.* tr -d")
+    in_one_line(lambda: open_corpus([str(tmp_path)]), f"a.txt: byte {at} is NUL")
+
+
+@pytest.mark.parametrize(
+    "content, guessed",
+    [
+        ("Le caf\u00e9 est l\u00e0. ".encode("cp1252"), True),
+        ("\u201cGr\u00fc\u00dfe\u201d\r\n".encode("cp1252") + b"to you\n", True),
+        ("\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3067\u3059\u3002\n".encode("shift_jis"), False),
+        ("\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440\n".encode("cp1251"), False),
+        (b"\x80\x05]\x94(K\x01K\x02e.", False),  # a pickle
+        (b"\xff\xfb\x90d\x01\x02\x03 Info", False),  # MP3
+    ],
+    ids=["French", "German", "Shift-JIS", "Russian", "pickle", "MP3"],
+)
+def test_an_encoding_is_guessed_only_where_it_is_plausible(tmp_path, content, guessed):
+    for text in (content, b"plain words " + content):
+        with pytest.raises(ValueError, match="is not UTF-8.* iconv -f ") as raised:
+            texts_of(one_text(tmp_path / "a.txt", text))
+        assert ("WINDOWS-1252" in str(raised.value)) == guessed
+
+
 def test_a_character_that_the_end_of_the_file_cuts_is_not_utf8(tmp_path):
     bad = one_text(tmp_path / "b.txt", b"x" * 50 + b"\xe4\xbd")
     in_one_line(lambda: bad, "b.txt: byte 50 is not UTF-8")
@@ -224,7 +250,9 @@ def test_a_bad_line_of_jsonl_is_named(tmp_path, line):
 ROWS = [{"text": "one\n"}, {"text": "two"}, {"text": "\u4f60"}]
 
 
-@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.Json", "lines.json", "bom.json"])
+@pytest.mark.parametrize(
+    "name", ["a.JSONL", "a.ndjson", "a.jsonlines", "a.jl", "a.Json", "lines.json", "bom.json"]
+)
 @pytest.mark.parametrize("in_folder", [False, True])
 def test_rows_are_known_by_their_suffix_in_any_case(tmp_path, name, in_folder, capsys):
     text = "\n".join(map(json.dumps, ROWS))
@@ -235,6 +263,20 @@ def test_rows_are_known_by_their_suffix_in_any_case(tmp_path, name, in_folder, c
     source = open_corpus([str(tmp_path if in_folder else tmp_path / name)])
     assert sorted("".join(texts_of(source))) == sorted("one\ntwo\u4f60")
     assert source.source.startswith("1 file of ") and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_rows_under_the_name_of_a_text_are_told(tmp_path, capsys, in_folder):
+    rows, plain = "\n" + "\n".join(map(json.dumps, ROWS)), '{"a": 1}\n'
+    for name, text in {"a.txt": rows, "b.txt": plain, "c.md": "{\n", "d.jsonl": rows}.items():
+        (tmp_path / name).write_text(text)
+        if not in_folder:
+            texts_of(open_corpus([str(tmp_path / name)]))
+    if in_folder:
+        assert rows in "".join(texts_of(open_corpus([str(tmp_path)])))
+    err = capsys.readouterr().err
+    assert err.startswith(f"warning: {tmp_path / 'a.txt'}: ") and err.count("\n") == 1
+    assert "a name that ends with .jsonl" in err
 
 
 @pytest.mark.parametrize(
@@ -251,8 +293,22 @@ def test_a_table_is_refused_with_the_way_out(tmp_path, name):
     (tmp_path / "b.txt").write_text("text")
     (tmp_path / name).write_text("id,text\n1,a\n")
     for source in (tmp_path, tmp_path / name):
-        match = f'{name}: the columns of a table are not read.*write each row as a line .*"text"'
+        match = f'{name}: the columns of a table are not read.* tabs: write each row as .*"text"'
         in_one_line(lambda source=source: open_corpus([str(source)]), match)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
+def test_a_file_of_a_data_set_is_told_to_be_one(tmp_path, name):
+    (tmp_path / "a.txt").write_text("a text of which a data set is made " * 30)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "a", tokenizer="byte")
+    match = f"{name} is a part of the data set {tmp_path / 'a'}: name that folder"
+    in_one_line(lambda: open_corpus([str(tmp_path / "a" / name)]), match)
+
+
+@pytest.mark.parametrize("line, reason", [("{}", "it is {}"), ('{"a": 1}', "it has 'a', but no")])
+def test_an_object_without_a_text_is_named_by_what_it_has(tmp_path, line, reason):
+    (tmp_path / "a.json").write_text(line)
+    in_one_line(lambda: open_corpus([str(tmp_path / "a.json")]), reason)
 
 
 def zipped():

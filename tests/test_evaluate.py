@@ -310,6 +310,9 @@ def test_data_of_another_tokenizer_are_refused(start, tmp_path, data, capsys):
     assert f"was not made with the tokenizer of {run}: python data/prepare.py TEXT" in error
     assert f"TEXT tokenizer={run} name=NAME" in error
     assert "no such data set; make it with" in refused(capsys, run, "eval=val", "dataset=missing")
+    text = data.parent / "words.txt"
+    error = refused(capsys, run, "eval=val", f"dataset={text}")
+    assert f"prepare.py {text} tokenizer={run} name=NAME, then dataset=NAME" in error
     for name in ("..", "a/b", "/etc"):
         assert refused(capsys, run, "eval=val", f"dataset={name}").startswith("error: ")
 

@@ -91,7 +91,7 @@ def test_a_text_in_place_of_a_data_set_is_told_how_to_make_one_of_it(tmp_path):
     folder.mkdir()
     (folder / "a.txt").write_text("text")
     for text in (folder, folder / "a.txt"):
-        command = f"python data/prepare.py '{text}' name=NAME tokenizer=RUN"
+        command = f"python data/prepare.py '{text}' name=NAME"
         message = f"{text}: no such data set; make it with: {command}"
         refused(text, re.escape(message), FileNotFoundError)
 

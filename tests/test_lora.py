@@ -17,7 +17,13 @@ from model import Decoder, ModelConfig
 from run.metrics import read_metrics
 from weights import checkpoint
 from weights.lora import LoRALinear, adapter_count, add_adapters, merge_adapters
-from weights.open import LONGEST_CHAIN, knobs_of_base, load_model, open_weights
+from weights.open import (
+    LONGEST_CHAIN,
+    knobs_of_base,
+    load_model,
+    open_weights,
+    read_architecture,
+)
 
 MODEL = ModelConfig(
     n_layer=2, n_head=2, n_kv_head=1, n_embd=16, n_hidden=24, block_size=16, vocab_size=30
@@ -309,6 +315,23 @@ def test_adapters_notice_that_their_weights_are_gone_or_others(tune, base, tmp_p
     assert code == 2 and "no longer holds the weights" in error
 
 
+def test_a_base_that_goes_on_is_warned_of_and_named_when_it_has(tune, start, base, tmp_path):
+    newest = checkpoint.all_in(base)[-1][1]
+    code, _, err = tune("lora_rank=2", "max_iters=6", "lr_schedule=constant")
+    assert code == 0 and err.count("warning:") == 1
+    assert f"only beside {newest}, which the run there removes or replaces if it goes on" in err
+    copy = shutil.copytree(base, tmp_path / "copy")
+    assert start("resume=yes", "max_iters=20", "keep=1", out="base")[0] == 0
+    with pytest.raises(ValueError, match=f"{newest}, which that run has removed: it is at step 20"):
+        load_model(tmp_path / "run")
+    more = ("lora_rank=2", "max_iters=7", "lr_schedule=constant", "resume=yes")
+    code, _, err = tune(*more)
+    assert code == 2 and "which that run has removed: it is at step 20" in err
+    code, _, err = tune(*more, f"init_from={copy}")  # as the message says
+    assert code == 0 and "warning" not in err
+    assert load_model(tmp_path / "run")
+
+
 def test_base_and_adapters_are_found_from_elsewhere_and_over_links(
     tune, base, tmp_path, monkeypatch
 ):
@@ -428,6 +451,18 @@ def test_a_folder_whose_config_is_of_another_model_is_refused(tune, base, tmp_pa
 
 
 # The data
+
+
+@pytest.mark.parametrize("knobs", [{"n_head": 5}, {"norm": "none"}, {"norm": "foonorm"}])
+def test_a_checkpoint_whose_model_cannot_be_is_named(base, knobs, tmp_path):
+    path = tmp_path / "x.pt"
+    shutil.copy(base / "best.pt", path)
+    save_again(path, config=checkpoint.load(path)["config"] | knobs)
+    with pytest.raises(ValueError, match=f"{path}: "):
+        open_weights(path)
+    (tmp_path / "config.json").write_text(json.dumps(said(base) | {"n_head": 5}))
+    with pytest.raises(ValueError, match="config.json: n_embd="):
+        read_architecture(tmp_path)
 
 
 def test_data_with_another_tokenizer_is_refused(tune, data_folder, tmp_path):

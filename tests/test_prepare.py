@@ -446,6 +446,12 @@ WRONG = [
     ("TEXT name=", "must be a bare"),
     ("TEXT name=a\\b", "must be a bare"),
     ("TEXT TEXT", "give it a name="),
+    ("TEXT --tokenizer byte", "--tokenizer has no value: write tokenizer=VALUE"),
+    ("shakespeare_char", "did you mean shakespeare?"),
+    ("roneneldan/TinyStories", "did you mean tinystories?"),
+    ("openwebtext", "did you mean fineweb-edu?"),
+    ("https://a.org/b.txt", "https://a.org/b.txt is not a file or folder, nor one of"),
+    ("https://a.org/b.txt", "download it, and name the file"),
     ("EMPTY", "too little text"),
     ("ONE", "too little text"),
     ("EMPTY tokenizer=byte", "too little text"),
@@ -479,6 +485,12 @@ def test_an_existing_data_set_is_not_overwritten(run, text, tmp_path):
     code, err = run(text, "tokenizer=char")
     assert code == 2 and "exists already; delete it, or choose another name" in err
     assert (tmp_path / "data" / "prose" / "meta.json").read_bytes() == before
+
+
+def test_nobody_is_told_to_delete_what_is_no_data_set(run, text, tmp_path):
+    (tmp_path / "data" / "code.py").write_text("")
+    code, err = run(text, "tokenizer=byte", "name=code.py")
+    assert code == 2 and "is no data set" in err and "name=" in err and "delete it" not in err
 
 
 BUILD = """import sys, time

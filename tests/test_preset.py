@@ -123,7 +123,7 @@ def test_what_is_no_preset_is_refused_with_the_nearest_or_all_presets(tmp_path, 
         ("n_layer: int = 2", "a preset holds only lines"),
         ("if True:\n  n_layer = 2", "a preset holds only lines"),
         ("n_layer = = 2", "mine.py:1:11: invalid syntax"),
-        ("n_layer = '2x'", "n_layer must be a whole number, got '2x'"),
+        ("n_layer = '2x'", "mine.py: n_layer must be a whole number, got '2x'"),
         ("out_dir = 3", "out_dir must be text in quotes, got 3"),
         ("n_layer = 2.0", "n_layer must be a whole number, got 2.0"),
         ("n_layer = " + "+".join("1" * 20_000), "is nested too deeply"),
@@ -147,7 +147,7 @@ def test_bad_presets_are_refused_with_their_place_and_not_run(tmp_path, text, me
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"n_layer = 1\x00", b"n_layer = '\xe9'"])
 def test_binary_presets_are_refused(tmp_path, content):
     (tmp_path / "x.py").write_bytes(content)
-    with pytest.raises(ValueError, match="x.py"):
+    with pytest.raises(ValueError, match=r"x\.py is not a UTF-8 text file: "):
         load(tmp_path / "x.py")
 
 
@@ -175,6 +175,9 @@ RUN = '{"versions": 1, "parameters": 1, "data": {}, "out_dir": "x", "device": "c
         ('{"model_type": "llama", "architectures": []}', "write init_from="),
         (RUN + '"nlayer": 1}', "mean n_layer?"),
         (RUN + '"seed": []}', "seed must be a num"),
+        (RUN + '"norm": "foonorm"}', "config.json: its knobs: norm must be "),
+        (RUN + '"n_head": 7}', "config.json: n_embd=384 must be a multiple of 2 * n_head=7"),
+        (RUN + '"optimizer": "x"}', "(use the version of the program that wrote it)"),
     ],
 )
 def test_folders_that_are_no_run_are_no_presets(tmp_path, content, message):

@@ -198,6 +198,8 @@ def test_prompts_that_cannot_be_read_are_refused(run, capsys, monkeypatch):
     assert "longer than 1,000,000 bytes" in refused(capsys, run, f"prompt=FILE:{path}")
     os.mkfifo(run / "fifo")
     assert "is not a regular file: use prompt=-" in refused(capsys, run, f"prompt=FILE:{run}/fifo")
+    assert "prompt=FILE: names no file" in refused(capsys, run, "prompt=FILE:")
+    assert f"{run} is a folder: " in refused(capsys, run, f"prompt=FILE:{run}")
     give_input(monkeypatch, b"\xff")
     assert "standard input: byte 0 is not UTF-8" in refused(capsys, run, "prompt=-")
     assert "'xz'" in refused(capsys, run, "prompt=azax")

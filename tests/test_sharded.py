@@ -269,7 +269,7 @@ def test_parts_become_the_file_that_one_process_would_have_saved(tmp_path, which
     "arguments, said",
     [
         (["checkpoint=best"], "no checkpoint best in parts"),
-        (["checkpoint=3"], "there are 7"),
+        (["checkpoint=3"], "there are: 7"),
         (["x=1"], "are wanted"),
         (["checkpoint"], "are wanted"),
     ],
@@ -279,6 +279,19 @@ def test_bad_input_is_one_line(parts, capsys, arguments, said):
         sharded.main([str(parts.parent), *arguments])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_a_run_without_parts_is_told_that_its_checkpoints_are_whole(tmp_path, capsys):
+    checkpoint.save(tmp_path / "ckpt_00000007.pt", state(7))
+    for which, said in (("latest", "is whole already"), ("7", "is whole already"), ("5", "none")):
+        with pytest.raises(SystemExit):
+            sharded.main([str(tmp_path), f"checkpoint={which}"])
+        assert said in capsys.readouterr().err
+    sharded.save_parts(sharded.folder_of(tmp_path / "best.pt", 7), state(7), ALONE)
+    with pytest.raises(SystemExit):
+        sharded.main([str(tmp_path)])
+    err = capsys.readouterr().err
+    assert f"{tmp_path / 'ckpt_00000007.pt'} is whole already; in parts there are: best" in err
 
 
 def test_others_say_how_to_make_it_one_file(start, tmp_path, capsys):

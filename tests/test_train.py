@@ -485,7 +485,18 @@ def test_a_resume_on_changed_data_is_refused(start, data_folder, tmp_path):
     (tmp_path / "words.txt").write_text((data_folder / "words.txt").read_text()[:-1] + "h")
     prepare([str(tmp_path / "words.txt")], tmp_path / "words", tokenizer="char")
     code, _, err = start("resume=yes", "max_iters=8", f"dataset={tmp_path / 'words'}")
-    assert code == 2 and "data content_sha256: checkpoint=" in err
+    assert code == 2 and "this is not the run in out_dir: " in err
+    assert f"{tmp_path / 'words'} does not hold the data any more with which" in err
+
+
+def test_a_resume_with_another_kind_of_data_says_so_and_not_that_a_tokenizer_is_in_the_way(
+    start, data_folder, tmp_path
+):
+    start("max_iters=4")
+    prepare([str(data_folder / "words.txt")], tmp_path / "other", vocab_size=300)
+    code, _, err = start("resume=yes", "max_iters=8", f"dataset={tmp_path / 'other'}")
+    words = f"{tmp_path / 'other'} does not hold the data of words, with which"
+    assert code == 2 and words in err and "delete" not in err
 
 
 def test_a_resume_from_a_damaged_newest_takes_the_one_before(start, tmp_path):
@@ -759,7 +770,7 @@ def test_another_tokenizer_in_out_dir_is_refused_before_training(start, tmp_path
     (tmp_path / "run" / "tokenizer.model").write_text("another")
     code, _, err = start("resume=yes")
     assert code == 2 and "tokenizer.model is not the tokenizer of" in err
-    assert "delete it, or name another out_dir" in err and err.count("\n") == 1
+    assert "move it away, or name another out_dir" in err and err.count("\n") == 1
 
 
 def test_norms_that_are_compiled_by_themselves_are_announced(start, no_code):
@@ -991,6 +1002,22 @@ def test_a_run_that_was_begun_with_a_text_goes_on_with_the_data_of_then(
     assert (expected in capsys.readouterr().out) == (what != "the same")
 
 
+def test_an_edited_text_whose_data_are_gone_is_told_and_not_prepared_in_their_place(
+    begun_with_text, tmp_path, capsys
+):
+    (made,) = (tmp_path / "data").iterdir()
+    shutil.rmtree(made)
+    before = begun_with_text.read_text()
+    begun_with_text.write_text("another text " * 900)
+    with pytest.raises(SystemExit):
+        train.main([str(tmp_path / "run")])
+    err = capsys.readouterr().err
+    assert f"d/p.txt has changed since this run was begun, and {made}, made of it then" in err
+    assert list((tmp_path / "data").iterdir()) == []
+    begun_with_text.write_text(before)
+    assert train.main([str(tmp_path / "run")]) == 0
+
+
 def test_data_under_another_name_are_found_and_another_text_is_refused(
     begun_with_text, tmp_path, capsys
 ):
@@ -999,7 +1026,9 @@ def test_data_under_another_name_are_found_and_another_text_is_refused(
     (tmp_path / "other.txt").write_text("another text " * 900)
     with pytest.raises(SystemExit):
         train.main([str(tmp_path / "run"), "dataset=./other.txt"])
-    assert "error: this is not the run in out_dir: data vocab_size" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "error: this is not the run in out_dir: " in err
+    assert f"does not hold the data of {made.name}, with which" in err
     begun_with_text.unlink()
     assert train.main([str(tmp_path / "run")]) == 0
     assert f"going on with {tmp_path / 'data' / 'moved'}, the data" in capsys.readouterr().out

@@ -117,15 +117,19 @@ def open_weights(place: str | Path, which: str = "latest", chain: tuple[Path, ..
         state = checkpoint.load_named(place, which)
         file = place / "best.pt" if which == "best" else checkpoint.path_of(place, state["step"])
         check_belongs(state, file)
-    config, stored = checkpoint.model_config(state), state.pop("model")
+    stored, adapters = state.pop("model"), {}
     rank = state["config"].get("lora_rank", 0)
-    if not rank:
-        checkpoint.check_fit(config, stored)
-        return Weights(config, stored, file, state)
-    base = open_base(state["base"], file, chain)
-    alpha = state["config"].get("lora_alpha", Config.lora_alpha)
-    tensors = merge_adapters(base.tensors, stored, alpha / rank)
-    return Weights(config, tensors, file, state, stored)
+    base = open_base(state["base"], file, chain) if rank else None
+    try:
+        config, tensors = checkpoint.model_config(state), stored
+        if base is None:
+            checkpoint.check_fit(config, tensors)
+        else:
+            alpha = state["config"].get("lora_alpha", Config.lora_alpha)
+            tensors, adapters = merge_adapters(base.tensors, stored, alpha / rank), stored
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return Weights(config, tensors, file, state, adapters)
 
 
 def check_belongs(state: dict[str, Any], file: Path) -> None:
@@ -152,14 +156,11 @@ def open_base(
     if "path" not in base:
         raise ValueError(f"{file} is damaged: it has adapters, but does not say for which weights")
     file = Path(os.path.realpath(file))  # there are many ways to write a path
-    place = Path(os.path.realpath(file.parent / base["path"]))
+    wanted = place = Path(os.path.realpath(file.parent / base["path"]))
     if moved is not None and not place.exists():
         place = moved
     if not place.exists():
-        raise ValueError(
-            f"{file} has adapters for the weights in {place}, which is gone: put it "
-            f"back, or resume this run once with init_from=where it is now"
-        )
+        raise base_is_gone(file, wanted)
     if file in chain:
         raise ValueError(f"{file} is damaged: it has adapters for itself")
     if len(chain) == LONGEST_CHAIN:
@@ -169,10 +170,30 @@ def open_base(
         )
     weights = open_weights(place, chain=(*chain, file))
     if weights.checksum() != base.get("checksum"):
+        if not wanted.exists() and newer_step(wanted):
+            raise base_is_gone(file, wanted)
         raise ValueError(
             f"{place} no longer holds the weights that {file} was fine-tuned from: put those back"
         )
     return weights
+
+
+def base_is_gone(file: Path, place: Path) -> ValueError:
+    """The error for the adapters in `file` whose weights are not in `place` any more."""
+    why = "is gone: put it back"
+    if step := newer_step(place):
+        why = f"that run has removed: it is at step {step} now. Put a copy of the file back"
+    return ValueError(
+        f"{file} has adapters for the weights in {place}, which {why}, or once resume the run "
+        f"of the adapters with init_from=where those weights are now"
+    )
+
+
+def newer_step(place: Path) -> int | None:
+    """The newest step in the folder of a numbered checkpoint, if it is a later one."""
+    step = checkpoint.step_in_name(place)
+    newest = max((at for at, _ in checkpoint.all_in(place.parent)), default=0)
+    return newest if step is not None and newest > step else None
 
 
 def load_model(
@@ -230,7 +251,11 @@ def read_architecture(place: Path) -> ModelConfig:
         raise ValueError(
             f"{path} is neither Hugging Face's nor of a run: it lacks {', '.join(missing[:3])}"
         )
-    return ModelConfig(**parse_knobs({name: said[name] for name in knobs}, knobs, str(path)))
+    parsed = parse_knobs({name: said[name] for name in knobs}, knobs, str(path))
+    try:
+        return ModelConfig(**parsed)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def knobs_of_base(knobs: dict[str, Any]) -> dict[str, Any]:
