@@ -368,7 +368,10 @@ def find_checkpoint(config: Config) -> dict[str, Any] | None:
     if not numbered:
         return None
     damaged: dict[Path, str] = {}
-    return checkpoint.load_newest(folder, sharded.load_parts, damaged) | {"damaged": damaged}
+    saved = checkpoint.load_newest(folder, sharded.load_parts, damaged)
+    file = saved.get("shards", checkpoint.path_of(folder, saved["step"]))
+    checkpoint.check_can_go_on(saved, Path(file))
+    return saved | {"damaged": damaged}
 
 
 def find_first_weights(config: Config, saved: dict[str, Any] | None) -> Weights | None:

@@ -932,6 +932,19 @@ def test_a_damaged_checkpoint_takes_no_place_of_a_sound_one(start, tmp_path):
     assert [step for step, _ in checkpoint.all_in(tmp_path / "run")] == [6, 9]
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_run_does_not_go_on_without_the_state_of_its_optimizer(start, tmp_path, sharded):
+    run, knob = tmp_path / "run", f"sharded={str(sharded).lower()}"
+    assert start("max_iters=5", knob)[0] == 0
+    for _, path in checkpoint.all_in(run):
+        shutil.rmtree(path) if sharded else path.unlink()
+    (best,) = run.glob("best*")
+    copied = best.rename(run / ("ckpt_00000005" + best.suffix))
+    code, _, err = start("max_iters=8", "resume=yes", knob)
+    assert code == 2 and err.startswith(f"error: {copied} has no optimizer state")
+    assert err.count("\n") == 1
+
+
 def test_metrics_that_are_missing_at_a_resume_are_told(start, tmp_path):
     start("max_iters=8", "eval_interval=2")
     (tmp_path / "run" / "metrics.jsonl").unlink()
