@@ -88,6 +88,9 @@ class Run:
     # The config with the learning rate's schedule as it was until now, if the run is resumed.
     schedule_before: Config | None = None
     damaged: set[Path] = field(default_factory=set)  # checkpoints found damaged when it was resumed
+    written: dict[str, bytes] = field(
+        default_factory=dict
+    )  # config.json and the tokenizer, on main
     lock: Lock | None = None  # of out_dir, on main; a run that writes nothing has none
 
     @property
