@@ -85,6 +85,7 @@ NOT_FOR_A_COMPARISON = {
 AUTOMATIC = ("device", "dtype", "compile")
 # An arm with these knobs has no norm at all: it is only timed, to know what the norms cost.
 CONTROL = {"norm": "none", "norm_pos": "pre", "qk_norm": "false", "norm_impl": "eager"}
+CELL_NAME = re.compile("[a-zA-Z0-9_.-]+-[0-9a-f]{8}")  # of its folder
 UNTIMED = 4  # rounds of steps before the rounds that are timed
 Knobs = dict[str, str]  # name -> value, as text of a command line
 
@@ -138,7 +139,7 @@ class Cell:
         """The name of its folder."""
         words = f"{self.arm}-lr{self.config.learning_rate:g}-seed{self.config.seed}"
         digest = hashlib.sha256(self.key.encode()).hexdigest()[:8]
-        return f"{re.sub('[^a-zA-Z0-9_.-]+', '-', words)}-{digest}"
+        return f"{re.sub('[^a-zA-Z0-9_.-]+', '-', words)}-{digest}"  # a CELL_NAME
 
 
 class CellFailed(Exception):
@@ -288,13 +289,19 @@ def read_results(path: Path) -> tuple[bytes, dict[str, dict[str, Any]]]:
         try:
             record = json.loads(line)
             sound = is_result(record)
-            found[json.dumps(record["knobs"], sort_keys=True)] = record
+            key = json.dumps(record["knobs"], sort_keys=True)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             sound = False
         if not sound:
             raise ValueError(
                 f"{path} is damaged (line {number}): delete the bad line, and its cell is trained "
                 f"again"
+            )
+        other = found.setdefault(key, record)
+        if any(other[name] != record[name] for name in ("val_loss", "diverged")):
+            raise ValueError(
+                f"{path} has two results for one cell, {one_line(record['cell'])} (the second is "
+                f"line {number}): delete the wrong one"
             )
     return lines, found
 
@@ -304,6 +311,7 @@ def is_result(record: dict[str, Any]) -> bool:
     is of the right type. TypeError, LookupError and AttributeError also mean that it is not."""
     numbers = "learning_rate seed max_iters train_seconds peak_memory_mb parameters threads".split()
     loss, bits, versions_of = record["val_loss"], record["val_bpb"], record["versions"].values()
+    knobs = record["knobs"]
     return (
         all(is_number(record[name]) for name in numbers)
         and all(type(record[name]) is bool for name in ("diverged", "compile"))
@@ -311,8 +319,11 @@ def is_result(record: dict[str, Any]) -> bool:
         and (is_number(loss) or (loss is None and record["diverged"]))
         and (is_number(bits) or bits is None)
         and all(type(version) in (str, type(None)) for version in versions_of)
-        and type(record["knobs"]) is dict
-        and Path(record["cell"]).name == record["cell"]  # no path to another folder
+        and all(record[name] >= 0 for name in numbers)
+        and type(knobs) is dict
+        and all(record[name] == knobs[name] for name in ("learning_rate", "seed", "max_iters"))
+        and record["learning_rate"] > 0
+        and CELL_NAME.fullmatch(record["cell"]) is not None  # no path to another folder
     )
 
 
@@ -433,6 +444,13 @@ class Lab:
                 f"out_dir={plan.folder} has a {theirs[0]}, which is not of a comparison and would "
                 f"be replaced: name another folder"
             )
+        reports = map(plan.folder.joinpath, WRITTEN)
+        for path in (self.results_file, self.timing_file, *reports):
+            if path.is_dir() and not path.is_symlink():
+                raise ValueError(
+                    f"{path} is a folder, and the comparison writes a file of this name: move it "
+                    f"away, or name another out_dir"
+                )
         self.lines, self.results = read_results(self.results_file)
         self.timing = read_timing(self.timing_file)
         self.threads = max(1, torch.get_num_threads() // self.options.jobs)
@@ -479,7 +497,8 @@ class Lab:
         are told to save and end; then SystemExit or CellFailed is raised."""
         gc.collect()
         torch.cuda.empty_cache()  # what checks and timing used here is needed by the cells
-        waiting = [cell for cell in cells if cell.key not in self.results]
+        # Two arms may be the same run, for instance if they differ in log_interval.
+        waiting = [*{cell.key: cell for cell in cells if cell.key not in self.results}.values()]
         running, ended, failure = self.interrupts.processes, queue.SimpleQueue(), ""
         bar = tqdm(
             total=len(cells),

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from config.command import warn
 from config.preset import load_json
-from data.files import write_atomically
-from data.tokenizer import FILES as TOKENIZER_FILES
+from data.files import open_regular, write_atomically
 from data.tokenizer import tokenizer_file
 from model import parameter_count
 from run import sharded
@@ -52,40 +51,53 @@ def claim_folder(run: Run, lock: Lock) -> None:
 
 
 def _write_config_and_tokenizer(run: Run) -> None:
-    if not run.folder.is_dir():  # the lock has made the folder, but it may have vanished since
-        run.folder.mkdir(exist_ok=True)
-        if run.lock is not None:
-            run.lock.take_again()
     about = {
         "versions": versions(),
         "parameters": parameter_count(run.config.model),
         "data": run.data.fingerprint,
     }
     text = json.dumps(run.config.flat() | about, indent=1) + "\n"
-    write_atomically(run.folder / "config.json", lambda file: file.write(text.encode()))
     tokenizer = tokenizer_file(run.data.folder)
-    content = tokenizer.read_bytes()
-    write_atomically(run.folder / tokenizer.name, lambda file: file.write(content))
+    run.written = {"config.json": text.encode(), tokenizer.name: tokenizer.read_bytes()}
+    for name in run.written:
+        _write(run, name)
 
 
-def _restore_what_vanished(run: Run) -> None:
-    """Writes config.json and the tokenizer again if somebody has deleted one of them, or the whole
-    folder: without them, neither train.py nor sample.py could use the checkpoints. A failure is a
-    warning, because it must not keep the weights from being saved."""
-    folder = run.folder
-    there = {
-        f"{folder}": folder.is_dir(),
-        f"{folder / 'config.json'}": (folder / "config.json").exists(),
-        f"the tokenizer in {folder}": any((folder / name).exists() for name in TOKENIZER_FILES),
-    }
-    gone = next((what for what, is_there in there.items() if not is_there), None)
-    if gone is None:
-        return
-    warn(f"{gone} has vanished and is made again")
+def _write(run: Run, name: str) -> None:
+    if not run.folder.is_dir():  # the lock has made the folder, but it may have vanished since
+        run.folder.mkdir(exist_ok=True)
+        if run.lock is not None:
+            run.lock.take_again()
+    write_atomically(run.folder / name, lambda file: file.write(run.written[name]))
+
+
+def _restore_what_was_lost(run: Run) -> None:
+    """Writes config.json and the tokenizer again if somebody has deleted, changed or replaced one
+    of them, or deleted the whole folder: without them, neither train.py nor sample.py could use the
+    checkpoints. A failure is a warning, because it must not keep the weights from being saved."""
+    lost = [name for name in run.written if not _is_as_written(run, name)]
+    if lost and not run.folder.is_dir():
+        warn(f"{run.folder} has vanished and is made again")
+    for name in lost:
+        path = run.folder / name
+        if run.folder.is_dir():
+            what = "is not as this run wrote it" if os.path.lexists(path) else "has vanished"
+            warn(f"{path} {what} and is made again")
+        try:
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()  # OSError if there is anything in it
+            _write(run, name)
+        except (OSError, ValueError) as error:
+            warn(f"{path} could not be written again: {error}")
+
+
+def _is_as_written(run: Run, name: str) -> bool:
+    wanted = run.written[name]
     try:
-        _write_config_and_tokenizer(run)
-    except (OSError, ValueError) as error:  # the data set's tokenizer may be gone, too
-        warn(f"config.json and the tokenizer could not be written again: {error}")
+        with open_regular(run.folder / name) as file:
+            return file.read(len(wanted) + 1) == wanted
+    except (OSError, ValueError):
+        return False
 
 
 def save_checkpoint(run: Run, required: bool) -> bool:
@@ -129,7 +141,7 @@ def _save(run: Run, path: Path, optimizer: dict, required: bool) -> bool:
     check_lock(run)
     try:
         if ranks.is_main:
-            _restore_what_vanished(run)
+            _restore_what_was_lost(run)
         if config.sharded:
             sharded.save_parts(path, state, ranks)
         else:

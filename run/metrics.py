@@ -1,7 +1,6 @@
 """Reads metrics.jsonl, which run/log.py writes, a JSON object per line; draws it as loss.png."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from config.command import one_line, warn
 from data.files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
+LARGEST_NUMBER = 1e40  # losses are float32, which ends before 1e39; a plot needs finite differences
 MAY_BE_INFINITE = ("grad_norm",)  # in float16
 
 
@@ -50,7 +50,7 @@ def is_record(record: Any) -> bool:
 def is_number(value: Any, name: str = "") -> bool:
     if type(value) is int:
         return abs(value) < 2**63  # float() of a larger one may fail
-    return type(value) is float and (math.isfinite(value) or name in MAY_BE_INFINITE)
+    return type(value) is float and (abs(value) < LARGEST_NUMBER or name in MAY_BE_INFINITE)
 
 
 def has_evaluation(records: list[dict[str, Any]], step: int) -> bool:

@@ -11,6 +11,7 @@ from norm import NORM_LEAVES
 from run.machine import choose_dtype
 
 FUSED_ADAMW_DEVICES = ("cuda", "cpu", "mps")
+ADAMW_KEEPS = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter; `step` is a scalar
 SPIKE_WINDOW = 128  # how many recent gradient norms tell what is usual
 SPIKE_LEAST = 32  # with fewer recent norms, nothing is called a spike
 # Muon orthogonalises matrices of up to this many elements at once, or one larger matrix. It needs a
@@ -103,10 +104,21 @@ class Optimizers:
         return {self.names[p]: dict(state) for o in self.all for p, state in o.state.items()}
 
     def load_state_dict(self, saved: dict[str, dict[str, Tensor]]) -> None:
-        """Restores what state_dict gave, which is {} before the first step. ValueError if names or
-        shapes are not those of the model."""
+        """Restores what state_dict gave, which is {} before the first step. ValueError if it does
+        not fit."""
         if not saved:
             return
+        self.check_fit(saved)
+        for optimizer in self.all:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                optimizer.state[parameter] = {
+                    key: value.to(parameter.device, copy=True)
+                    for key, value in saved[self.names[parameter]].items()
+                }
+
+    def check_fit(self, saved: dict[str, dict[str, Tensor]]) -> None:
+        """ValueError unless `saved` has, for each parameter that is trained, the tensors that its
+        optimizer keeps, in the parameter's shape. The tensors need no data."""
         own = set(self.names.values())
         if own != saved.keys():
             raise ValueError(
@@ -117,15 +129,19 @@ class Optimizers:
         for optimizer in self.all:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 name = self.names[parameter]
+                kept = {"momentum_buffer"} if isinstance(optimizer, Muon) else ADAMW_KEEPS
+                for key in sorted(kept ^ saved[name].keys()):
+                    verb = "lacks" if key in kept else "has a surplus"
+                    raise ValueError(
+                        f"the optimizer's state does not fit the model: it {verb} {key} of {name}"
+                    )
                 for key, value in saved[name].items():
-                    if value.ndim and value.shape != parameter.shape:
+                    wanted = [] if key == "step" else list(parameter.shape)
+                    if list(value.shape) != wanted:
                         raise ValueError(
                             f"the optimizer's {key} of {name} is {list(value.shape)}, "
-                            f"the parameter is {list(parameter.shape)}"
+                            f"but {wanted} is wanted"
                         )
-                optimizer.state[parameter] = {
-                    key: value.to(parameter.device, copy=True) for key, value in saved[name].items()
-                }
 
 
 def list_names(names: Iterable[str], what: str) -> str:

@@ -88,6 +88,9 @@ class Run:
     # The config with the learning rate's schedule as it was until now, if the run is resumed.
     schedule_before: Config | None = None
     damaged: set[Path] = field(default_factory=set)  # checkpoints found damaged when it was resumed
+    written: dict[str, bytes] = field(
+        default_factory=dict
+    )  # config.json and the tokenizer, on main
     lock: Lock | None = None  # of out_dir, on main; a run that writes nothing has none
 
     @property
@@ -393,7 +396,10 @@ def find_checkpoint(config: Config) -> dict[str, Any] | None:
     if not numbered:
         return None
     damaged: dict[Path, str] = {}
-    return checkpoint.load_newest(folder, sharded.load_parts, damaged) | {"damaged": damaged}
+    saved = checkpoint.load_newest(folder, sharded.load_parts, damaged)
+    file = saved.get("shards", checkpoint.path_of(folder, saved["step"]))
+    checkpoint.check_can_go_on(saved, Path(file))
+    return saved | {"damaged": damaged}
 
 
 def find_first_weights(config: Config, saved: dict[str, Any] | None) -> Weights | None:

@@ -39,12 +39,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from config.command import lacks_memory, run_command, split_arguments, user_errors
+from config.schema import Config
 from data import checksum
 from data.files import sync, write_atomically
 from data.loader import is_count
+from model import Decoder
+from run.optim import Optimizers
 from run.ranks import ALONE, Ranks
 from weights import checkpoint
 from weights.lock import Lock
+from weights.lora import adapter_count, add_adapters
 
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 2**28  # bytes; a manifest has about 300 for each part of a tensor
@@ -187,6 +191,9 @@ def read_into(state: dict[str, Any], folder: Path) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(local_part(tensor)).all():
             raise ValueError(f"{folder}: {name} holds NaN or Inf")
+        of_optimizer, key = name.startswith("optimizer/"), name.rpartition("/")[2]
+        if of_optimizer and key in checkpoint.NEVER_NEGATIVE and (local_part(tensor) < 0).any():
+            raise ValueError(f"{folder}: {name} is negative, which it never is")
 
 
 def tensors_by_name(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -351,6 +358,29 @@ def find_parts(folder: Path, which: str) -> Path:
     raise ValueError(f"no checkpoint {which} in parts in {folder}; {there}")
 
 
+def check_whole(state: dict[str, Any]) -> None:
+    """ValueError unless a checkpoint has exactly the weights of its model, and the optimizer's
+    state, if there is any, fits them. The tensors need no data."""
+    config, knobs = checkpoint.model_config(state), state["config"]
+    if rank := knobs.get("lora_rank", 0):
+        wanted = adapter_count(config, rank)
+        found = sum(weight.numel() for weight in state["model"].values())
+        if wanted != found:
+            raise ValueError(f"it has {found:,} weights of adapters, its config {wanted:,}")
+        with torch.device("meta"):  # a model without memory
+            model = Decoder(config, seed=None)
+        add_adapters(model, rank, knobs.get("lora_alpha", Config.lora_alpha), seed=0)
+        checkpoint.check_weights(model, state["model"], frozen=False)
+    else:
+        checkpoint.check_fit(config, state["model"])
+        with torch.device("meta"):
+            model = Decoder(config, seed=None)
+    if state["optimizer"]:
+        kind = knobs.get("optimizer", Config.optimizer)
+        unused = dict(weight_decay=0.0, betas=(0.9, 0.95), momentum=0.9)
+        Optimizers(model, optimizer=kind, **unused).check_fit(state["optimizer"])
+
+
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0; the user's errors exit with 2."""
     if {"-h", "--help"} & set(argv):
@@ -367,6 +397,12 @@ def main(argv: list[str]) -> int:
         parts = find_parts(folder, which)
         with Lock(folder) as lock:
             state = load_parts(parts)
+            try:
+                check_whole(state)
+                if which != "best":
+                    checkpoint.check_can_go_on(state, parts)
+            except ValueError as error:
+                raise ValueError(f"{parts} cannot become one file: {error}") from None
             lock.clean_up()
             for tensors in (state["model"], *state["optimizer"].values()):
                 for name, tensor in tensors.items():

@@ -414,6 +414,8 @@ VIEW = torch.zeros(1).as_strided((10**9,), (0,))  # large, but of a small storag
         ({"model": {"w": torch.zeros(1, dtype=torch.float64)}}, "torch DoubleStorage"),
         ({"model": {"w": torch.tensor([1.0, float("nan")])}}, "w holds NaN or Inf"),
         ({"model": {1: torch.zeros(1)}}, "name is not a text"),
+        ({"optimizer": {"w": {"step": torch.tensor(-5.0)}}}, "step of w is negative"),
+        ({"optimizer": {"w": {"exp_avg_sq": -torch.ones(2)}}}, "exp_avg_sq of w is negative"),
         ({"optimizer": Built(items="x")}, "optimizer must be dict, got OrderedDict"),
         ({"optimizer": {"w": Built(values=1)}}, "not a dense tensor"),
         ({"data": {"tokens": Built(keys=1)}}, "a OrderedDict stands where"),

@@ -275,6 +275,49 @@ WRONG = {
 }
 
 
+UNEQUAL = [("learning_rate", 0), ("learning_rate", 0.5), ("seed", 7), ("max_iters", 9)]
+BOUNDS = [("learning_rate", -1.0), ("parameters", -1), ("train_seconds", -1.0), ("threads", -1)]
+NAMES = [("cell", name) for name in ("", ".", "..", "../x-00000000", "x\0-00000000", "x")]
+
+
+@pytest.mark.parametrize("name, value", [*UNEQUAL, *BOUNDS, *NAMES])
+def test_a_result_that_cannot_be_of_its_knobs_is_one_line(tmp_path, name, value):
+    record = json.loads((ROOT / "docs/small-norms/results.jsonl").read_text().splitlines()[0])
+    if (name, value) in BOUNDS and name in record["knobs"]:
+        record["knobs"][name] = value
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(record | {name: value}) + "\n")
+    with pytest.raises(ValueError, match="damaged .line 1.: delete the bad line"):
+        compare.read_results(path)
+
+
+@pytest.mark.parametrize("change", [{"val_loss": 3.5}, {"val_loss": None, "diverged": True}])
+def test_two_results_for_one_cell_are_refused(tmp_path, change):
+    record = json.loads((ROOT / "docs/small-norms/results.jsonl").read_text().splitlines()[0])
+    path = tmp_path / "results.jsonl"
+    for second, refused in ((record | change, True), (record | {"arm": "same"}, False)):
+        path.write_text("".join(json.dumps(one) + "\n" for one in (record, second)))
+        if refused:
+            with pytest.raises(ValueError, match="two results for one cell, rmsnorm-lr.* line 2"):
+                compare.read_results(path)
+        else:
+            assert len(compare.read_results(path)[1]) == 1
+
+
+def test_arms_that_are_one_run_are_trained_once(compared):
+    code, out, _ = compared("log_interval=1,2", "seeds=1", "equal_time=false")
+    assert code == 0 and len(compared.cells) == len(results(compared.folder)) == 1
+
+
+@pytest.mark.parametrize("name", ["timing.json", "step_time.png"])
+def test_a_folder_in_the_place_of_a_file_is_told_before_a_cell_is_trained(compared, name):
+    (compared.folder / "cells").mkdir(parents=True)
+    (compared.folder / name).mkdir()
+    code, _, err = compared("seeds=1")
+    assert code == 2 and not compared.cells and err.count("\n") == 1
+    assert f"{compared.folder / name} is a folder, and the comparison writes a file of" in err
+
+
 def test_results_that_are_not_ours_are_one_line(compared):
     sound = (ROOT / "docs" / "small-norms" / "results.jsonl").read_text().splitlines()[0]
     record, path = json.loads(sound), compared.folder / "results.jsonl"

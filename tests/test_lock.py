@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import stat
 
 import pytest
 
@@ -95,26 +96,24 @@ def test_only_our_own_unfinished_files_are_removed(tmp_path):
         assert sorted(os.listdir(tmp_path)) == sorted([*others, ".lock"])
 
 
-def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda lock: lock.symlink_to("../precious"),
+        lambda lock: os.link(lock.parents[1] / "precious", lock),
+        lambda lock: os.mkfifo(lock),
+        lambda lock: lock.mkdir(),
+        lambda lock: os.mknod(lock, stat.S_IFSOCK | 0o600),
+    ],
+    ids=["a link", "another name", "a FIFO", "a folder", "a socket"],
+)
+def test_a_lock_that_is_not_a_file_of_its_own_is_told_and_not_written_to(tmp_path, make):
     (tmp_path / "precious").write_text("text")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError):
+    make(tmp_path / "run" / ".lock")
+    with pytest.raises(ValueError, match="lock is not a file of its own, as a lock is: remove it"):
         Lock(tmp_path / "run")
     assert (tmp_path / "precious").read_text() == "text"
-
-
-def test_a_lock_with_another_name_elsewhere_is_not_written_to(tmp_path):
-    (tmp_path / "precious").write_text("text")
-    (tmp_path / "run").mkdir()
-    os.link(tmp_path / "precious", tmp_path / "run" / ".lock")
-    with pytest.raises(ValueError, match="lock is not a file of its own"):
-        Lock(tmp_path / "run")
-    assert (tmp_path / "precious").read_text() == "text"
-    (tmp_path / "run" / ".lock").unlink()
-    os.mkfifo(tmp_path / "run" / ".lock")
-    with pytest.raises(ValueError, match="lock is not a file of its own"):
-        Lock(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["cells", "tensorboard", "wandb"])

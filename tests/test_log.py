@@ -124,6 +124,7 @@ DAMAGED = {
     "text": b'{"step": 2, "loss": "\\u001b[2J"}\n',
     "huge": b'{"step": 2, "loss": 1' + b"0" * 400 + b"}\n",
     "infinite": b'{"step": 2, "val_loss": Infinity}\n',
+    "above float32": b'{"step": 2, "loss": -1e308}\n',
     "negative": b'{"step": -2, "loss": 1}\n',
     "list of a value": b'{"step": 2, "loss": [1]}\n',
     "watched": b'{"step": 2, "watch": {"rms": ["x"]}}\n',

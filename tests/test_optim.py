@@ -239,11 +239,20 @@ def test_state_of_the_wrong_shape_or_name_is_refused():
     wrong = {name: dict(per) for name, per in state.items()}
     wrong["embed.weight"]["exp_avg"] = torch.zeros(3, 16)
     with pytest.raises(
-        ValueError, match=r"exp_avg of embed.weight is \[3, 16\], the parameter is \[11, 16\]"
+        ValueError, match=r"exp_avg of embed.weight is \[3, 16\], but \[11, 16\] is wanted"
     ):
         build()[1].load_state_dict(wrong)
     with pytest.raises(ValueError, match="missing .*unknown"):
         build()[1].load_state_dict({("x" if n == "norm.gain" else n): s for n, s in state.items()})
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        less = {name: {k: t for k, t in per.items() if k != key} for name, per in state.items()}
+        with pytest.raises(ValueError, match=f"does not fit the model: it lacks {key} of "):
+            build()[1].load_state_dict(less)
+    with pytest.raises(ValueError, match="it has a surplus exp_avg of blocks"):
+        build("muon")[1].load_state_dict(state)
+    wrong["embed.weight"]["exp_avg"] = torch.zeros(())
+    with pytest.raises(ValueError, match=r"exp_avg of embed.weight is \[\], but"):
+        build()[1].load_state_dict(wrong)
 
 
 def test_a_spike_is_so_many_standard_deviations_above_the_recent_mean():

@@ -254,14 +254,60 @@ def test_of_the_best_ones_the_last_stays(tmp_path):
 # One file
 
 
+def moments(weights):
+    """What AdamW keeps of these weights."""
+    like = {name: torch.ones_like(weight) for name, weight in weights.items()}
+    return {
+        name: {"step": torch.tensor(7.0), "exp_avg": one, "exp_avg_sq": one.clone()}
+        for name, one in like.items()
+    }
+
+
+def without(manifest, start):
+    """Takes the tensors with such names out of a manifest."""
+    for name in [name for name in manifest["tensors"] if name.startswith(start)]:
+        del manifest["tensors"][name]
+
+
+@pytest.mark.parametrize(
+    "start, words",
+    [
+        ("", "has 0 weights"),
+        ("model/", "has 0 weights"),
+        ("model/norm.gain", "weights, a model of its config"),
+        ("optimizer/", "has no optimizer state"),
+        ("optimizer/norm.gain/", "1 missing (norm.gain)"),
+        ("optimizer/norm.gain/exp_avg_sq", "lacks exp_avg_sq of norm.gain"),
+    ],
+)
+def test_parts_that_are_not_all_of_a_checkpoint_become_no_file(tmp_path, capsys, start, words):
+    parts = tmp_path / "ckpt_00000007.shards"
+    sharded.save_parts(parts, state(7, optimizer=moments(state(7)["model"])), ALONE)
+    forge(parts, partial(without, start=start))
+    with pytest.raises(SystemExit) as stop:
+        sharded.main([str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [parts.name]
+
+
+def test_a_moment_of_parts_that_cannot_be_negative_is_refused(tmp_path):
+    parts, kept = tmp_path / "ckpt_00000007.shards", moments(state(7)["model"])
+    kept["norm.gain"]["exp_avg_sq"] *= -1
+    sharded.save_parts(parts, state(7, optimizer=kept), ALONE)
+    with pytest.raises(ValueError, match="norm.gain/exp_avg_sq is negative"):
+        read(parts)
+
+
 @pytest.mark.parametrize("which", ["latest", "best", "7"])
 def test_parts_become_the_file_that_one_process_would_have_saved(tmp_path, which, capsys):
+    whole = state(7, optimizer=moments(state(7)["model"]))
     for path in (tmp_path / "ckpt_00000007.pt", tmp_path / "best.pt"):
-        sharded.save_parts(sharded.folder_of(path, 7), state(7), ALONE)
+        sharded.save_parts(sharded.folder_of(path, 7), whole, ALONE)
     assert sharded.main([str(tmp_path), f"checkpoint={which}"]) == 0
     file = tmp_path / ("best.pt" if which == "best" else "ckpt_00000007.pt")
     assert f"is now {file}" in capsys.readouterr().out
-    checkpoint.save(tmp_path / "other.pt", state(7))
+    checkpoint.save(tmp_path / "other.pt", whole)
     assert same(checkpoint.load(file), checkpoint.load(tmp_path / "other.pt"))
 
 

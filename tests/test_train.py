@@ -12,15 +12,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, SMALL
 
 import train
 from data.loader import open_dataset, read_windows
 from data.prepare import prepare
 from model import Decoder
 from run import log, parallel
+from run.folder import claim_folder, save_checkpoint
 from run.log import Log
 from run.machine import choose_dtype
 from run.metrics import read_metrics
+from run.setup import read_config, set_up
 from weights import checkpoint
 from weights.lock import Lock
 
@@ -854,20 +857,70 @@ def test_a_file_of_the_run_that_was_deleted_is_made_again_with_the_next_save(
     assert file.read_bytes() == before[0]
 
 
-def test_a_tokenizer_that_is_gone_everywhere_does_not_keep_the_weights_from_being_saved(
+@pytest.fixture
+def claimed(tmp_path, data_folder):
+    """A run that has claimed its folder, before its first step."""
+    words = [f"out_dir={tmp_path / 'run'}", f"dataset={data_folder / 'words'}"]
+    run = set_up(read_config([str(ROOT / "config" / "tiny.py"), *SMALL[:-1], *words]))
+    with Lock(run.folder) as lock:
+        claim_folder(run, lock)
+        yield run
+
+
+def replaced_by_a_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda file: file.write_text("{}"),
+        lambda file: file.write_bytes(file.read_bytes() + b" "),
+        replaced_by_a_folder,
+        lambda file: (file.unlink(), os.mkfifo(file)),
+        lambda file: (file.unlink(), file.symlink_to("nowhere")),
+    ],
+    ids=["changed", "longer", "a folder", "a FIFO", "a link"],
+)
+def test_a_file_of_the_run_that_was_changed_is_made_again_with_the_next_save(
+    claimed, capsys, name, spoil
+):
+    file = claimed.folder / name
+    before = file.read_bytes()
+    spoil(file)
+    assert save_checkpoint(claimed, required=True)
+    said = f"warning: {file} is not as this run wrote it and is made again\n"
+    assert capsys.readouterr().err == said
+    assert file.read_bytes() == before
+    assert save_checkpoint(claimed, required=True) and not capsys.readouterr().err
+
+
+def test_what_is_in_the_place_of_a_file_of_the_run_is_named_and_not_lost(claimed, capsys):
+    file = claimed.folder / "tokenizer.json"
+    replaced_by_a_folder(file)
+    (file / "mine").touch()
+    assert save_checkpoint(claimed, required=True) and (file / "mine").exists()
+    assert f"warning: {file} could not be written again: " in capsys.readouterr().err
+    assert checkpoint.load_newest(claimed.folder)["step"] == 0
+
+
+def test_a_tokenizer_that_is_gone_everywhere_is_made_again(
     start, tmp_path, monkeypatch, data_folder
 ):
-    words = tmp_path / "data" / "words"
+    words, run = tmp_path / "data" / "words", tmp_path / "run"
     shutil.copytree(data_folder / "words", words)
 
     def delete():
         (words / "tokenizer.json").unlink()
-        (tmp_path / "run" / "tokenizer.json").unlink()
+        (run / "tokenizer.json").unlink()
 
     during_step(monkeypatch, 7, delete)
     code, _, err = start(f"dataset={words}")
-    assert code == 0 and "could not be written again" in err
-    assert checkpoint.load_newest(tmp_path / "run")["step"] == 12
+    assert code == 0 and f"{run / 'tokenizer.json'} has vanished and is made again" in err
+    before = (data_folder / "words" / "tokenizer.json").read_bytes()
+    assert (run / "tokenizer.json").read_bytes() == before
 
 
 def another_run(folder):
@@ -941,6 +994,19 @@ def test_a_damaged_checkpoint_takes_no_place_of_a_sound_one(start, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-100])
     start("max_iters=9", "save_interval=3", "keep=2", "resume=yes")
     assert [step for step, _ in checkpoint.all_in(tmp_path / "run")] == [6, 9]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_run_does_not_go_on_without_the_state_of_its_optimizer(start, tmp_path, sharded):
+    run, knob = tmp_path / "run", f"sharded={str(sharded).lower()}"
+    assert start("max_iters=5", knob)[0] == 0
+    for _, path in checkpoint.all_in(run):
+        shutil.rmtree(path) if sharded else path.unlink()
+    (best,) = run.glob("best*")
+    copied = best.rename(run / ("ckpt_00000005" + best.suffix))
+    code, _, err = start("max_iters=8", "resume=yes", knob)
+    assert code == 2 and err.startswith(f"error: {copied} has no optimizer state")
+    assert err.count("\n") == 1
 
 
 def test_metrics_that_are_missing_at_a_resume_are_told(start, tmp_path):

@@ -57,6 +57,7 @@ SCALER = {  # of float16's loss scale; the names are those of torch.amp.GradScal
     "growth_interval": int,
     "_growth_tracker": int,
 }
+NEVER_NEGATIVE = {"step", "exp_avg_sq"}  # of what AdamW keeps
 LAST_STEP = 10**15  # a checkpoint's name has room for so many
 ENTRY = re.compile(  # what torch.save puts into its zip files
     r"[^/]+/(data\.pkl|data/\d+|version|byteorder|\.format_version|\.storage_alignment|"
@@ -282,7 +283,22 @@ def load(path: Path) -> dict[str, Any]:
     bad = first_non_finite(state)
     if bad:
         raise ValueError(f"{path}: {bad} holds NaN or Inf")
+    for name, of_one in state["optimizer"].items():
+        for key in NEVER_NEGATIVE & of_one.keys():
+            if (of_one[key] < 0).any():
+                raise ValueError(f"{path}: {key} of {name} is negative, which it never is")
     return state
+
+
+def check_can_go_on(state: dict[str, Any], path: Path) -> None:
+    """ValueError if a training that goes on from this checkpoint, of `path`, would begin with an
+    empty optimizer in the middle of the run. In float16 the first steps may all have overflowed, so
+    that there is no state yet."""
+    if state["step"] and not state["optimizer"] and not state["scaler"]:
+        raise ValueError(
+            f"{path} has no optimizer state, as best.pt has none, so no training can go on from "
+            f"it: remove it, or begin another run with init_from={shell_path(path)}"
+        )
 
 
 def checked_state(path: Path, state: Any, size: int) -> dict[str, Any]:

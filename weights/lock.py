@@ -1,5 +1,6 @@
 """The lock on a run's folder: only one process at a time writes there."""
 
+import errno
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ ATOMIC_FILES = re.compile(
     r"tokenizer\.model|(metrics|results)\.jsonl|report\.md|wandb\.id|"
     r"(loss|loss_curves|step_time|learning_rate)\.png"
 )
+NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)  # open's errors: a link, a folder, a socket
 INNER_FOLDERS = ("cells", "tensorboard", "wandb")  # into which a run or a comparison writes
 
 
@@ -86,10 +88,18 @@ class Lock:
 
     def _locked_file(self) -> TextIO:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        handle = os.open(self.path, flags, 0o644)
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            os.close(handle)
+        handle, foreign = None, False
+        try:
+            handle = os.open(self.path, flags, 0o644)
+            status = os.fstat(handle)
+            foreign = not stat.S_ISREG(status.st_mode) or status.st_nlink > 1
+        except OSError as error:
+            foreign = error.errno in NOT_A_FILE
+            if not foreign:
+                raise
+        if foreign:
+            if handle is not None:
+                os.close(handle)
             raise ValueError(
                 f"{self.path} is not a file of its own, as a lock is: remove it, or name another "
                 f"out_dir"

@@ -149,7 +149,7 @@ run/log.py
 
 what was deleted is not made again | deleted files | 8
 run/folder.py
-- _restore_what_vanished(run)
+- _restore_what_was_lost(run)
 + pass
 
 a save that fails ends the training | full disk in a save
