@@ -180,7 +180,7 @@ def one_line(error: object, most: int = 1500) -> str:
     return text if len(text) <= most else f"{text[: most - 300]} ... {text[-295:]}"
 
 
-def counted(number: int, noun: str) -> str:
+def number_of(number: int, noun: str) -> str:
     """A number and the noun that it counts: 1 block, 2 blocks."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 

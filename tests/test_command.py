@@ -9,7 +9,7 @@ import warnings
 import pytest
 from conftest import ROOT
 
-from config.command import counted, split_arguments, user_errors
+from config.command import number_of, split_arguments, user_errors
 from config.help import help_text, training_help
 from config.schema import FIRST_KNOBS, GROUPS, Config, knobs_of
 from model import ModelConfig
@@ -31,7 +31,7 @@ def test_a_command_line_is_words_and_pairs(argv, words, pairs):
 
 
 def test_one_of_something_is_not_called_several():
-    assert [counted(n, "block") for n in (0, 1, 1200)] == ["0 blocks", "1 block", "1,200 blocks"]
+    assert [number_of(n, "block") for n in (0, 1, 1200)] == ["0 blocks", "1 block", "1,200 blocks"]
 
 
 def test_every_knob_is_in_one_group_of_the_help_with_default_meaning_and_choices():
