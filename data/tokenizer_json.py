@@ -223,7 +223,9 @@ def ids_around(tokenizer: dict) -> tuple[list[int], list[int]]:
                 )
             case kind:
                 raise ValueError(f"its post-processor {kind!s:.80} is not known here")
-        before, after = first + before, after + last
+        if before or after:  # in what order they count is the library's secret
+            raise ValueError("its post-processor puts tokens around a text in two steps")
+        before, after = first, last
     return before, after
 
 
@@ -476,6 +478,11 @@ def run_by_library(tokenizer: dict) -> Any:
     unknown = [name for name in names if tokenizer["model"].get(name)]
     if unknown:
         raise ValueError(f"its model has {' and '.join(unknown)}, which is not known here")
+    if rate := tokenizer["model"].get("dropout"):
+        raise ValueError(
+            f"its model leaves out merges by chance (dropout={rate!r:.20}), so a text would get "
+            f"other ids each time: make that null"
+        )
     with silent_panics(), rust_errors("not of Hugging Face's kind"):
         made = tokenizers.Tokenizer.from_str(json.dumps(tokenizer | {"post_processor": None}))
     check_growth(tokenizer)

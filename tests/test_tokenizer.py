@@ -571,6 +571,7 @@ SPLIT = {"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "i
         ({"model": bpe_of(a=-1)}, "all of them below"),
         ({"model": 3}, "damaged"),
         ({"model": PREFIXED}, "has continuing_subword"),
+        ({"model": BYTE_LEVEL["model"] | {"dropout": 0.9}}, "merges by chance .dropout=0.9."),
         ({"decoder": None}, "decoder null is not one"),
         ({"decoder": WORD_PIECE}, "decoder WordPiece is not one"),
         ({"decoder": replacing("e", "X")}, "another text of its ids"),
@@ -811,6 +812,7 @@ CHARSMAP = base64.b64encode(bytes(4) + b"short\0" + 300 * b"x" + b"\0").decode()
 SLOW = 3 * r"[\s\S]{0,200}" + r"[^\s\S]"  # it looks at eight million places from each character
 NAMELESS = TEMPLATE | {"special_tokens": {}}
 MANY = TEMPLATE["single"][:1] * 20_000 + TEMPLATE["single"][1:]
+TWICE = {"type": "Sequence", "processors": [TEMPLATE, TEMPLATE]}
 LONG = {"<s>": {"id": "<s>", "ids": [1] * 20_000, "tokens": ["<s>"] * 20_000}}
 
 
@@ -831,8 +833,9 @@ LONG = {"<s>": {"id": "<s>", "ids": [1] * 20_000, "tokens": ["<s>"] * 20_000}}
         ({"post_processor": TEMPLATE | {"single": MANY}}, "more than 64 ids around"),
         ({"post_processor": TEMPLATE | {"special_tokens": LONG}}, "damaged"),
         ({"post_processor": {"type": "New"}}, "post-processor New is not known"),
+        ({"post_processor": TWICE}, "tokens around a text in two steps"),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_a_tokenizer_json_that_would_fill_any_memory_or_take_for_ever_is_one_error_line(
     part, match, tmp_path, monkeypatch
