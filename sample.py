@@ -217,7 +217,9 @@ def sample_or_evaluate(argv: list[str]) -> None:
         if "\\n" in options.prompt:
             warn("prompt has the two signs \\ and n; a new line is written prompt=$'...\\n'")
         prompt = prompt_text(options.prompt)  # '' with eval and with interactive
-        model, tokenizer, known = load_model(folder, options.checkpoint, options.device)
+        model, tokenizer, known = load_model(
+            folder, options.checkpoint, options.device, options.block_size
+        )
         ids = prompt_ids(tokenizer, prompt, options.special)
         prepare_for_inference(model, options)
         if options.eval != "none":

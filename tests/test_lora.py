@@ -217,7 +217,7 @@ def test_dropout_and_context_may_differ_from_the_weights(tune, tmp_path):
     assert (config["block_size"], config["dropout"], config["norm_impl"]) == (16, 0.1, "fused")
 
 
-def test_windows_longer_than_the_context_of_the_weights_are_refused(tune, base, tmp_path):
+def test_windows_longer_than_the_context_of_the_weights_are_refused(tune, base, tmp_path, capsys):
     code, _, error = tune("block_size=33")
     assert code == 2 and "block_size=33 is more than the 32 tokens" in error
     assert "choose at most 32" in error and not (tmp_path / "run").exists()
@@ -225,6 +225,14 @@ def test_windows_longer_than_the_context_of_the_weights_are_refused(tune, base, 
     assert tune_by_preset(base, short, "block_size=20") == 0
     # Tuned on shorter windows, a model keeps the context of the weights that it began with.
     assert tune_by_preset(short, tmp_path / "again", "block_size=32") == 0
+    words = [str(short), "eval=val", "device=cpu", f"dataset={said(base)['dataset']}"]
+    capsys.readouterr()
+    for size, knobs in ((20, []), (32, ["block_size=32"])):  # its own windows, if none are named
+        assert sample.main([*words, *knobs]) == 0
+        assert f" windows of {size}\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        sample.main([*words, "block_size=33"])
+    assert "block_size=33 is more than the 32 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lora", [(), ("lora_rank=2",)], ids=["full", "lora"])

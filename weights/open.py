@@ -197,14 +197,21 @@ def newer_step(place: Path) -> int | None:
 
 
 def load_model(
-    place: str | Path, which: str = "latest", device: str = "cpu"
+    place: str | Path, which: str = "latest", device: str = "cpu", block_size: int = 0
 ) -> tuple[Decoder, Tokenizer, dict[str, Any]]:
     """The model of open_weights(place, which) on `device` and in eval mode, its tokenizer, and what
     is known of its training data.
+
+    A model that was fine-tuned on shorter windows than its context reads as many tokens as they
+    had, unless `block_size` asks for more. ValueError if that is more than the context.
     """
     weights = open_weights(place, which)
+    refuse_longer_than_context(block_size, weights.context)
     tokenizer = weights.tokenizer()
-    model = checkpoint.build_model(weights.config, weights.tensors, device)
+    config = dataclasses.replace(
+        weights.config, block_size=max(weights.config.block_size, block_size)
+    )
+    model = checkpoint.build_model(config, weights.tensors, device)
     return model.eval(), tokenizer, weights.data
 
 
