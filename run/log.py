@@ -65,12 +65,7 @@ class Log:
             # Later records are dropped, because a resumed run does their steps once more.
             before = read_metrics(self.folder) if run.step else []
             self.records = [r for r in before if r["step"] <= run.step]
-            last = max((r["step"] for r in self.records), default=0)
-            if run.step - last > max(self.interval, config.eval_interval):
-                warn(
-                    f"{self.folder / METRICS_FILE} ends at step {last}, and the run goes on "
-                    f"from {run.step}: the records between them are missing"
-                )
+            self._tell_of_missing_records()
             try:
                 self._write_all()
             except OSError as error:
@@ -95,6 +90,25 @@ class Log:
             self.line(summary(run))
             if withheld:
                 self.line(f"warning: bits per byte are withheld: {withheld}")
+
+    def _tell_of_missing_records(self) -> None:
+        """A warning if a resumed run finds no record of its first step, or of the last one before
+        the checkpoint that was due."""
+        step, before = self.run.step, self.run.schedule_before or self.run.config
+        if not step:
+            return
+        due = step // before.log_interval * before.log_interval
+        due = step if step == before.max_iters else max(1, due)
+        # A run of no more steps than it had already has only evaluated the last one.
+        recorded = {r["step"] for r in self.records if "loss" in r or r["step"] == step}
+        file, last = self.folder / METRICS_FILE, max(recorded, default=0)
+        if last < due:
+            warn(
+                f"{file} ends at step {last}, and the run goes on from {step}: the records between "
+                f"them are missing"
+            )
+        elif 1 not in recorded:
+            warn(f"{file} has no record of step 1: its beginning is missing")
 
     def __enter__(self) -> "Log":
         return self

@@ -85,7 +85,8 @@ class Run:
     # adapters for them, their path and checksum.
     base: dict[str, Any] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)  # of the last steps, to find spikes
-    # The config with the learning rate's schedule as it was until now, if the run is resumed.
+    # The config with the learning rate's schedule and the interval of records as they were until
+    # now, if the run is resumed.
     schedule_before: Config | None = None
     damaged: set[Path] = field(default_factory=set)  # checkpoints found damaged when it was resumed
     written: dict[str, bytes] = field(
@@ -342,7 +343,8 @@ def build(config: Config, data: Dataset, begin: dict[str, Any], ranks: Ranks) ->
     if saved["scaler"]:  # it is empty if the run was not in float16
         scaler.load_state_dict(saved["scaler"])
     run.step, run.grad_norms, run.restored = saved["step"], saved["grad_norms"], True
-    before = {name: saved["config"][name] for name in SCHEDULE if name in saved["config"]}
+    names = (*SCHEDULE, "log_interval")
+    before = {name: saved["config"][name] for name in names if name in saved["config"]}
     run.schedule_before = replace(config, **before)
     run.damaged = set(saved["damaged"])
     # Else it was measured on other windows.

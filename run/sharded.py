@@ -21,6 +21,7 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,7 @@ def verify_parts(folder: Path, ranks: Ranks = ALONE) -> None:
     share of them."""
     listed = sorted(read_manifest(folder)["files"].items())[ranks.rank :: ranks.size]
     files = [folder / name for name, _ in listed]
+    refuse_links([folder / MANIFEST, *files])
     if missing := [file for file in files if not file.is_file()]:
         raise ValueError(f"{missing[0]} is missing")
     found = sizes_and_sums(files)
@@ -148,6 +150,12 @@ def verify_parts(folder: Path, ranks: Ranks = ALONE) -> None:
             raise ValueError(
                 f"{folder / name} is damaged: its size or checksum is not what was written"
             )
+
+
+def refuse_links(files: list[Path]) -> None:
+    """ValueError if one of a checkpoint's files is a link, which could lead to any file."""
+    if links := [file for file in files if file.is_symlink()]:
+        raise ValueError(f"{links[0]} is a link: put the file itself there")
 
 
 def load_parts(path: Path) -> dict[str, Any]:
@@ -251,10 +259,32 @@ def storage_classes() -> tuple[type, type]:
         """Takes from the manifest what DCP would take from its pickle, and lets torch.load see
         nothing that is not as checkpoint.verify wants it."""
 
+        @cached_property
+        def shapes(self) -> dict[tuple[str, int], list[int]]:
+            """The shape of each part by the file and the place in it."""
+            shapes: dict[tuple[str, int], list[int]] = {}
+            for place in read_manifest(Path(self.path))["tensors"].values():
+                for part in place["parts"]:
+                    shape = shapes.setdefault((part["file"], part["at"]), part["shape"])
+                    if shape != part["shape"]:
+                        raise ValueError(f"{MANIFEST} gives two shapes to one part")
+            return shapes
+
         def _slice_file(self, file: Any, info: Any) -> Any:
             part = io.BytesIO(super()._slice_file(file, info).read())
+            file_path, shape = (
+                Path(self.path) / info.relative_path,
+                self.shapes[info.relative_path, info.offset],
+            )
             # The checksum of the whole file has been compared.
-            checkpoint.verify_file(part, Path(self.path) / info.relative_path, checksums=False)
+            checkpoint.verify_file(part, file_path, checksums=False)
+            part.seek(0)
+            tensor = torch.load(part, map_location="meta", weights_only=True)
+            # DCP takes what it needs of a larger tensor, and says nothing.
+            if type(tensor) is not Tensor or list(tensor.shape) != shape:
+                raise ValueError(f"{file_path} has a tensor of another shape than {MANIFEST} says")
+            if not tensor.is_contiguous():
+                raise ValueError(f"{file_path} has a tensor that is not dense")
             part.seek(0)
             return part
 

@@ -36,6 +36,7 @@ def run_in(folder, step=0, **knobs):
         ranks=ALONE,
         lock=None,
         step=step,
+        schedule_before=None,
     )
 
 
@@ -98,6 +99,34 @@ def test_a_full_disk_at_a_resume_is_told_and_the_records_are_right_when_there_is
         log.evaluation(4, 2.0)
         log.evaluation(5, 2.0)
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def at_steps(*steps):
+    return [{"step": step, "loss": 1.0} for step in steps]
+
+
+@pytest.mark.parametrize(
+    "records, step, said",
+    [
+        ([], 1, "ends at step 0, and the run goes on from 1"),
+        ([], 9, "ends at step 0, and the run goes on from 9"),
+        (at_steps(1, 2, 4), 7, "ends at step 4, and the run goes on from 7"),
+        ([*at_steps(1, 2, 4), {"step": 6, "val_loss": 1.0}], 7, "ends at step 4"),
+        (at_steps(1, 2, 4, 6, 8), 10, "ends at step 8, and the run goes on from 10"),
+        (at_steps(4, 6), 7, "has no record of step 1: its beginning is missing"),
+        (at_steps(1, 2, 4, 6), 7, ""),
+        (at_steps(1), 1, ""),
+        ([], 0, ""),
+    ],
+)
+def test_records_that_must_be_there_and_are_not_are_told(tmp_path, capsys, records, step, said):
+    """A record is due at step 1 and at each second one."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / METRICS_FILE).write_text(text)
+    with log_in(tmp_path, step):
+        pass
+    err = capsys.readouterr().err
+    assert (said in err and err.count("\n") == 1) if said else not err
 
 
 def test_a_checkpoint_that_is_a_link_to_nowhere_does_not_stop_a_run(tmp_path):

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import struct
 import zipfile
+from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -178,6 +179,40 @@ def test_a_part_that_unfolds_to_more_than_it_is_is_refused(parts):
     forge(parts, change)
     with pytest.raises(ValueError, match="__0_0.distcp is damaged or not a checkpoint"):
         read(parts)
+
+
+@pytest.mark.parametrize(
+    "tensor, words",
+    [
+        (torch.ones(9), "of another shape"),
+        (torch.ones(7), "of another shape"),
+        (torch.ones(8, 1), "of another shape"),
+        (OrderedDict(), "of another shape"),
+        (torch.ones(1).expand(8), "not dense"),
+    ],
+    ids=["more", "fewer", "a matrix", "no tensor", "expanded"],
+)
+def test_a_part_of_another_shape_than_its_manifest_says_is_refused(parts, tensor, words):
+    file, other = parts / "__0_0.distcp", io.BytesIO()
+    torch.save(tensor, other)
+    whole = file.read_bytes()
+    file.write_bytes(whole + other.getvalue())
+
+    def change(manifest):
+        gain(manifest)["parts"][0].update(at=len(whole), bytes=len(other.getvalue()))
+        manifest["files"] = sharded.sizes_and_sums([file])
+
+    forge(parts, change)
+    with pytest.raises(ValueError, match=words):
+        read(parts)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "manifest.json"])
+def test_a_part_that_is_a_link_is_refused(parts, name):
+    (parts / name).rename(parts.parent / name)
+    (parts / name).symlink_to(parts.parent / name)
+    with pytest.raises(ValueError, match=f"{name} is a link: put the file itself there"):
+        sharded.load_parts(parts)
 
 
 # What is saved
