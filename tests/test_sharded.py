@@ -25,6 +25,7 @@ from run import sharded
 from run.ranks import ALONE
 from weights import checkpoint
 from weights.lock import Lock
+from weights.lora import add_adapters
 
 
 @pytest.fixture
@@ -324,6 +325,24 @@ def test_parts_that_are_not_all_of_a_checkpoint_become_no_file(tmp_path, capsys,
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == [parts.name]
+
+
+@pytest.mark.parametrize("lost, code", [(None, 0), ("blocks.0.attn.q.lora_a", 2)])
+def test_adapters_in_parts_become_a_file_if_all_are_there(tmp_path, capsys, lost, code):
+    model = Decoder(MODEL, seed=7)
+    add_adapters(model, rank=2, alpha=4.0, seed=7)
+    adapters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    config = vars(MODEL) | {"lora_rank": 2, "lora_alpha": 4.0}
+    kept = {name: adapter for name, adapter in adapters.items() if name != lost}
+    assert code == 0 or len(kept) < len(adapters)
+    saved = state(7, model=kept, optimizer=moments(kept), config=config)
+    sharded.save_parts(tmp_path / "ckpt_00000007.shards", saved, ALONE)
+    try:
+        found = sharded.main([str(tmp_path)])
+    except SystemExit as stop:
+        found = stop.code
+    assert found == code and (tmp_path / "ckpt_00000007.pt").exists() == (not code)
+    assert not code or "weights of adapters, its config" in capsys.readouterr().err
 
 
 def test_a_moment_of_parts_that_cannot_be_negative_is_refused(tmp_path):
