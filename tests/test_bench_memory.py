@@ -20,6 +20,7 @@ def number(cell):
     return float(cell.split()[0].replace(",", ""))
 
 
+@pytest.mark.slow
 def test_bench_memory_holds_ours_against_transformers(measure, data_folder):
     code, out, err = measure("memory", *here(data_folder, "vocab_size=8000"))
     assert code == 0, err

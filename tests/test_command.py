@@ -64,13 +64,6 @@ def test_the_help_of_one_dataclass_has_no_groups():
     assert max(map(len, lines)) <= 100 and not any(line.endswith(":") for line in lines)
 
 
-def test_help_does_not_need_docstrings():
-    code = "from config.help import training_help; print(training_help('usage'))"
-    command = [sys.executable, "-OO", "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == training_help("usage") + "\n", done.stderr
-
-
 # Starts and ends as every program does, which tests/test_repo.py sees to. Its work is a file.
 PROGRAM = """
 import sys, time
