@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config.command import (
-    lacks_memory,
     one_line,
     printable,
     reader_left,
@@ -200,11 +199,6 @@ def main(argv: list[str]) -> int:
     except FloatingPointError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 3
-    except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error) or sys.flags.dev_mode:
-            raise
-        print(f"error: not enough memory ({one_line(error)})", file=sys.stderr)
-        return 2
     return 0
 
 

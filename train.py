@@ -102,10 +102,10 @@ def show_result(run: Run) -> None:
 def tell_of_rise(run: Run) -> None:
     """Says so if a resumed run has a higher learning rate from here on, as it has if a finished one
     gets a larger max_iters: the schedule of the longer run is not at its end there."""
-    if run.schedule_before is None:
+    if run.config_before is None:
         return
-    before = learning_rate_at(max(0, run.step - 1), run.schedule_before)
-    planned, now = (learning_rate_at(run.step, c) for c in (run.schedule_before, run.config))
+    before = learning_rate_at(max(0, run.step - 1), run.config_before)
+    planned, now = (learning_rate_at(run.step, c) for c in (run.config_before, run.config))
     if now > max(before, planned):
         print(
             f"the learning rate rises from {before:.2e} to {now:.2e} at step {run.step + 1}, "

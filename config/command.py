@@ -41,9 +41,9 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     """The words of a command line, and its key=value pairs.
 
     ['config/x.py', 'a=1', '--b=2'] -> (['config/x.py'], {'a': '1', 'b': '2'}). A value may contain
-    '='. An argument with a '/' before its first '=' is a word: a path such as out/lr=1. In words,
-    ~ becomes the user's home. Raises
-    ValueError for an option without a value, and for a key that is given twice.
+    '='. An argument with a '/' before its first '=' is a word: a path such as out/lr=1. A word's ~
+    becomes the user's home. Raises ValueError for an option without a value, and for a key that is
+    given twice.
     """
     words, pairs = [], {}
     for argument in argv:
@@ -140,15 +140,10 @@ def _exit_at_once(number: int, frame: Any) -> None:
 
 
 def _as_output(stream: TextIO, errors: str) -> Output:
-    encoding, settings = stream.encoding, (stream.line_buffering, stream.write_through)
-    buffered, through = settings
-    return Output(
-        stream.detach(),
-        encoding=encoding,
-        errors=errors,
-        line_buffering=buffered,
-        write_through=through,
-    )
+    settings = {
+        name: getattr(stream, name) for name in ("encoding", "line_buffering", "write_through")
+    }
+    return Output(stream.detach(), errors=errors, **settings)
 
 
 def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
@@ -165,6 +160,11 @@ def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
         code = 128 + signal.SIGINT
     except SystemExit as ended:
         code = ended.code or 0
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error) or sys.flags.dev_mode:
+            raise
+        print(f"error: not enough memory ({one_line(error)})", file=sys.stderr)
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     output_failed = getattr(sys.stdout, "fault", None) and not reader_left(sys.stdout)
@@ -180,9 +180,9 @@ def one_line(error: object, most: int = 1500) -> str:
     return text if len(text) <= most else f"{text[: most - 300]} ... {text[-295:]}"
 
 
-def number_of(number: int, noun: str) -> str:
-    """A number and the noun that it counts: 1 block, 2 blocks."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, words: str) -> str:
+    """'1 hidden file', or '2 hidden files': the number of what 'hidden file*' names."""
+    return f"{number:,} {words.replace('*', '' if number == 1 else 's')}"
 
 
 def printable(text: str) -> str:

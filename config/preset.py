@@ -70,7 +70,7 @@ def read_layers(argv: list[str]) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     words, pairs = split_arguments(argv)
     if len(words) > 1:
         raise ValueError(f"one preset at most, got {' '.join(words)}; knobs are written key=value")
-    place = Path(words[0]).expanduser() if words else DEFAULT_PRESET
+    place = Path(words[0]) if words else DEFAULT_PRESET
     preset = read_preset(place)
     if place.is_dir() and "out_dir" in pairs:
         # This begins a run like that one elsewhere. It must not go on with what is there.

@@ -257,10 +257,9 @@ SYNONYMS = {  # what other programs call it -> what it is called here, or how it
         "batch_size is that of a whole step, and micro_batch_size says how many fit at once"
     ),
     "max_steps": "max_iters",
-    "epochs": "max_iters counts the optimizer steps, and the log says how many epochs they are",
-    "num_epochs": "max_iters counts the optimizer steps, and the log says how many epochs they are",
-    "num_train_epochs": (
-        "max_iters counts the optimizer steps, and the log says how many epochs they are"
+    **dict.fromkeys(
+        ("epochs", "num_epochs", "num_train_epochs"),
+        "max_iters counts the optimizer steps, and the log says how many epochs they are",
     ),
     "num_samples": "sample.py has it",
     "temperature": "sample.py has it",

@@ -24,7 +24,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from config.command import one_line, shell_path, warn
+from config.command import counted, one_line, shell_path, warn
 from data import SPLITS
 from data.formats import DROP_NUL, HEAD, not_text, not_utf8
 
@@ -310,11 +310,6 @@ def refuse_tables(names: list[str]) -> None:
 def some(names: list[str], most: int = 3) -> str:
     """The first few of the names."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-
-
-def counted(number: int, words: str) -> str:
-    """'2 hidden files' for 2 and 'hidden file*'."""
-    return f"{number:,} {words.replace('*', '' if number == 1 else 's')}"
 
 
 def folder_files(folder: Path) -> dict[str, Path]:

@@ -26,7 +26,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import torch
 from torch import Tensor
 
-from config.command import number_of, run_command, shell_path, split_arguments, user_errors
+from config.command import counted, run_command, shell_path, split_arguments, user_errors
 from config.help import help_text
 from config.schema import knobs_of, parse_knobs
 from data.files import new_folder, write_atomically
@@ -194,8 +194,8 @@ def export_run(run: Path, out: Path, options: ExportOptions) -> None:
 
 def describe_model(config: ModelConfig) -> str:
     return (
-        f"{parameter_count(config):,} parameters, {number_of(config.n_layer, 'block')}, "
-        f"{config.n_embd} wide, {number_of(config.n_head, 'head')} ({config.kv_heads} kv) of "
+        f"{parameter_count(config):,} parameters, {counted(config.n_layer, 'block*')}, "
+        f"{config.n_embd} wide, {counted(config.n_head, 'head*')} ({config.kv_heads} kv) of "
         f"{config.head_size}, context {config.block_size:,}"
     )
 

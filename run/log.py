@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from config.command import number_of, one_line, printable, reader_left, shell_path, warn
+from config.command import counted, one_line, printable, reader_left, shell_path, warn
 from data.files import is_own_file, write_atomically
 from data.loader import val_starts
 from model import parameter_count
@@ -94,7 +94,7 @@ class Log:
     def _tell_of_missing_records(self) -> None:
         """A warning if a resumed run finds no record of its first step, or of the last one before
         the checkpoint that was due."""
-        step, before = self.run.step, self.run.schedule_before or self.run.config
+        step, before = self.run.step, self.run.config_before or self.run.config
         if not step:
             return
         due = step // before.log_interval * before.log_interval
@@ -286,8 +286,8 @@ def summary(run: Run) -> str:
         begun = f", begun with the weights of {one_line(config.init_from)}"
 
     lines = [
-        f"model    {number_of(model.n_layer, 'block')}, {model.n_embd} wide, "
-        f"{number_of(model.n_head, 'head')} "
+        f"model    {counted(model.n_layer, 'block*')}, {model.n_embd} wide, "
+        f"{counted(model.n_head, 'head*')} "
         f"({model.kv_heads} kv), feed-forward {model.hidden_size}, {model.norm} "
         f"({model.norm_impl}), vocab {model.vocab_size:,}: {parameters:,} parameters{frozen}",
         f"data     {one_line(config.dataset)}: {len(data.train):,} training and "

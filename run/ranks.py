@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from config.command import lacks_memory, one_line, run_command
+from config.command import run_command
 
 # How long a rank waits for another one. It is long because main may be preparing a long text.
 PATIENCE = timedelta(minutes=30)
@@ -227,11 +227,9 @@ def exit_with(main: Callable[[list[str]], int], argv: list[str]) -> None:
         code = run_command(main, argv)
     except BaseException as error:
         code, lost = 1, LOST_RANK.search(str(error))
-        if lacks_memory(error) and not sys.flags.dev_mode:
-            print(f"error: not enough memory ({one_line(error)})", file=sys.stderr)
-        elif not dist.is_initialized():
+        if not dist.is_initialized():
             raise
-        elif not lost:
+        if not lost:
             traceback.print_exc()
         elif os.environ["LOCAL_RANK"] == "0":  # one line for each machine
             print(

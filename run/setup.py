@@ -85,13 +85,11 @@ class Run:
     # adapters for them, their path and checksum.
     base: dict[str, Any] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)  # of the last steps, to find spikes
-    # The config with the learning rate's schedule and the interval of records as they were until
-    # now, if the run is resumed.
-    schedule_before: Config | None = None
+    # If the run is resumed: the config, but with the schedule of the learning rate and the interval
+    # of records as they were until now.
+    config_before: Config | None = None
     damaged: set[Path] = field(default_factory=set)  # checkpoints found damaged when it was resumed
-    written: dict[str, bytes] = field(
-        default_factory=dict
-    )  # config.json and the tokenizer, on main
+    written: dict[str, bytes] = field(default_factory=dict)  # config.json and tokenizer, on main
     lock: Lock | None = None  # of out_dir, on main; a run that writes nothing has none
 
     @property
@@ -345,7 +343,7 @@ def build(config: Config, data: Dataset, begin: dict[str, Any], ranks: Ranks) ->
     run.step, run.grad_norms, run.restored = saved["step"], saved["grad_norms"], True
     names = (*SCHEDULE, "log_interval")
     before = {name: saved["config"][name] for name in names if name in saved["config"]}
-    run.schedule_before = replace(config, **before)
+    run.config_before = replace(config, **before)
     run.damaged = set(saved["damaged"])
     # Else it was measured on other windows.
     if saved["config"].get("eval_iters") == config.eval_iters:
@@ -449,7 +447,7 @@ def dataset_folder(name: str) -> Path:
     """The folder of the prepared data set that dataset=NAME means, whether or not it exists. NAME
     is the path of the folder, or the name of one under data/.
     """
-    path = Path(os.path.expanduser(name))  # the method would raise RuntimeError for no such user
+    path = Path(name)
     return path if "/" in name or (path / "meta.json").is_file() else DATA / name
 
 
@@ -500,7 +498,7 @@ def find_dataset_of_run(name: str, saved: dict[str, Any], tokenizer: Path | None
 
 def text_meant(name: str) -> Path | None:
     """The text, which may be missing, that dataset=NAME means; None if it means a data set."""
-    folder, path = dataset_folder(name), Path(os.path.expanduser(name))
+    folder, path = dataset_folder(name), Path(name)
     if (folder / "meta.json").is_file():
         return None
     return path if "/" in name or (path.is_file() and not folder.exists()) else None

@@ -9,7 +9,7 @@ import warnings
 import pytest
 from conftest import ROOT
 
-from config.command import number_of, split_arguments, user_errors
+from config.command import counted, run_command, split_arguments, user_errors
 from config.help import help_text, training_help
 from config.schema import FIRST_KNOBS, GROUPS, Config, knobs_of
 from model import ModelConfig
@@ -31,7 +31,7 @@ def test_a_command_line_is_words_and_pairs(argv, words, pairs):
 
 
 def test_one_of_something_is_not_called_several():
-    assert [number_of(n, "block") for n in (0, 1, 1200)] == ["0 blocks", "1 block", "1,200 blocks"]
+    assert [counted(n, "block*") for n in (0, 1, 1200)] == ["0 blocks", "1 block", "1,200 blocks"]
 
 
 def test_every_knob_is_in_one_group_of_the_help_with_default_meaning_and_choices():
@@ -110,6 +110,15 @@ def test_the_work_is_done_whatever_becomes_of_the_output(tmp_path, name, code):
     assert (program.returncode, (tmp_path / "work").read_text()) == (code, "done"), errors
     lines = errors.splitlines()[1:]
     assert len(lines) == code and all("No space left on device" in line for line in lines)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 9 bytes")])
+def test_lack_of_memory_in_the_middle_of_the_work_is_one_line(capsys, error):
+    def main(argv):
+        raise error
+
+    assert run_command(main, []) == 1
+    assert capsys.readouterr().err == f"error: not enough memory ({error})\n"
 
 
 def test_ctrl_c_while_a_program_imports_ends_it_without_a_traceback(tmp_path):

@@ -36,7 +36,7 @@ def run_in(folder, step=0, **knobs):
         ranks=ALONE,
         lock=None,
         step=step,
-        schedule_before=None,
+        config_before=None,
     )
 
 

@@ -92,7 +92,8 @@ def test_a_preset_of_ours_is_found_from_any_folder_unless_there_is_another(
 
 
 @pytest.mark.parametrize(
-    "name", ["elsewhere/tiny.py", "tiny.txt", "none", "", "..", "config", "schema", "preset"]
+    "name",
+    ["elsewhere/tiny.py", "tiny.txt", "none", "", "..", "config", "schema", "preset", "~nobody/x"],
 )
 def test_what_is_no_preset_is_refused_with_the_nearest_or_all_presets(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
