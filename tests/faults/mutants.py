@@ -50,8 +50,8 @@ weights/checkpoint.py
 
 a damaged checkpoint ends the search | newest j of k
 weights/checkpoint.py
-- problems.append(str(error))
-+ raise
+- if isinstance(error, OSError) and error.errno not in (errno.EIO, errno.ELOOP):
++ if True:
 
 the step in the name is not compared | another's name
 weights/checkpoint.py
@@ -144,8 +144,8 @@ run/log.py
 
 a file that was not written anew is added to | metrics.jsonl at a resume
 run/log.py
-- if not (self.file_is_ours and path.exists()):
-+ if not path.exists():
+- if not (self.file_is_ours and is_own_file(path)):
++ if not is_own_file(path):
 
 what was deleted is not made again | deleted files | 8
 run/folder.py
@@ -159,8 +159,10 @@ run/folder.py
 
 a failed save leaves its temporary file | full disk in a save
 data/files.py
-- temporary.unlink(missing_ok=True)
-+ pass
+- except BaseException:
+-     temporary.unlink(missing_ok=True)
++ except BaseException:
++     pass
 
 half a record stays | metrics.jsonl | 4
 run/log.py
@@ -197,13 +199,13 @@ weights/checkpoint.py
 - unexpected = unexpected_global(archive)
 + unexpected = None
 weights/checkpoint.py
-- state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-+ state = torch.load(path, map_location="cpu", weights_only=False, mmap=False)
+- state = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
++ state = torch.load(file, map_location="cpu", weights_only=False, mmap=False)
 
 links are followed out of a text folder | hostile | 999
 data/corpus.py
-- inside = [path for path in found if path.resolve().is_relative_to(folder.resolve())]
-+ inside = found
+- if not path.resolve().is_relative_to(root):
++ if False:
 
 deep presets are not expected | fuzz of a preset | 2000
 config/preset.py
@@ -237,8 +239,10 @@ run/ranks.py
 
 a descriptor leaks with each save | 10,000 steps
 data/files.py
-- os.close(handle)
-+ pass
+- finally:
+-     os.close(handle)
++ finally:
++     pass
 """
 
 
