@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 import torch
 
 import train
@@ -84,6 +85,23 @@ def launch_here(command, threads):
         send_signal=lambda number: None,
         terminate=lambda: None,
     )
+
+
+@pytest.fixture(scope="session")
+def letters():
+    """The bytes of a SentencePiece model that knows a few letters and no bytes."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a bad cab", "a dab"]),
+        model_writer=model,
+        model_type="char",
+        vocab_size=10,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return model.getvalue()
 
 
 @pytest.fixture

@@ -219,21 +219,11 @@ def test_all_windows_together_have_the_bytes_of_the_text(tmp_path, dummy_prefix)
 
 
 @pytest.fixture
-def lossy(tmp_path):
+def lossy(tmp_path, letters):
     """A data set whose tokenizer knows no digits, and a function that takes the measure of it away,
     which older data sets do not have.
     """
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a bad cab", "a dab"]),
-        model_writer=model,
-        model_type="char",
-        vocab_size=10,
-        hard_vocab_limit=False,
-        normalization_rule_name="identity",
-        minloglevel=2,
-    )
-    (tmp_path / "letters.model").write_bytes(model.getvalue())
+    (tmp_path / "letters.model").write_bytes(letters)
     (tmp_path / "t.txt").write_text("a bad 7 cab " * 100)
     prepare([str(tmp_path / "t.txt")], tmp_path / "set", str(tmp_path / "letters.model"))
 

@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import random
@@ -268,23 +267,6 @@ def test_a_normalising_tokenizer_is_measured(text, tmp_path, hugging_face, capsy
     assert meta["lost_bytes"] == lost and meta["val_xz_bits_per_byte"] is None
     share = f"{100 * lost['train'] / CUT:.3g}%"
     assert f"warning: this tokenizer loses {share} of the train text" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="session")
-def letters():
-    """The bytes of a SentencePiece model that knows a few letters and no bytes."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a bad cab", "a dab"]),
-        model_writer=model,
-        model_type="char",
-        vocab_size=10,
-        hard_vocab_limit=False,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    return model.getvalue()
 
 
 def test_the_share_of_a_text_that_its_tokenizer_loses_is_told(run, tmp_path, letters):
