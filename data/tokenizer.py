@@ -517,6 +517,12 @@ class HuggingFaceTokenizer(Tokenizer):
         """
         tokenizer = with_named(tokenizer, named_tokens(folder))
         said, ids = read_companions(folder), json_ids(tokenizer)
+        files = said.config.get("fast_tokenizer_files", [])
+        if files not in ([], ["tokenizer.json"]):
+            raise Mismatch(
+                f"tokenizer_config.json names a file for each version of transformers, {files!r:.99}",
+                "save the folder's tokenizer again with AutoTokenizer's save_pretrained",
+            )
         if name := replaced_by(folder, tokenizer, said.config):
             warn_once(
                 f"{folder}: transformers 5 makes a {name} of it, which takes other steps than its "

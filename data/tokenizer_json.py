@@ -24,6 +24,7 @@ LARGEST_ID = 2**22  # unused ids take memory, too; the largest vocabularies have
 LONGEST_TRY = 10  # seconds for what an honest tokenizer does in a part of one
 MOST_STEPS = 64
 MOST_GROWTH = 256  # the steps of a tokenizer.json may make a text so many times as long
+MOST_CHARS = 256  # of the regular expressions are tried
 MOST_AROUND = 64  # ids that it may put around a text
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 DECODERS = {"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip"}  # known here
@@ -72,28 +73,41 @@ class Mismatch(ValueError):
         )
 
 
+class Damaged(ValueError):
+    """A file is damaged; the error names it."""
+
+
 @contextmanager
 def blamed_on(path: Path, foreign: bool = False) -> Iterator[None]:
     """Turns the errors that a damaged file causes into a ValueError of one line that names it.
 
-    foreign: the file is Hugging Face's, so the files beside it can be wrong instead (Mismatch).
+    Another file that was found damaged meanwhile keeps the blame. foreign: the file is Hugging
+    Face's, so the files beside it can be wrong instead (Mismatch).
     """
     try:
         yield
+    except Damaged:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         if foreign and isinstance(error, Mismatch):
             raise ValueError(f"{path}: {error}: {error.cure}") from None
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(
+        raise Damaged(
             f"{path}: damaged tokenizer file ({reason}); make or fetch it again"
         ) from None
 
 
-def read_json_object(path: Path) -> dict:
-    """The object in a JSON file; ValueError in one line if the file holds anything else."""
+def read_text(path: Path) -> str:
     content = read_capped(path)
     with blamed_on(path):
-        fields = json.loads(content.decode())
+        return content.decode()
+
+
+def read_json_object(path: Path) -> dict:
+    """The object in a JSON file; ValueError in one line if the file holds anything else."""
+    content = read_text(path)
+    with blamed_on(path):
+        fields = json.loads(content)
         if not isinstance(fields, dict):
             raise ValueError("not an object in braces")
         return fields
@@ -296,8 +310,8 @@ class Companions(NamedTuple):
         tokenizer_config.json names a text that is not in the vocabulary.
         """
         token = self.config.get(f"{role}_token")
-        text = token["content"] if isinstance(token, dict) else token
-        if text is not None and text not in known:
+        text = token.get("content", token) if isinstance(token, dict) else token
+        if text is not None and (not isinstance(text, str) or text not in known):
             raise Mismatch(
                 f"it does not have tokenizer_config.json's {role}_token {text!r:.99}", FOREIGN_TOKEN
             )
@@ -306,6 +320,8 @@ class Companions(NamedTuple):
             [] if i is None else i if isinstance(i, list) else [i]
             for i in (file.get(f"{role}_token_id") for file in (self.generation, self.model))
         )
+        if wrong := [i for i in said + other if type(i) is not int]:
+            raise Mismatch(f"{role}_token_id must be a whole number or some, got {wrong[0]!r:.99}")
         found += said + [i for i in other if not said or i in special]
         return list(dict.fromkeys(found))
 
@@ -320,9 +336,9 @@ def read_companions(folder: Path) -> Companions:
     if "added_tokens_decoder" not in config:  # else transformers leaves this old file alone
         config |= read("special_tokens_map.json")
     more = sorted(folder.glob("additional_chat_templates/*.jinja"))
-    templates = {path.stem: read_capped(path).decode() for path in more}
+    templates = {path.stem: read_text(path) for path in more}
     if (folder / "chat_template.jinja").exists():
-        templates["default"] = read_capped(folder / "chat_template.jinja").decode()
+        templates["default"] = read_text(folder / "chat_template.jinja")
     if templates.keys() == {"default"}:
         config["chat_template"] = templates["default"]
     elif templates:  # as transformers 4 writes several templates, and 5 reads them too
@@ -495,6 +511,9 @@ def run_by_library(tokenizer: dict) -> Any:
                 f"library gives it {given}"
             )
     made.encode_special_tokens = True  # the library's name for: encode them as ordinary text
+    if made.normalizer:  # it can panic
+        with silent_panics(), rust_errors("its normalizer fails for a short text"):
+            made.normalizer.normalize_str(PATTERN_PROBE)
     return made
 
 
@@ -509,12 +528,15 @@ def check_patterns(tokenizer: dict) -> None:
     before = before + [step for step in decoders if step["type"] == "Replace"]
     patterns = [step["pattern"] for step in before + splits if "pattern" in step]
     patterns = [pattern["Regex"] for pattern in patterns if "Regex" in pattern]
+    if any(re.search(r"\\[1-9k]", pattern) for pattern in patterns):
+        raise ValueError("a regular expression of it refers back to a group, which can take hours")
     if any("(" in pattern or len(re.findall("[*+{]", pattern)) > 1 for pattern in patterns):
         steps = {
             "normalizer": {"type": "Sequence", "normalizers": before},
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits},
         }
-        try_steps(json.dumps(steps))
+        chars = sorted(set("".join(patterns)))[:MOST_CHARS]
+        try_steps(json.dumps(steps), " \n\ta1.\u4f60" + "".join(chars))
 
 
 STEPS_PROBE = """import json, tokenizers
@@ -527,9 +549,11 @@ for text in texts:
 
 
 @lru_cache
-def try_steps(steps: str) -> None:
-    """ValueError if the steps, as JSON, fail or take very long for short texts."""
-    given = json.dumps([steps, [PATTERN_PROBE, *(1000 * char for char in " \n\ta1.\u4f60")]])
+def try_steps(steps: str, chars: str) -> None:
+    """ValueError if the steps, as JSON, fail or take very long for short texts, among them each of
+    these characters over and over.
+    """
+    given = json.dumps([steps, [PATTERN_PROBE, *(1000 * char for char in chars)]])
     if run_apart(STEPS_PROBE, given.encode(), LONGEST_TRY) != 0:
         raise ValueError(
             f"its regular expressions fail for short texts, or take more than {LONGEST_TRY} seconds"

@@ -557,6 +557,12 @@ def replacing(old: str, new: str) -> dict:
     return {"type": "Replace", "pattern": {"String": old}, "content": new}
 
 
+def precompiled(texts: bytes) -> dict:
+    """A normalizer of SentencePiece whose table is empty."""
+    charsmap = base64.b64encode(bytes(4) + texts).decode()
+    return {"type": "Precompiled", "precompiled_charsmap": charsmap}
+
+
 PREFIXED = BYTE_LEVEL["model"] | {"continuing_subword_prefix": "##"}
 WORD_PIECE = {"type": "WordPiece", "prefix": "##", "cleanup": True}
 DOUBLING = {"type": "Sequence", "normalizers": 40 * [replacing("a", "aa")]}
@@ -578,6 +584,7 @@ SPLIT = {"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "i
         ({"decoder": {"type": "Sequence"}}, "damaged"),
         ({"normalizer": {"type": "New"}}, "not of Hugging Face's"),
         ({"normalizer": DOUBLING}, "could make texts too long"),
+        ({"normalizer": precompiled(b"")}, "normalizer fails for a short text .index out of bounds"),
         ({"pre_tokenizer": SPLIT}, "not of Hugging Face's kind"),
         ({"added_tokens": [{"id": 2**31}]}, "damaged"),
         ({"added_tokens": 7}, "damaged"),
@@ -594,12 +601,20 @@ def test_a_damaged_tokenizer_json_is_one_error_line(part, match, tmp_path, capfd
     [
         ("config", [], "config.json: damaged .*not an object"),
         ("generation_config", {"eos_token_id": 9999}, "json: bos or eos, 9999, is not an id"),
-        ("config", {"bos_token_id": "1"}, "bos or eos, '1', is not an id"),
-        ("config", {"eos_token_id": [True]}, "bos or eos, True, is not an id"),
-        ("config", {"eos_token_id": [[]]}, "damaged"),
+        ("config", {"bos_token_id": "1"}, "bos_token_id must be a whole number or some, got '1'"),
+        ("config", {"eos_token_id": [True]}, "eos_token_id must be a whole number or some, got True"),
+        ("config", {"eos_token_id": [[]]}, "must be a whole number or some, got .."),
+        ("generation_config", {"eos_token_id": {"a": 1}}, "whole number or some, got {'a': 1}"),
+        ("tokenizer_config", {"eos_token": ["</s>"]}, "eos_token .'</s>'."),
+        ("tokenizer_config", {"eos_token": {"text": "</s>"}}, "eos_token {'text': '</s>'}"),
+        (
+            "tokenizer_config",
+            {"fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.0.json"]},
+            "a file for each version of transformers, .'tokenizer.json', 'tokenizer.4.0.json'.",
+        ),
         ("tokenizer_config", {"eos_token": "<end>"}, "token '<end>' of tokenizer_config.json"),
         ("tokenizer_config", {"eos_token": 7}, "does not have"),
-        ("tokenizer_config", {"eos_token": {}}, "no 'content'"),
+        ("tokenizer_config", {"eos_token": {}}, "eos_token {}"),
     ],
 )
 def test_wrong_files_beside_a_tokenizer_json_are_named(file, content, match, tmp_path):
@@ -808,7 +823,6 @@ def steps(name, *parts):
 
 
 PREPENDING = {"type": "Prepend", "prepend": 20 * "x"}
-CHARSMAP = base64.b64encode(bytes(4) + b"short\0" + 300 * b"x" + b"\0").decode()
 SLOW = 3 * r"[\s\S]{0,200}" + r"[^\s\S]"  # it looks at eight million places from each character
 NAMELESS = TEMPLATE | {"special_tokens": {}}
 MANY = TEMPLATE["single"][:1] * 20_000 + TEMPLATE["single"][1:]
@@ -825,17 +839,19 @@ LONG = {"<s>": {"id": "<s>", "ids": [1] * 20_000, "tokens": ["<s>"] * 20_000}}
         ({"normalizer": steps("normalizers", replacing("", "ab"))}, "replaces the empty text"),
         ({"normalizer": steps("normalizers", *3 * [PREPENDING])}, "too long"),
         ({"normalizer": steps("normalizers", *9 * [{"type": "NFKD"}])}, "too long"),
-        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}}, "damaged"),
+        ({"normalizer": precompiled(b"short\0" + 300 * b"x" + b"\0")}, "too long"),
         ({"normalizer": steps("normalizers", *65 * [{"type": "Nmt"}])}, "too long"),
         ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": SLOW}}}, "or take more than"),
         ({"normalizer": replacing("x", "") | {"pattern": {"Regex": SLOW}}}, "or take more than"),
+        ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": "(b+)+c"}}}, "or take more than"),
+        ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": r"(.*)\1\1\1c"}}}, "back to a group"),
         ({"post_processor": NAMELESS}, "damaged tokenizer file .no '<s>'"),
         ({"post_processor": TEMPLATE | {"single": MANY}}, "more than 64 ids around"),
         ({"post_processor": TEMPLATE | {"special_tokens": LONG}}, "damaged"),
         ({"post_processor": {"type": "New"}}, "post-processor New is not known"),
         ({"post_processor": TWICE}, "tokens around a text in two steps"),
     ],
-    ids=range(15),
+    ids=range(17),
 )
 def test_a_tokenizer_json_that_would_fill_any_memory_or_take_for_ever_is_one_error_line(
     part, match, tmp_path, monkeypatch
@@ -843,6 +859,12 @@ def test_a_tokenizer_json_that_would_fill_any_memory_or_take_for_ever_is_one_err
     monkeypatch.setattr("data.tokenizer_json.LONGEST_TRY", 0.3)
     save_hugging_face(tmp_path, BYTE_LEVEL | part)
     refused(tmp_path, match)
+
+
+def test_a_damaged_file_beside_a_tokenizer_json_is_named(tmp_path):
+    save_hugging_face(tmp_path, BYTE_LEVEL)
+    (tmp_path / "chat_template.jinja").write_bytes(b"{{ \xff }}")
+    refused(tmp_path, "chat_template.jinja: damaged tokenizer file")
 
 
 def test_the_chat_template_that_transformers_saves_apart_goes_along(tmp_path):
