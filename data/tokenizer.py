@@ -520,7 +520,7 @@ class HuggingFaceTokenizer(Tokenizer):
         files = said.config.get("fast_tokenizer_files", [])
         if files not in ([], ["tokenizer.json"]):
             raise Mismatch(
-                f"tokenizer_config.json names a file for each version of transformers, {files!r:.99}",
+                f"tokenizer_config.json has a file for each version of transformers, {files!r:.99}",
                 "save the folder's tokenizer again with AutoTokenizer's save_pretrained",
             )
         if name := replaced_by(folder, tokenizer, said.config):

@@ -17,7 +17,7 @@ import sys
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from config.help import help_text, training_help
 from config.preset import KNOBS, load_json, read_knobs
 from config.schema import Config, parse_value
 from data.files import is_own_file, open_regular, write_atomically
+from data.loader import read_meta
 from lab.measure import (
     as_arguments,
     fresh_run,
@@ -53,13 +54,14 @@ from lab.measure import (
 from lab.report import WRITTEN, Study, best_cells, speed_section, write_report
 from lab.verdict import time_ratio
 from model import knob
-from run.machine import processor, versions
+from run.machine import choose_device, processor, versions
 from run.metrics import METRICS_FILE, is_number, read_metrics
-from run.setup import read_config
+from run.setup import find_dataset, read_config
 from run.signals import Interrupts
 from train import NOT_FINITE, warm_up
 from weights.checkpoint import NEVER_COMPARED, all_in
 from weights.lock import Lock
+from weights.open import open_weights
 
 USAGE = """\
 Compare norms, or any other knobs, on equal terms.
@@ -132,7 +134,8 @@ class Cell:
     def key(self) -> str:
         """Equal for two cells exactly if they are the same run by the same code."""
         knobs = {k: v for k, v in self.config.flat().items() if k not in NEVER_COMPARED}
-        return json.dumps(knobs | {"code": versions()["code"]}, sort_keys=True)
+        content = content_of(self.config.dataset, self.config.init_from)
+        return json.dumps(knobs | content | {"code": versions()["code"]}, sort_keys=True)
 
     @property
     def name(self) -> str:
@@ -140,6 +143,14 @@ class Cell:
         words = f"{self.arm}-lr{self.config.learning_rate:g}-seed{self.config.seed}"
         digest = hashlib.sha256(self.key.encode()).hexdigest()[:8]
         return f"{re.sub('[^a-zA-Z0-9_.-]+', '-', words)}-{digest}"  # a CELL_NAME
+
+
+@lru_cache
+def content_of(dataset: str, init_from: str) -> dict[str, str | int]:
+    """What tells whether the data and the weights that a cell begins with are still the same."""
+    meta = read_meta(find_dataset(dataset, None) / "meta.json")
+    content = {name: meta[name] for name in ("content_sha256", "tokenizer_sha256")}
+    return content | ({"weights": open_weights(init_from).checksum()} if init_from else {})
 
 
 class CellFailed(Exception):
@@ -460,15 +471,24 @@ class Lab:
     def choose(self) -> dict[str, Any]:
         """What auto means in this comparison: what it meant for the cells that are finished, else
         what it means for the reference. Every arm goes through train.py's own checks."""
-        chosen = [self.results[cell.key] for cell in self.cells if cell.key in self.results]
+        wanted = []
         for arm in self.plan.arms:
             try:
                 run = fresh_run(self.first[arm].config)
             except ValueError as error:
                 raise ValueError(f"{arm}: {error}") from error
-            chosen.append(run.config.flat())
+            wanted.append(run.config.flat())
             self.data = run.data
-        return {name: chosen[0][name] for name in AUTOMATIC}
+        finished = [self.results[cell.key] for cell in self.cells if cell.key in self.results]
+        chosen = [*finished, *wanted][0]
+        try:
+            choose_device(chosen["device"])
+        except ValueError as error:
+            raise ValueError(
+                f"{self.results_file} has cells of another machine, and all must be of one: "
+                f"{error}: go on there, or name another out_dir"
+            ) from None
+        return {name: chosen[name] for name in AUTOMATIC}
 
     def automatic(self, cell: Cell) -> Knobs:
         """The knobs that the cell leaves to auto, as they were chosen for all cells."""

@@ -87,7 +87,7 @@ def compared(tmp_path, monkeypatch, data_folder, capsys):
 # The plan
 
 
-def test_the_grid_is_walked_forwards_and_backwards():
+def test_the_grid_is_walked_forwards_and_backwards(compared):
     cells = compare.grid(plan(NORMS, "learning_rate=1e-3,2e-3", "seeds=3", "seed=5"))
     there = list(itertools.product(("rmsnorm", "layernorm"), (1e-3, 2e-3)))
     assert [(c.arm, c.config.learning_rate, c.config.seed) for c in cells] == [
@@ -235,10 +235,31 @@ def test_finished_cells_are_never_trained_again(compared, monkeypatch):
     assert results(compared.folder)[:4] == first
 
 
-def test_a_cell_of_other_code_is_another_cell(compared):
+@pytest.mark.parametrize("what", ["code", "content_sha256", "tokenizer_sha256"])
+def test_a_cell_of_other_code_or_data_is_another_cell(compared, what):
     compared(*BOTH, "seeds=1")
-    rewrite_results(compared.folder, lambda record: record["knobs"].update(code="other"))
+    rewrite_results(compared.folder, lambda record: record["knobs"].update({what: "other"}))
     assert compared(*BOTH, "seeds=1")[0] == 0 and len(compared.cells) == 2
+
+
+def test_a_cell_that_begins_from_other_weights_is_another_cell(compared, tmp_path):
+    begin = f"init_from={tmp_path / 'base'}"
+    for seed in (1, 2):
+        shutil.rmtree(tmp_path / "base", ignore_errors=True)
+        assert train.main(command_line(f"out_dir={tmp_path / 'base'}", f"seed={seed}")) == 0
+        compare.content_of.cache_clear()  # a process reads the weights once
+        for new in (1, 0):
+            assert compared("equal_time=false", begin, "seeds=1")[0] == 0
+            assert len(compared.cells) == new
+
+
+def test_cells_of_a_machine_with_another_device_are_not_continued_here(compared):
+    compared(*BOTH, "seeds=1")
+    rewrite_results(compared.folder, lambda record: record.update(device="cuda:7"))
+    code, _, err = compared(*BOTH, "seeds=2")
+    wanted = f"error: {compared.folder / 'results.jsonl'} has cells of another machine"
+    assert code == 2 and err.startswith(wanted) and err.count("\n") == 1 and "cuda:7" in err
+    assert compared.cells == []
 
 
 def test_a_line_that_a_kill_cut_short_is_cut_off_and_its_cell_trained_again(compared):
