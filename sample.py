@@ -35,12 +35,11 @@ from config.command import (
     reader_left,
     run_command,
     shell_path,
-    split_arguments,
     user_errors,
     warn,
 )
 from config.help import help_text
-from config.schema import knobs_of, parse_knobs, refuse_without_effect, without_effect
+from config.schema import knobs_of, read_arguments, refuse_without_effect, without_effect
 from data.formats import HEAD, not_text, not_utf8
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import Decoder, ModelConfig, knob
@@ -227,9 +226,8 @@ def sample_or_evaluate(argv: list[str]) -> None:
 
 def parse_arguments(argv: list[str]) -> tuple[Path, SampleOptions]:
     """The folder and the options, with the device and the dtype that auto stands for."""
-    words, pairs = split_arguments(argv)
     known = knobs_of(SampleOptions)
-    given = parse_knobs(pairs, known, "command line")
+    words, given = read_arguments(argv, known)
     if len(words) != 1:
         raise ValueError(
             f"name one folder of a run, got {' '.join(words) or 'none'}: "

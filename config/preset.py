@@ -14,12 +14,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from config.command import shell_path, split_arguments
+from config.command import shell_path
 from config.schema import (
     NEEDS,
     Config,
     knobs_of,
     parse_knobs,
+    read_arguments,
     refuse_without_effect,
     without_effect,
 )
@@ -67,15 +68,14 @@ def read_layers(argv: list[str]) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """Where the preset of a command line is, its knobs, and the knobs of the command line itself.
     Raises ValueError.
     """
-    words, pairs = split_arguments(argv)
+    words, own = read_arguments(argv, KNOBS)
     if len(words) > 1:
         raise ValueError(f"one preset at most, got {' '.join(words)}; knobs are written key=value")
     place = Path(words[0]) if words else DEFAULT_PRESET
     preset = read_preset(place)
-    if place.is_dir() and "out_dir" in pairs:
+    if place.is_dir() and "out_dir" in own:
         # This begins a run like that one elsewhere. It must not go on with what is there.
         preset.pop("resume", None)
-    own = parse_knobs(pairs, KNOBS, "command line")
     return place, parse_knobs(preset, KNOBS, str(place)), own
 
 

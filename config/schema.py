@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from config.command import split_arguments
 from model import ModelConfig, knob
 from norm import ELEMENTWISE, PARAMETERS
 
@@ -321,22 +322,39 @@ def refuse_without_effect(useless: dict[str, str], values: dict[str, Any], where
         )
 
 
+def read_arguments(argv: list[str], knobs: dict) -> tuple[list[str], dict[str, Any]]:
+    """The words of a command line, and its knobs; `knobs` is what knobs_of returns. ValueError."""
+    options = [argument.lstrip("-") for argument in argv if argument.startswith("-")]
+    refuse_unknown([name for name in options if "=" not in name], knobs, "command line")
+    words, pairs = split_arguments(argv)
+    return words, parse_knobs(pairs, knobs, "command line")
+
+
+def refuse_unknown(names: Iterable[str], knobs: dict, where: str) -> None:
+    """ValueError if there is no knob of one of these names: it names the one that is meant, or says
+    how the thing is done here.
+    """
+    for name in names:
+        if name in knobs:
+            continue
+        near = [SYNONYMS[name]] if name in SYNONYMS else get_close_matches(name, knobs, 1, 0.6)
+        hint = "--help lists all"
+        if near and near[0] in knobs:
+            hint = f"did you mean {near[0]}?"
+        elif near and " " in near[0]:
+            hint = near[0]
+        raise ValueError(f"{where}: unknown knob {name!r}; {hint}")
+
+
 def parse_knobs(values: dict[str, Any], knobs: dict, where: str) -> dict[str, Any]:
     """Gives every value the type of its knob; `knobs` is what knobs_of returns.
 
     Raises ValueError, which names the nearest knob if there is none of that name. `where` says
     where the values are from: "command line", or a file.
     """
+    refuse_unknown(values, knobs, where)
     parsed = {}
     for name, value in values.items():
-        if name not in knobs:
-            near = [SYNONYMS[name]] if name in SYNONYMS else get_close_matches(name, knobs, 1, 0.6)
-            hint = "--help lists all"
-            if near and near[0] in knobs:
-                hint = f"did you mean {near[0]}?"
-            elif near and " " in near[0]:
-                hint = near[0]
-            raise ValueError(f"{where}: unknown knob {name!r}; {hint}")
         # Only a foreign JSON file or checkpoint can hold anything else. It is not printed, because
         # it may be nested so deeply that repr() fails.
         if not isinstance(value, (str, int, float)):

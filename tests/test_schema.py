@@ -65,6 +65,7 @@ def test_knobs_are_checked_together():
         ("learing_rate=1e-3", "unknown knob 'learing_rate'; did you mean learning_rate?"),
         ("lr=1e-3", "did you mean learning_rate?"),
         ("gradient_accumulation_steps=4", "batch_size is that of a whole step"),
+        ("--eval_only", "python sample.py FOLDER eval=val evaluates a run"),
         ("--eval_only=True", "python sample.py FOLDER eval=val evaluates a run"),
         ("--backend=nccl", "torchrun starts several ranks"),
         ("--bias=False", "norm=layernorm_nobias has none"),
