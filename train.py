@@ -196,12 +196,11 @@ def accumulate_gradients(run: Run, interrupts: Interrupts | None = None) -> Tens
     this rank's share of the batch, a scalar on the device; None if a signal came, to any rank, when
     a part of the batch was done."""
     config, ranks, data = run.config, run.ranks, run.data
-    with ranks.all_or_none():  # if one rank alone stopped here, the others would wait for it
-        data.check_unchanged()
     run.model.train()
     # The windows of an epoch are shuffled, and each comes once; every rank takes its share of them.
     T = config.model.block_size
-    x, y = batch(data, run.step, config.batch_size, T, config.seed, ranks.rank, ranks.size)
+    with ranks.all_or_none():  # if one rank alone stopped here, the others would wait for it
+        x, y = batch(data, run.step, config.batch_size, T, config.seed, ranks.rank, ranks.size)
     count = len(x) // config.micro_batch_size
     mean = torch.zeros((), device=config.device)
     for i, (inputs, targets) in enumerate(zip(x.chunk(count), y.chunk(count), strict=True)):
@@ -245,7 +244,9 @@ def validation_loss(run: Run, interrupts: Interrupts) -> float | None:
     run.model.eval()
     starts = val_starts(len(data.val), T, config.eval_iters)
     micro, device, dtype = config.micro_batch_size, config.device, config.dtype
-    loss = mean_loss(run.forward, data.val, starts, T, micro, device, dtype, interrupts, run.ranks)
+    loss = mean_loss(
+        run.forward, data, "val", starts, T, micro, device, dtype, interrupts, run.ranks
+    )
     parallel.free_gathered_weights(run.model, config, run.ranks)
     if loss is not None and not math.isfinite(loss):
         raise FloatingPointError(f"validation loss {loss} at step {run.step}")

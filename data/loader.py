@@ -55,6 +55,15 @@ class Dataset:
         """The share of the split's bytes that the tokenizer could not keep."""
         return self.meta.get("lost_bytes", {}).get(split, 0) / self.meta["bytes"][split]
 
+    def windows(
+        self, split: str, starts: np.ndarray, block_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """read_windows() of a split. OSError if a file was changed, even at this moment."""
+        self.check_unchanged()  # a file that was cut short would end the process
+        found = read_windows(getattr(self, split), starts, block_size)
+        self.check_unchanged()
+        return found
+
     def check_unchanged(self) -> None:
         """OSError if a file was changed after it was opened: its memory map has changed, too.
 
@@ -105,7 +114,7 @@ def batch(
         )
     starts = train_starts(len(dataset.train), block_size, batch_size, seed, step)
     share = batch_size // world_size
-    return read_windows(dataset.train, starts[rank * share : (rank + 1) * share], block_size)
+    return dataset.windows("train", starts[rank * share : (rank + 1) * share], block_size)
 
 
 def read_windows(

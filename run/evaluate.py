@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config.command import shell_path
-from data.loader import DATA, Dataset, open_dataset, read_windows, val_starts
+from data.loader import DATA, Dataset, open_dataset, val_starts
 from data.tokenizer import load_tokenizer
 from model import IGNORED, Decoder
 from run.machine import autocast, to_device
@@ -35,7 +35,8 @@ WINDOW_TOKENS = 2**20  # tokens whose bytes are counted at once
 @torch.no_grad()
 def mean_loss(
     forward: Callable[[Tensor, Tensor], Tensor],
-    tokens: np.ndarray,
+    data: Dataset,
+    split: str,
     starts: np.ndarray,
     block_size: int,
     batch: int,
@@ -44,7 +45,7 @@ def mean_loss(
     interrupts: Interrupts | None = None,
     ranks: Ranks = ALONE,
 ) -> float | None:
-    """The mean of forward(x, y), in nats per token, over the windows of `tokens` that begin at
+    """The mean of forward(x, y), in nats per token, over the windows of a split that begin at
     `starts`. It is NaN or Inf if the model's loss is, and None if a signal came before the end.
 
     In each round every rank computes `batch` windows of its own.
@@ -55,7 +56,7 @@ def mean_loss(
             return None
         own = starts[i + ranks.rank * batch :][:batch]
         # A rank that has no window left still calls forward, because fsdp needs all ranks there.
-        x, y = read_windows(tokens, own if len(own) else starts[:1], block_size)
+        x, y = data.windows(split, own if len(own) else starts[:1], block_size)
         # A compiled model has one graph for each shape, so rows that do not count fill the batch.
         missing = (0, 0, 0, batch - len(x))
         x, y = F.pad(x, missing), F.pad(y, missing, value=IGNORED)
@@ -120,12 +121,11 @@ def evaluate(
     context = model.config.block_size
     refuse_longer_than_context(block_size, context)
     block_size = block_size or min(context, LONGEST_WINDOW)
-    tokens = getattr(data, split)
-    starts = val_starts(len(tokens), block_size, windows)
+    starts = val_starts(len(getattr(data, split)), block_size, windows)
     batch = batch or max(1, LOGITS_AT_ONCE // (block_size * model.config.vocab_size))
     batch = min(batch, len(starts))
     begin = time.perf_counter()
-    loss = mean_loss(model.eval(), tokens, starts, block_size, batch, device, dtype)
+    loss = mean_loss(model.eval(), data, split, starts, block_size, batch, device, dtype)
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"the loss is {loss}: the model's weights are damaged, or they are too large for this "
@@ -159,9 +159,7 @@ def bytes_per_predicted_token(
         at_start = lengths - np.array([piece.startswith(b" ") for piece in tokenizer.pieces])
     total, count = 0, len(starts) * block_size
     for some_starts in np.array_split(starts, -(-count // WINDOW_TOKENS)):
-        places = some_starts[:, None] + np.arange(block_size + 1)  # [B, T + 1]
-        tokens = getattr(data, split)[places]
-        before, predicted = tokens[:, :-1], tokens[:, 1:]
+        before, predicted = (ids.numpy() for ids in data.windows(split, some_starts, block_size))
         if ((lengths[predicted] == 0) & ~ends[predicted]).any():
             return None, f"the tokenizer does not know all characters of the {split} text"
         total += int(np.where(ends[before], at_start[predicted], lengths[predicted]).sum())

@@ -18,9 +18,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import run.ranks
 import train
 from config.command import user_errors
+from data import loader
 from model import Decoder
 from norm import Norm
-from run import evaluate, optim, parallel
+from run import optim, parallel
 from run.folder import save_checkpoint
 from run.ranks import Ranks, join
 
@@ -109,7 +110,7 @@ def stop_in(step: int) -> None:
 
 
 def stop_in_evaluation() -> None:
-    before_call(evaluate, "read_windows", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before_call(loader, "read_windows", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def poison_from(step: int) -> None:

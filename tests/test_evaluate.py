@@ -100,7 +100,8 @@ def refused(capsys, *argv) -> str:
 
 @pytest.mark.parametrize("batch", [1, 4, 7, 50])
 def test_the_mean_is_over_every_window_once_whatever_the_batch(data, batch):
-    model, tokens = model_for(data), open_dataset(data).val
+    model, opened = model_for(data), open_dataset(data)
+    tokens = opened.val
     starts = np.arange(0, 7 * 32, 32)
     with torch.no_grad():
         losses = [
@@ -110,15 +111,15 @@ def test_the_mean_is_over_every_window_once_whatever_the_batch(data, batch):
             )
             for s in starts
         ]
-    loss = mean_loss(model, tokens, starts, 32, batch, "cpu", "float32")
+    loss = mean_loss(model, opened, "val", starts, 32, batch, "cpu", "float32")
     assert loss == pytest.approx(float(sum(losses) / 7), rel=1e-6)
 
 
 def test_it_stops_between_batches_after_a_signal(data):
     model, answers = model_for(data), iter([False, False, True])
     interrupts = SimpleNamespace(agreed=lambda: next(answers))
-    tokens, starts = open_dataset(data).val, np.arange(0, 320, 32)
-    assert mean_loss(model, tokens, starts, 32, 2, "cpu", "float32", interrupts) is None
+    opened, starts = open_dataset(data), np.arange(0, 320, 32)
+    assert mean_loss(model, opened, "val", starts, 32, 2, "cpu", "float32", interrupts) is None
     assert next(answers, "used up") == "used up"
 
 

@@ -229,6 +229,17 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(dataset, split, change)
         dataset.check_unchanged()
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_what_is_read_while_a_file_changes_is_never_given_out(dataset, split, monkeypatch):
+    def changing(*arguments):
+        append(dataset.folder / f"{split}.bin")
+        return read_windows(*arguments)
+
+    monkeypatch.setattr("data.loader.read_windows", changing)
+    with pytest.raises(OSError, match=f"{split}.bin was changed while it was being read"):
+        dataset.windows(split, np.array([0]), 8)
+
+
 def test_a_file_that_is_only_touched_has_not_changed(dataset):
     path = dataset.folder / "train.bin"
     for time in (1, 2):

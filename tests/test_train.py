@@ -1026,7 +1026,7 @@ def test_data_that_change_while_they_are_read_end_the_run(
     zeros = bytes((words / "train.bin").stat().st_size)
     during_step(monkeypatch, 7, lambda: (words / "train.bin").write_bytes(zeros))
     code, out, err = start(f"dataset={words}")
-    assert "step 7/12" in out
+    assert "step 6/12" in out and "step 7/12" not in out
     text = r"error: .*train.bin was changed while .* Last good .*00000004.pt.\n"
     assert code == 1 and re.fullmatch(text, err)
 
