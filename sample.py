@@ -10,7 +10,6 @@ import codecs
 import dataclasses
 import functools
 import math
-import os
 import re
 import sys
 import time
@@ -30,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config.command import (
+    expand_home,
     one_line,
     printable,
     reader_left,
@@ -40,7 +40,7 @@ from config.command import (
 )
 from config.help import help_text
 from config.schema import knobs_of, read_arguments, refuse_without_effect, without_effect
-from data.formats import HEAD, not_text, not_utf8
+from data.formats import BYTE_ORDER_MARK, HEAD, not_text, not_utf8
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import Decoder, ModelConfig, knob
 from run.evaluate import evaluate, open_known_dataset
@@ -251,7 +251,7 @@ def prompt_text(prompt: str) -> str:
         name = prompt.removeprefix("FILE:")
         if not name:
             raise ValueError("prompt=FILE: names no file: write prompt=FILE:PATH")
-        path = Path(os.path.expanduser(name))
+        path = Path(expand_home(name))
         if path.is_dir():
             raise ValueError(f"{path} is a folder: name a file, as in prompt=FILE:my.txt")
         if path.exists() and not path.is_file():  # a FIFO could make us wait for ever
@@ -263,7 +263,7 @@ def prompt_text(prompt: str) -> str:
 
 def read_prompt(file: BinaryIO, name: str) -> str:
     """The text of a file without its last end of line (LF or CRLF), which echo and editors put
-    there. All else is taken as it is, as data are.
+    there, and without a byte order mark. All else is taken as it is, as data are.
 
     ValueError if it is too long or no text in UTF-8.
     """
@@ -277,7 +277,8 @@ def read_prompt(file: BinaryIO, name: str) -> str:
         what, cure = found
         raise ValueError(f"{name} is {what}, not text in UTF-8: {cure}")
     try:
-        return re.sub("\r?\n\\Z", "", content.decode())
+        text = content.decode().removeprefix(BYTE_ORDER_MARK)
+        return re.sub("\r?\n\\Z", "", text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: byte {error.start} {not_utf8(content, error.start)}") from error
 

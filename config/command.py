@@ -51,7 +51,7 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str]]:
         if not equals and argument.startswith("-"):
             raise ValueError(f"{argument} has no value: write {key.lstrip('-')}=VALUE")
         if not equals or "/" in key:
-            words.append(os.path.expanduser(argument))
+            words.append(expand_home(argument))
             continue
         key = key.lstrip("-")
         if key in pairs:
@@ -61,6 +61,15 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str]]:
             )
         pairs[key] = value
     return words, pairs
+
+
+def expand_home(path: str) -> str:
+    """The path with the folder of the user for its ~ or ~NAME. ValueError if there is none."""
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path:
+        user = path[1:].partition("/")[0]
+        raise ValueError(f"{path}: there is no user {user!r}; a folder of this name is ./{path}")
+    return expanded
 
 
 def shell_path(path: Path) -> str:

@@ -117,7 +117,8 @@ def find_preset(path: Path) -> Path:
         return path
     if name in PRESETS and str(path.parent) in (".", "config"):
         return FOLDER / f"{name}.py"
-    near = get_close_matches(name.removeprefix("train_"), PRESETS, 1)
+    near = ["finetune"] if name.startswith("finetune_") else []  # nanoGPT's names
+    near += get_close_matches(name.removeprefix("train_"), PRESETS, 1)
     known = ", ".join(f"config/{preset}.py" for preset in PRESETS)
     hint = f"did you mean config/{near[0]}.py?" if near else f"presets are {known}"
     raise ValueError(f"{path} is neither a file nor a run's folder; {hint}")

@@ -6,14 +6,13 @@ then how a word of a command line or a preset becomes the value of a knob.
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from config.command import split_arguments
+from config.command import expand_home, split_arguments
 from model import ModelConfig, knob
 from norm import ELEMENTWISE, PARAMETERS
 
@@ -278,6 +277,7 @@ SYNONYMS = {  # what other programs call it -> what it is called here, or how it
     "bias": "no layer has a bias but norm=layernorm, and norm=layernorm_nobias has none",
     "eps": "norm_eps",
     "always_save_checkpoint": "save_interval",
+    "config": "write the preset as a word of its own, without config=",
     "weight_tying": "tie_embeddings",
     "intermediate_size": "n_hidden",
 }
@@ -382,7 +382,7 @@ def parse_value(name: str, value: str | int | float, kind: Any) -> str | int | f
         if name == "out_dir" and not value:  # Path("") would be the current folder
             raise ValueError("out_dir must be a folder, got ''")
         # A shell leaves the ~ of key=~/place as it is.
-        return os.path.expanduser(value) if name in PATHS else value
+        return expand_home(value) if name in PATHS else value
     return _parse_number(name, value, kind)
 
 

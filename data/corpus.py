@@ -24,9 +24,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from config.command import counted, one_line, shell_path, warn
+from config.command import counted, expand_home, one_line, shell_path, warn
 from data import SPLITS
-from data.formats import DROP_NUL, HEAD, not_text, not_utf8
+from data.formats import BYTE_ORDER_MARK, DROP_NUL, HEAD, not_text, not_utf8
 
 CHUNK = 2**20  # bytes: a longer file comes in pieces of this size; a row is always one piece
 SHAKESPEARE = (
@@ -64,8 +64,7 @@ def open_corpus(sources: list[str]) -> Corpus:
     """The corpus that the command line names: one of NAMED, or the user's files and folders."""
     if len(sources) == 1 and sources[0] in NAMED:
         return NAMED[sources[0]]()
-    # Path.expanduser would raise RuntimeError for a user that does not exist.
-    paths = [Path(os.path.expanduser(source)) for source in sources]
+    paths = [Path(expand_home(source)) for source in sources]
     for source, path in zip(sources, paths, strict=True):
         if not (path.is_dir() or path.is_file()):
             raise FileNotFoundError(
@@ -121,8 +120,8 @@ def cut_text(text: str) -> list[Piece]:
 def text_pieces(split: str, path: Path, start: int, stop: int) -> Iterator[Piece]:
     """Bytes start..stop of a UTF-8 file as one document, in pieces of CHUNK bytes.
 
-    The text is taken exactly as it is, with a byte order mark and with CRLF line ends. Raises
-    ValueError if it is not UTF-8, or has a NUL byte.
+    The text is taken exactly as it is, with CRLF line ends. Only a byte order mark at the head of
+    the file is no part of it. Raises ValueError if it is not UTF-8, or has a NUL byte.
     """
     decoder, position = codecs.getincrementaldecoder("utf-8")(), start
     with open(path, "rb") as file:
@@ -142,6 +141,8 @@ def text_pieces(split: str, path: Path, start: int, stop: int) -> Iterator[Piece
             if "\0" in text:
                 place = position - waiting + len(text.partition("\0")[0].encode())
                 raise ValueError(f"{path}: byte {place} is NUL, which no text has: {DROP_NUL}")
+            if position == 0:
+                text = text.removeprefix(BYTE_ORDER_MARK)
             yield Piece(split, position == start, text)
             position += len(block)
 
@@ -250,7 +251,7 @@ ROWS = {  # files of which each row is a document
     ".json": json_list,
     ".parquet": parquet_rows,
 }
-TABLES = (".csv", ".tsv")
+TABLES = (".csv", ".tsv", ".tab")
 OF_A_DATA_SET = (*(f"{split}.bin" for split in SPLITS), "meta.json")
 HIDDEN, UNREADABLE = "hidden file* or folder*", "unreadable file* or folder*"  # see counted
 

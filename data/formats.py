@@ -4,6 +4,7 @@ import codecs
 import re
 
 HEAD = 8192  # bytes that are looked at
+BYTE_ORDER_MARK = "\ufeff"  # some programs begin a file in UTF-8 with it, too
 UNPACK = "unpack it first"
 DROP_NUL = "take it out; or, if it is a text, tr -d '\\000' < OLD > NEW removes these"
 SAVE_AS_TEXT = "save its content as text in UTF-8 first"
@@ -51,33 +52,48 @@ def not_text(head: bytes) -> tuple[str, str] | None:
     for pattern, what, cure in FORMATS:
         if re.match(pattern, head, re.DOTALL):
             return what, cure
-    has_nul = b"\0" in head
-    for encoding, mark in WIDE.items():
-        if head.startswith(mark) or (has_nul and reads_as(head, encoding)):
-            cure = f"convert it to UTF-8: iconv -f {encoding} -t UTF-8 OLD > NEW"
-            return f"probably text in {encoding}", cure
-    if has_nul:
+    if encoding := wide_encoding(head):
+        cure = f"convert it to UTF-8: iconv -f {encoding} -t UTF-8 OLD > NEW"
+        return f"probably text in {encoding}", cure
+    if b"\0" in head:
         return "binary (it has NUL bytes)", DROP_NUL
     return None
 
 
-def reads_as(head: bytes, encoding: str) -> bool:
-    """Whether these bytes are printable text in the encoding. HEAD of them may cut a character."""
+def wide_encoding(head: bytes) -> str | None:
+    """The encoding of UTF-16 or UTF-32 in which these bytes are text, if there is one."""
+    for encoding, mark in WIDE.items():
+        if head.startswith(mark):
+            return encoding
+    if b"\0" not in head:
+        return None
+    texts = {encoding: read_as(head, encoding) for encoding in WIDE}
+    texts = {encoding: text for encoding, text in texts.items() if text}
+    # Read in the wrong order of bytes, many a text is printable, too, but has less of ASCII.
+    return max(texts, key=lambda encoding: sum(map(str.isascii, texts[encoding])), default=None)
+
+
+def read_as(head: bytes, encoding: str) -> str:
+    """These bytes as text in the encoding; "" if they are not printable in it. HEAD of them may cut
+    a character.
+    """
     try:
         text = codecs.getincrementaldecoder(encoding)().decode(head, final=len(head) < HEAD)
     except UnicodeDecodeError:
-        return False
-    return bool(text) and all(char.isprintable() or char.isspace() for char in text)
+        return ""
+    return text if all(char.isprintable() or char.isspace() for char in text) else ""
 
 
 def not_utf8(content: bytes, at: int) -> str:
     """In words: the byte at this place of a text is not UTF-8, and how to make it so.
 
     Another encoding is named only if the text around is plausible in it. Windows-1252 is that of
-    western languages, in which never many letters beyond ASCII stand side by side.
+    western languages, in which never many letters beyond ASCII stand side by side, and words are
+    short.
     """
     around = content[max(0, at - HEAD // 2) : at + HEAD // 2]
-    if reads_as(around, "cp1252") and not re.search(rb"[\x80-\xff]{4}", around):
+    words = read_as(around, "cp1252").split()
+    if words and len(around) < 20 * len(words) and not re.search(rb"[\x80-\xff]{4}", around):
         byte = content[at : at + 1].decode("cp1252")
         what, encoding = f", which is {byte!r} in Windows-1252", "WINDOWS-1252"
     else:

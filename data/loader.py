@@ -225,8 +225,10 @@ def check_prepared(folder: Path) -> None:
     if folder.exists():  # a text, or a folder of texts, of which a data set can be made
         words = f"{shlex.quote(str(folder))} name=NAME"
     else:
+        from data.corpus import NAMED  # which nobody else needs to load data
+
         name = shlex.quote(folder.name)
-        words = f"{name} (or YOUR-TEXT name={name})"
+        words = name if folder.name in NAMED else f"YOUR-TEXT name={name}"
     raise FileNotFoundError(
         f"{folder}: no such data set; make it with: python data/prepare.py {words}"
     )

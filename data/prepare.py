@@ -28,7 +28,14 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from config.command import one_line, run_command, split_arguments, user_errors, warn
+from config.command import (
+    expand_home,
+    one_line,
+    run_command,
+    split_arguments,
+    user_errors,
+    warn,
+)
 from data import PART_TOKENS, SPLITS, checksum
 from data.corpus import CHUNK, Corpus, Piece, open_corpus
 from data.files import new_folder, sync, write_atomically
@@ -153,7 +160,7 @@ def make_tokenizer(choice: str, vocab_size: int | None, corpus: Corpus) -> Token
         return char_tokenizer(corpus)
     if choice.startswith("tiktoken:"):
         return named_tiktoken(choice.removeprefix("tiktoken:"))
-    path = Path(os.path.expanduser(choice))
+    path = Path(expand_home(choice))
     if choice and path.is_dir():
         return say_whether_exportable(load_tokenizer(path))
     if path.suffix.lower() == ".model":

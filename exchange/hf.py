@@ -26,7 +26,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import torch
 from torch import Tensor
 
-from config.command import counted, run_command, shell_path, split_arguments, user_errors
+from config.command import counted, run_command, shell_path, split_arguments, user_errors, warn
 from config.help import help_text
 from config.schema import knobs_of, parse_knobs
 from data.files import new_folder, write_atomically
@@ -350,7 +350,7 @@ def model_card(
         rows["steps"] = f"{step:,}"
         if math.isfinite(state["best_val_loss"]):  # in the checkpoint, which has a checksum
             rows["best validation loss"] = f"{state['best_val_loss']:.4f} nats per token"
-        rows |= last_evaluation(weights.folder, step)
+        rows |= last_evaluation(weights.folder, step, state["best_val_loss"])
     if run.get("init_from"):
         lora = f", LoRA of rank {run['lora_rank']}" if run["lora_rank"] else ""
         rows["fine-tuned from"] = code(run["init_from"]) + lora
@@ -383,9 +383,9 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
 """
 
 
-def last_evaluation(folder: Path, step: int) -> dict[str, str]:
+def last_evaluation(folder: Path, step: int, best: float) -> dict[str, str]:
     """A row of the card: what the run's log says of the last evaluation up to this step. Empty if
-    there was none.
+    there was none, or if the log contradicts the checkpoint, which has the best loss.
     """
     evaluations = [
         record
@@ -395,6 +395,13 @@ def last_evaluation(folder: Path, step: int) -> dict[str, str]:
     if not evaluations:
         return {}
     last = evaluations[-1]
+    if last["val_loss"] < best - 1e-6 and math.isfinite(best):  # the log rounds
+        warn(
+            f"{folder / METRICS_FILE} has a validation loss of {last['val_loss']:.4f} at step "
+            f"{last['step']}, below the best one in the checkpoint, {best:.4f}: one of them is not "
+            f"of this run, so the model card leaves it out"
+        )
+        return {}
     perplexity = math.exp(min(last["val_loss"], 700))  # exp overflows above 709
     name = f"validation at step {last['step']:,}, by its {METRICS_FILE}"
     said = f"loss {last['val_loss']:.4f} nats per token, perplexity {perplexity:.2f}"

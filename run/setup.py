@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from config.command import shell_path, warn
+from config.command import expand_home, shell_path, warn
 from config.preset import NOT_DECIDED_BY_WEIGHTS, make_config, read_knobs
 from config.schema import Config
 from data.corpus import Corpus, open_corpus
@@ -447,7 +447,7 @@ def dataset_folder(name: str) -> Path:
     """The folder of the prepared data set that dataset=NAME means, whether or not it exists. NAME
     is the path of the folder, or the name of one under data/.
     """
-    path = Path(os.path.expanduser(name))  # the method would raise RuntimeError for no such user
+    path = Path(expand_home(name))
     return path if "/" in name or (path / "meta.json").is_file() else DATA / name
 
 
@@ -498,7 +498,7 @@ def find_dataset_of_run(name: str, saved: dict[str, Any], tokenizer: Path | None
 
 def text_meant(name: str) -> Path | None:
     """The text, which may be missing, that dataset=NAME means; None if it means a data set."""
-    folder, path = dataset_folder(name), Path(os.path.expanduser(name))
+    folder, path = dataset_folder(name), Path(expand_home(name))
     if (folder / "meta.json").is_file():
         return None
     return path if "/" in name or (path.is_file() and not folder.exists()) else None

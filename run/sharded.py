@@ -22,6 +22,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -262,13 +263,9 @@ def storage_classes() -> tuple[type, type]:
         @cached_property
         def shapes(self) -> dict[tuple[str, int], list[int]]:
             """The shape of each part by the file and the place in it."""
-            shapes: dict[tuple[str, int], list[int]] = {}
-            for place in read_manifest(Path(self.path))["tensors"].values():
-                for part in place["parts"]:
-                    shape = shapes.setdefault((part["file"], part["at"]), part["shape"])
-                    if shape != part["shape"]:
-                        raise ValueError(f"{MANIFEST} gives two shapes to one part")
-            return shapes
+            places = read_manifest(Path(self.path))["tensors"].values()
+            parts = [part for place in places for part in place["parts"]]
+            return {(part["file"], part["at"]): part["shape"] for part in parts}
 
         def _slice_file(self, file: Any, info: Any) -> Any:
             part = io.BytesIO(super()._slice_file(file, info).read())
@@ -326,6 +323,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         for name, place in manifest["tensors"].items():
             sound = sound and name.startswith(("model/", "optimizer/"))
             sound = sound and is_whole(place, manifest["files"])
+        sound = sound and are_apart(manifest["tensors"], manifest["files"])
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r:.200})") from None
     if not sound:
@@ -353,6 +351,16 @@ def is_whole(place: dict[str, Any], files: dict[str, list[int]]) -> bool:
         if not inside or part["bytes"] < size * math.prod(part["shape"]):
             return False
     return row == (shape or [1])[0]
+
+
+def are_apart(tensors: dict[str, Any], files: dict[str, list[int]]) -> bool:
+    """Whether no two parts share a byte, and every file has one."""
+    parts = [part for place in tensors.values() for part in place["parts"]]
+    places = sorted((part["file"], part["at"], part["at"] + part["bytes"]) for part in parts)
+    return {file for file, _, _ in places} == files.keys() and not any(
+        file == next_file and stop > start
+        for (file, _, stop), (next_file, start, _) in pairwise(places)
+    )
 
 
 def sizes_and_sums(files: list[Path]) -> dict[str, list[int]]:

@@ -60,7 +60,7 @@ def test_the_split_cuts_no_character(tmp_path, size):
 @pytest.mark.parametrize("shift", range(4))
 def test_a_text_is_read_in_chunks_and_kept_exactly(tmp_path, shift):
     """The chunks end inside of characters, whose bytes are 4, 3 and 2."""
-    begin = "\ufeffone\r\ntwo\rthree\n\t" + "x" * shift
+    begin = "one\ufeff\r\ntwo\rthree\n\t" + "x" * shift
     text = begin + "\U0001f600\u4f60\u00e9" * (CHUNK // 4)
     pieces = list(one_text(tmp_path / "a.txt", text).pieces())
     assert "".join(piece.text for piece in pieces) == text
@@ -214,7 +214,18 @@ def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("at home")
     assert "".join(texts_of(open_corpus(["~/a.txt"]))) == "at home"
-    in_one_line(lambda: open_corpus(["~nobody-here/a"]), "~nobody-here/a is not", FileNotFoundError)
+    in_one_line(lambda: open_corpus(["~nobody-here/a"]), "there is no user 'nobody-here'")
+
+
+@pytest.mark.parametrize("file", ["a.txt", "a.jsonl", "a.json", "folder"])
+def test_a_byte_order_mark_at_the_head_of_a_file_is_no_text(tmp_path, file):
+    content = {"a.txt": "text", "a.jsonl": '{"text": "text"}', "a.json": '[{"text": "text"}]'}
+    place = tmp_path / file
+    if file == "folder":
+        place.mkdir()
+    path = place / "a.txt" if place.is_dir() else place
+    path.write_text("\ufeff" + content[path.name])
+    assert "".join(texts_of(open_corpus([str(place)]))) == "text"
 
 
 def test_links_out_of_a_folder_are_left_out(tmp_path, capsys):
@@ -332,6 +343,11 @@ FOREIGN = {  # what is given as text, and a part of the message
     "UTF-16 with a mark": ("a\u4f60".encode("utf-16"), "UTF-16LE, .*iconv -f UTF-16LE -t UTF-8"),
     "UTF-16": ("line\n\u4f60\n".encode("utf-16-le"), "UTF-16LE, .*iconv -f UTF-16LE"),
     "UTF-16BE": ("line\n".encode("utf-16-be"), "UTF-16BE, .*iconv -f UTF-16BE"),
+    "UTF-16BE, Russian": (
+        "\u043c\u0438\u0440, ".encode("utf-16-be"),
+        "UTF-16BE, .*iconv -f UTF-16BE",
+    ),
+    "UTF-16BE, Korean": ("\uc138\uacc4 \n".encode("utf-16-be"), "UTF-16BE, .*iconv -f UTF-16BE"),
     "UTF-32": (("x" * 5000).encode("utf-32"), "UTF-32LE, .*iconv -f UTF-32LE"),
     "NUL": (b"a text with one\0 of them", "is binary .it has NUL bytes"),
 }

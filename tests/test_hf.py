@@ -348,7 +348,7 @@ def test_half_precision_is_the_rounded_weight(tmp_path, dtype):
     assert theirs.dtype == dtype
 
 
-def test_the_card_tells_of_the_run(tmp_path):
+def test_the_card_tells_of_the_run(tmp_path, capsys):
     data = {"name": "words", "tokens": {"train": 1234}, "tokenizer_sha256": ByteTokenizer().sha256}
     run = save_run(tmp_path / "run", model_of(), data=data, learning_rate=0.0123)
     (run / "metrics.jsonl").write_text(
@@ -362,6 +362,11 @@ def test_the_card_tells_of_the_run(tmp_path):
     # The weights are those of step 3.
     assert "2, by its metrics.jsonl | loss 2.2500 nats" in card and "1.25" not in card
     assert "perplexity 9.49, 1.5000 bits per byte" in card
+    # Without what cannot be: a loss below the best one.
+    (run / "metrics.jsonl").write_text('{"step": 2, "val_loss": 1.25}\n')
+    assert run_hf("export", run, tmp_path / "other") == 0
+    assert "metrics.jsonl" not in (tmp_path / "other" / "README.md").read_text()
+    assert "below the best one in the checkpoint, 2.0000" in capsys.readouterr().err
     # Without them if the tokenizer loses text.
     (run / "metrics.jsonl").write_text('{"step": 2, "val_loss": 2.25}\n')
     assert run_hf("export", run, tmp_path / "lossy") == 0

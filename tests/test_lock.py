@@ -141,11 +141,28 @@ def test_an_owner_notices_that_the_folder_is_not_its_own_any_more(tmp_path):
         run.rename(tmp_path / "moved")
         lock.check()  # nobody has the folder: it may be made and locked again
         run.mkdir()
-        lock.check()
         lock.take_again()
         lock.check()
         with pytest.raises(ValueError, match="in use"):
             Lock(run)
+
+
+def test_an_emptied_folder_is_locked_again_before_anything_is_written(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with Lock(run) as lock:
+        run.rename(tmp_path / "moved")
+        run.mkdir()
+        lock.check()
+        with pytest.raises(ValueError, match="in use"):
+            Lock(run)
+        lock.check()
+        run.rename(tmp_path / "moved again")
+        run.mkdir()
+        another = []  # is faster
+        monkeypatch.setattr(lock, "take_again", lambda: another.append(Lock(run)) or Lock(run))
+        with pytest.raises(FolderLost, match="nothing more is written there"):
+            lock.check()
+        another[0].file.close()
 
 
 def test_a_file_is_no_folder(tmp_path):

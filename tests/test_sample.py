@@ -167,7 +167,7 @@ def test_the_prompt_comes_from_a_file_or_from_standard_input_without_its_last_ne
         (b"one\r\n\r\n", "one\r\n"),
         (b"one\r", "one\r"),
         (b"one", "one"),
-        (b"\xef\xbb\xbfa\n", "\ufeffa"),  # data keep a byte order mark, too
+        (b"\xef\xbb\xbfa\n", "a"),
     ],
 )
 def test_the_last_end_of_line_of_a_prompt_goes_as_a_whole(content, text):

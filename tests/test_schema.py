@@ -102,6 +102,10 @@ def test_knobs_are_checked_together():
         ("config/none.py", "config/none.py is neither a file nor a run's folder; presets are"),
         ("config", "config is neither a file nor"),
         ("config/train_shakespeare_char.py", "did you mean config/shakespeare_char.py?"),
+        ("config/finetune_shakespeare.py", "did you mean config/finetune.py?"),
+        ("--config=config/tiny.py", "write the preset as a word of its own"),
+        ("out_dir=~nobody-here/x", "there is no user 'nobody-here'"),
+        ("~nobody-here", "there is no user 'nobody-here'"),
         ("config/small.py config/tiny.py", "one preset at most"),
         # the model
         ("n_head=5", "must be a multiple of 2 * n_head=5"),

@@ -133,6 +133,9 @@ def gain(manifest):
         lambda m: gain(m).update(shape=[8.0]),
         lambda m: gain(m).update(shape=8),
         lambda m: gain(m).update(parts=[7]),
+        lambda m: gain(m).update(parts=m["tensors"]["model/blocks.0.attn_norm.gain"]["parts"]),
+        lambda m: gain(m)["parts"][0].update(at=gain(m)["parts"][0]["at"] - 1),
+        lambda m: m["files"].update({"__9_9.distcp": [0, 0]}),
         lambda m: m["files"].update({"__0_0.distcp": []}),
         lambda m: m["files"].update({"__0_0.distcp": "x"}),
         lambda m: m["tensors"].update({"norm.gain": m["tensors"].pop("model/norm.gain")}),
@@ -152,7 +155,8 @@ def gain(manifest):
     ],
 )
 def test_a_forged_manifest_is_refused(parts, change):
-    (parts.parent / "x.distcp").touch()  # a file of size 0, whose checksum is 0
+    for path in (parts.parent / "x.distcp", parts / "__9_9.distcp"):
+        path.touch()  # a file of size 0, whose checksum is 0
     forge(parts, change)
     with pytest.raises(ValueError):
         sharded.load_parts(parts)
@@ -308,7 +312,7 @@ def without(manifest, start):
 @pytest.mark.parametrize(
     "start, words",
     [
-        ("", "has 0 weights"),
+        ("", "is damaged, or not from this program"),  # its file is in use no more
         ("model/", "has 0 weights"),
         ("model/norm.gain", "weights, a model of its config"),
         ("optimizer/", "has no optimizer state"),

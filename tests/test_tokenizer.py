@@ -557,9 +557,9 @@ def replacing(old: str, new: str) -> dict:
     return {"type": "Replace", "pattern": {"String": old}, "content": new}
 
 
-def precompiled(texts: bytes) -> dict:
-    """A normalizer of SentencePiece whose table is empty."""
-    charsmap = base64.b64encode(bytes(4) + texts).decode()
+def precompiled(texts: bytes, size: int = 0) -> dict:
+    """A normalizer of SentencePiece whose table is empty, although its size may be another."""
+    charsmap = base64.b64encode(size.to_bytes(4, "little") + texts).decode()
     return {"type": "Precompiled", "precompiled_charsmap": charsmap}
 
 
@@ -577,12 +577,12 @@ SPLIT = {"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "i
         ({"model": bpe_of(a=-1)}, "all of them below"),
         ({"model": 3}, "damaged"),
         ({"model": PREFIXED}, "has continuing_subword"),
-        ({"model": BYTE_LEVEL["model"] | {"dropout": 0.9}}, "merges by chance .dropout=0.9."),
         ({"decoder": None}, "decoder null is not one"),
         ({"decoder": WORD_PIECE}, "decoder WordPiece is not one"),
         ({"decoder": replacing("e", "X")}, "another text of its ids"),
         ({"decoder": {"type": "Sequence"}}, "damaged"),
-        ({"normalizer": {"type": "New"}}, "not of Hugging Face's"),
+        ({"normalizer": {"type": "New"}}, "its step New is not known here"),
+        ({"normalizer": precompiled(b"", size=2**32 - 1)}, "says 4,294,967,295 bytes and has 0"),
         ({"normalizer": DOUBLING}, "could make texts too long"),
         ({"normalizer": precompiled(b"")}, "fails for a short text .index out of bounds"),
         ({"pre_tokenizer": SPLIT}, "not of Hugging Face's kind"),
@@ -844,6 +844,7 @@ LONG = {"<s>": {"id": "<s>", "ids": [1] * 20_000, "tokens": ["<s>"] * 20_000}}
         ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": SLOW}}}, "or take more than"),
         ({"normalizer": replacing("x", "") | {"pattern": {"Regex": SLOW}}}, "or take more than"),
         ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": "(b+)+c"}}}, "or take more than"),
+        ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": 64 * "a?" + "b"}}}, "or take more than"),
         ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": r"(.*)\1\1\1c"}}}, "back to a group"),
         ({"post_processor": NAMELESS}, "damaged tokenizer file .no '<s>'"),
         ({"post_processor": TEMPLATE | {"single": MANY}}, "more than 64 ids around"),
@@ -851,7 +852,7 @@ LONG = {"<s>": {"id": "<s>", "ids": [1] * 20_000, "tokens": ["<s>"] * 20_000}}
         ({"post_processor": {"type": "New"}}, "post-processor New is not known"),
         ({"post_processor": TWICE}, "tokens around a text in two steps"),
     ],
-    ids=range(17),
+    ids=range(18),
 )
 def test_a_tokenizer_json_that_would_fill_any_memory_or_take_for_ever_is_one_error_line(
     part, match, tmp_path, monkeypatch
@@ -859,6 +860,14 @@ def test_a_tokenizer_json_that_would_fill_any_memory_or_take_for_ever_is_one_err
     monkeypatch.setattr("data.tokenizer_json.LONGEST_TRY", 0.3)
     save_hugging_face(tmp_path, BYTE_LEVEL | part)
     refused(tmp_path, match)
+
+
+def test_merges_left_out_by_chance_are_refused(tmp_path):
+    save_hugging_face(tmp_path, BYTE_LEVEL | {"model": BYTE_LEVEL["model"] | {"dropout": 0.9}})
+    said = refused(
+        tmp_path, "merges by chance .dropout=0.9., .* other ids each time: make that null$"
+    )
+    assert "damaged" not in said
 
 
 def test_a_damaged_file_beside_a_tokenizer_json_is_named(tmp_path):

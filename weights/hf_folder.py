@@ -173,6 +173,9 @@ def config_from_hf(theirs: dict[str, Any], where: str) -> ModelConfig:
     kinds = {words[name]: kind for name, kind in knobs_of(ModelConfig).items() if name in words}
     try:
         parsed = parse_knobs(values, kinds, where)
+        for key, value in values.items():
+            if isinstance(value, str):  # on a command line all values are texts, but not here
+                raise ValueError(f"{key} must not stand in quotes, got {value!r:.80}")
         for key in ("vocab_size", "intermediate_size", "num_key_value_heads", "head_dim"):
             if parsed[key] < 1 and key not in automatic:  # 0 is automatic for our knobs alone
                 raise ValueError(f"{key} must be 1 or more, got {parsed[key]}")

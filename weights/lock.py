@@ -78,13 +78,21 @@ class Lock:
         """To be called before anything is written. FolderLost if the lock is not this process's any
         more, although there is something in the folder: somebody has moved or removed the folder,
         or the lock, and another process may have written there. If all of it has just vanished,
-        that is no reason to end: see `take_again`."""
-        if self._is_at_path(self.file) or not (self.folder.is_dir() and any(self.folder.iterdir())):
+        that is no reason to end: an empty folder is locked here, for a missing one see
+        `take_again`."""
+        if self._is_at_path(self.file) or not self.folder.is_dir():
             return
-        raise FolderLost(
-            f"{self.folder} is not this process's any more: its {self.path.name} was moved, "
-            f"removed or replaced, so nothing more is written there"
-        )
+        lost = any(self.folder.iterdir())
+        if not lost:
+            try:
+                self.take_again()
+            except ValueError:  # another process was faster
+                lost = True
+        if lost:
+            raise FolderLost(
+                f"{self.folder} is not this process's any more: its {self.path.name} was moved, "
+                f"removed or replaced, so nothing more is written there"
+            )
 
     def _locked_file(self) -> TextIO:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
