@@ -571,6 +571,7 @@ def test_too_little_gpu_memory_halves_the_micro_batch(start, tmp_path, monkeypat
 def test_the_warm_up_fills_the_memory_as_the_second_step_does(start, monkeypatch, optimizer):
     """Weights, moments and activations, counted by what is alive in the middle of a forward."""
     alive = {}
+    gc.freeze()  # what other tests have left behind is not looked at, of which there is much
 
     def count(model, x, y):
         gc.collect()
@@ -584,6 +585,7 @@ def test_the_warm_up_fills_the_memory_as_the_second_step_does(start, monkeypatch
 
     compiled_to(monkeypatch, count)
     code, _, _ = start("compile=true", "eval_interval=0", "max_iters=3", f"optimizer={optimizer}")
+    gc.unfreeze()
     warm_up, first, second, _ = (alive[i] for i in range(4))
     assert code == 0 and warm_up == second > first
 
