@@ -1,7 +1,8 @@
 """Train a decoder:  python train.py [PRESET] [key=value ...]
 
 Read it from the top: main; train, the loop; train_step with its gradients; validation_loss; and
-warm_up, which comes once before the loop. How a run is set up, saved and logged is in run/.
+what comes once before the loop, warm_up and fix_length. How a run is set up, saved and logged is in
+run/.
 
 run.step counts the steps that are done. So it is also the index, from 0, of the next one. Log lines
 and checkpoints are named by it after the step: they count from 1.
@@ -10,7 +11,7 @@ and checkpoints are named by it after the step: they count from 1.
 import math
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import torch
 from torch import Tensor
 
-from config.command import user_errors, warn
+from config.command import counted, user_errors, warn
 from config.help import training_help
 from config.schema import Config
 from data.loader import batch, val_starts
@@ -40,7 +41,7 @@ from run.machine import autocast, to_device
 from run.metrics import plot_losses
 from run.optim import check_finite, spike_threshold, with_norm
 from run.ranks import exit_with, join
-from run.setup import Run, read_config, set_up
+from run.setup import Run, read_config, set_up, undone
 from run.signals import Interrupts
 from run.watch import observe_next_batch
 from sample import print_sample
@@ -77,6 +78,7 @@ def main(argv: list[str]) -> int:
             else:
                 tell_of_rise(run)
                 warm_up(run)
+                fix_length(run)
                 tracker = open_tracker(run)
                 claim_folder(run, lock)
         code = 0 if finished else train(run, tracker)
@@ -265,7 +267,7 @@ def warm_up(run: Run) -> None:
     alone, start = run.ranks.size == 1, time.perf_counter()
     compiles = run.config.compile or run.config.model.norm_impl == "compile"
     nothing_can_fail = alone and run.config.device == "cpu" and not compiles
-    if nothing_can_fail or run.step >= run.config.max_iters:
+    if nothing_can_fail or 0 < run.config.max_iters <= run.step:
         return
     if compiles:
         print("compiling the model, which takes a while", flush=True)
@@ -298,6 +300,36 @@ def warm_up(run: Run) -> None:
     del moments
     if run.config.compile or run.config.model.norm_impl == "compile":
         print(f"compiled in {time.perf_counter() - start:.0f} s; later runs find it cached")
+
+
+def fix_length(run: Run) -> None:
+    """Turns `minutes` into max_iters, by the time that the first steps take. Then these are undone,
+    so all that follows is a run of max_iters steps like any other. ValueError if the time is too
+    short for the warm-up of the learning rate.
+    """
+    config, seconds = run.config, []
+    if config.max_iters:
+        return
+
+    def take(count: int) -> float:
+        for _ in range(count):
+            start = time.perf_counter()
+            train_step(run)
+            seconds.append(time.perf_counter() - start)
+        return sum(seconds[1:]) / len(seconds[1:])  # the first one makes the moments
+
+    steps = max(1, config.warmup_iters)
+    with undone(run), suppress(FloatingPointError):  # which the training meets again, and tells
+        share = 0.02 * 60 * config.minutes  # of the time
+        few = run.ranks.from_main(min(200, round(share / take(3))))
+        steps = run.ranks.from_main(round(60 * config.minutes / take(few)))
+    if steps < max(1, config.warmup_iters):
+        raise ValueError(
+            f"minutes={config.minutes:g} allows {counted(steps, 'step*')} here, and "
+            f"warmup_iters={config.warmup_iters}: take more minutes, or less warm-up"
+        )
+    print(f"{steps:,} steps take about {config.minutes:g} minutes here: max_iters={steps}")
+    run.config = replace(config, max_iters=steps)
 
 
 if __name__ == "__main__":

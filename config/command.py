@@ -159,16 +159,19 @@ def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Calls main(argv) and returns the exit code of the process.
 
     After the work was done, it is 1 if the output did not reach its disk. A reader who has left, as
-    `| head` does, is no error.
+    `| head` does, is no error. A signal that was met as an exception ends the process here: its
+    usual end would wait until the C++ compilers are done that torch.compile has started.
     """
     if signal.getsignal(signal.SIGINT) is _exit_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupted = False
     try:
         code = main(argv)
     except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
+        code, interrupted = 128 + signal.SIGINT, True
     except SystemExit as ended:
         code = ended.code or 0
+        interrupted = code > 128
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error) or sys.flags.dev_mode:
             raise
@@ -176,6 +179,8 @@ def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    if interrupted:
+        os._exit(code)
     output_failed = getattr(sys.stdout, "fault", None) and not reader_left(sys.stdout)
     return 1 if code == 0 and output_failed else code
 

@@ -21,7 +21,10 @@ from norm import ELEMENTWISE, PARAMETERS
 class OptimizerKnobs:
     """How the weights are updated, and how often."""
 
-    max_iters: int = knob(2000, "optimizer steps")
+    max_iters: int = knob(2000, "optimizer steps; 0 = as many as `minutes` allow")
+    minutes: float = knob(
+        0.0, "time for the optimizer steps; how many that are is measured and fixed at the start"
+    )
     optimizer: Literal["adamw", "muon"] = knob(
         "adamw", "muon = Muon for the matrices of the Blocks, AdamW for the other weights"
     )
@@ -143,10 +146,10 @@ FIRST_KNOBS = (  # what somebody new to the program needs to know
     "n_layer n_head n_embd block_size norm"
 ).split()
 BOUNDS = (  # a bound in words, as a test, and the knobs that it holds for
-    ("1 or more", lambda v: v >= 1, "batch_size max_iters log_interval keep"),
+    ("1 or more", lambda v: v >= 1, "batch_size log_interval keep"),
     ("0 or more", lambda v: v >= 0, "min_lr warmup_iters weight_decay grad_clip skip_spikes seed"),
     ("0 or more", lambda v: v >= 0, "eval_interval eval_iters save_interval sample_tokens"),
-    ("0 or more", lambda v: v >= 0, "micro_batch_size lora_rank"),
+    ("0 or more", lambda v: v >= 0, "max_iters minutes micro_batch_size lora_rank"),
     ("above 0", lambda v: v > 0, "learning_rate embed_lr lora_alpha"),
     ("in [0, 1)", lambda v: 0 <= v < 1, "beta1 beta2 muon_momentum"),
     ("in (0, 1]", lambda v: 0 < v <= 1, "decay_fraction"),
@@ -165,6 +168,7 @@ NEEDS = (
     ("norm_eps", "a norm with an eps", lambda k: k["norm"] not in ELEMENTWISE),
     ("prms_p", "norm=prmsnorm", lambda k: k["norm"] == "prmsnorm"),
     ("norm_alpha", "norm=dyt or norm=derf", lambda k: "alpha" in PARAMETERS[k["norm"]]),
+    ("minutes", "max_iters=0", lambda k: k["max_iters"] == 0),
     ("muon_momentum", "optimizer=muon", lambda k: k["optimizer"] == "muon"),
     ("min_lr", "a falling lr_schedule", lambda k: k["lr_schedule"] != "constant"),
     ("decay_fraction", "lr_schedule=wsd", lambda k: k["lr_schedule"] == "wsd"),
@@ -212,7 +216,12 @@ class Config(OptimizerKnobs, DataKnobs, RunKnobs, MachineKnobs):
             problems.append(
                 f"min_lr={self.min_lr} must not be above learning_rate={self.learning_rate}"
             )
-        if self.warmup_iters > self.max_iters:
+        if not self.max_iters and not self.minutes:
+            problems.append(
+                "max_iters=0 takes as many steps as minutes allow: write minutes=3, for instance, "
+                "or max_iters as a number of steps"
+            )
+        if 0 < self.max_iters < self.warmup_iters:
             problems.append(
                 f"warmup_iters={self.warmup_iters} must not be above max_iters={self.max_iters}"
             )

@@ -283,7 +283,7 @@ FIELDS = {  # of meta.json: the test that a value must pass, and the words for i
     "tokens": (is_counts, "a number of tokens above 0 for train and for val"),
     "bytes": (is_counts, "a number of bytes above 0 for train and for val"),
     "crc32": (is_checksums, "a list of checksums for train and for val"),
-    "val_xz_bits_per_byte": (is_bits, "null or a number of bits"),
+    "xz_bits_per_byte": (is_bits, "null or a number of bits"),
     **dict.fromkeys(
         ("tokenizer", "tokenizer_sha256", "content_sha256"),
         (lambda value: isinstance(value, str), "a text"),

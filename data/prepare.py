@@ -68,9 +68,7 @@ OPTIONS = ("tokenizer", "vocab_size", "name")
 SAMPLE_CHARS = 8_000_000  # a SentencePiece tokenizer is trained on at most so many
 Surrounded = tuple[list[int], Piece, list[int]]  # a piece between the ids before and behind it
 SAMPLE_DOCUMENTS = 20_000  # of a stream: its tokenizer is trained on those at its beginning
-XZ_LIMIT = (
-    16_000_000  # bytes: xz takes about 1 s for each MB, so a longer val split is not measured
-)
+XZ_LIMIT = 16_000_000  # bytes: xz takes about 1 s for each MB, so no longer text is compressed
 LOSSLESS = ("byte", "char", "tiktoken")  # kinds of tokenizers that keep any text by construction
 EXAMPLES = 8  # characters that are named if others lose some
 SAVE_EVERY = 64_000_000  # bytes of text after which a stream saves its progress
@@ -459,7 +457,6 @@ def meta_of(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: dict) 
         for block in read_blocks(folder / f"{split}.bin", part):
             content.update(block)
             checksums[split].append(zlib.crc32(block))
-    text = val_text(folder, tokenizer, progress)
     lost = {"lost_bytes": progress["lost_bytes"]} if any(progress["lost_bytes"].values()) else {}
     meta = {
         "format_version": 1,
@@ -473,9 +470,15 @@ def meta_of(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: dict) 
         "source": corpus.source,
         "content_sha256": content.hexdigest(),
         "crc32": checksums,
-        "val_xz_bits_per_byte": xz_bits_per_byte(text) if tokenizer.exact and not lost else None,
+        "xz_bits_per_byte": None,
         **lost,  # only there if there is a loss
     }
+    if tokenizer.exact and not lost:
+        text = bytearray()
+        for block in val_text(folder, tokenizer, progress):  # all of it is checked
+            text += block if len(text) <= XZ_LIMIT else b""
+        before = train_text(folder, tokenizer, progress)
+        meta["xz_bits_per_byte"] = xz_bits_per_byte(before, bytes(text))
     return meta | {"checksum": checksum(meta)}
 
 
@@ -495,20 +498,26 @@ def val_text(folder: Path, tokenizer: Tokenizer, progress: dict) -> Iterator[byt
         )
 
 
-def xz_bits_per_byte(text: Iterable[bytes]) -> float | None:
-    """How far `xz -9e` compresses the text, to compare a model's bits per byte with.
+def train_text(folder: Path, tokenizer: Tokenizer, progress: dict) -> bytes:
+    """The end of the training text, about XZ_LIMIT bytes of it, or all if it has no more."""
+    ids = np.memmap(folder / "train.bin", progress["dtype"], mode="r")
+    share = min(1, XZ_LIMIT / progress["bytes"]["train"])
+    return tokenizer.decode_bytes(ids[len(ids) - int(share * len(ids)) :].tolist())
 
-    None for a text of more than XZ_LIMIT bytes.
+
+def xz_bits_per_byte(before: bytes, text: bytes) -> float | None:
+    """What `xz -9e` needs for the text if it has seen the one before it, as a model has: how much
+    larger both together become than the first alone. None for a text of more than XZ_LIMIT bytes.
     """
-    compressor = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
-    size = compressed = 0
-    for block in text:
-        size += len(block)
-        if size <= XZ_LIMIT:
-            compressed += len(compressor.compress(block))
-    if not 0 < size <= XZ_LIMIT:
+    if not 0 < len(text) <= XZ_LIMIT:
         return None
-    return 8 * (compressed + len(compressor.flush())) / size
+    # A dictionary as long as the text does what the usual 64 MB do, and takes less memory.
+    how = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
+    how["dict_size"] = max(2**16, len(before) + len(text))
+    with ThreadPoolExecutor(2) as pool:
+        compress = partial(lzma.compress, filters=[how])
+        alone, together = map(len, pool.map(compress, (before, before + text)))
+    return 8 * max(1, together - alone) / len(text)
 
 
 def read_blocks(path: Path, size: int = 2**22) -> Iterator[bytes]:

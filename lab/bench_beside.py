@@ -194,7 +194,7 @@ def plain_loop(model: torch.nn.Module, data: Dataset, config: Config) -> Callabl
     )
 
     def falling(step: int) -> float:
-        return 1 - min(step / config.max_iters, 1)
+        return 1 - min(step / max(1, config.max_iters), 1)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, falling)
     steps = count()

@@ -55,7 +55,7 @@ from lab.report import WRITTEN, Study, best_cells, speed_section, write_report
 from lab.verdict import time_ratio
 from model import knob
 from run.machine import choose_device, processor, versions
-from run.metrics import METRICS_FILE, is_number, read_metrics
+from run.metrics import METRICS_FILE, is_number, read_metrics, training_seconds
 from run.setup import find_dataset, read_config
 from run.signals import Interrupts
 from train import NOT_FINITE, warm_up
@@ -202,6 +202,11 @@ def read_plan(argv: list[str]) -> Plan:
     fixed |= {"learning_rate": rates[0]} if rates else {}
     refuse_useless_knobs(preset, fixed, arms)
     base = read_config([*preset, *as_arguments(that_count(preset, fixed | arms[0]))])
+    if not base.max_iters:
+        raise ValueError(
+            "max_iters=0 would give each cell as many steps as its minutes allow, and cells are "
+            "compared at equal steps: write max_iters=1000, for instance"
+        )
     if "/" in base.dataset or Path(base.dataset).is_file():
         raise ValueError(
             f"dataset={base.dataset} may change between two cells: "
@@ -369,9 +374,6 @@ def result_of(cell: Cell, folder: Path, exit_code: int) -> dict[str, Any]:
                 f"cell any more: delete {folder}, and the cell is trained again"
             )
         val_loss, val_bpb = evaluations[-1]["val_loss"], evaluations[-1].get("val_bpb")
-    # step_ms of a record is a mean over the steps since the record before.
-    before = [0, *(record["step"] for record in steps)]
-    milliseconds = sum((r["step"] - b) * r["step_ms"] for r, b in zip(steps, before, strict=False))
     return {
         "cell": folder.name,
         "arm": cell.arm,
@@ -382,7 +384,7 @@ def result_of(cell: Cell, folder: Path, exit_code: int) -> dict[str, Any]:
         "diverged": val_loss is None or val_loss > steps[0]["loss"],
         "steps": steps[-1]["step"] if steps else 0,
         "max_iters": cell.config.max_iters,
-        "train_seconds": milliseconds / 1000,
+        "train_seconds": training_seconds(records),
         "peak_memory_mb": max((record["peak_memory_mb"] for record in steps), default=0.0),
         **{name: about[name] for name in AUTOMATIC},
         **{name: about[name] for name in ("micro_batch_size", "parameters", "versions")},

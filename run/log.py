@@ -22,7 +22,7 @@ from model import parameter_count
 from run.evaluate import bytes_per_predicted_token
 from run.folder import check_lock
 from run.machine import flops_per_token, matmul_rate, memory_estimate, peak_memory
-from run.metrics import METRICS_FILE, has_evaluation, read_metrics
+from run.metrics import METRICS_FILE, has_evaluation, read_metrics, training_seconds
 from run.setup import Run
 from run.signals import Interrupts
 from weights import checkpoint
@@ -34,7 +34,7 @@ Tracker = Callable[[dict[str, Any]], None]
 
 def is_finished(run: Run) -> bool:
     """Whether nothing is left to do: the last step is done, saved and evaluated."""
-    if run.step < run.config.max_iters:
+    if run.step < run.config.max_iters or not run.config.max_iters:  # which is not fixed yet
         return False
     evaluated = run.ranks.is_main and has_evaluation(read_metrics(run.folder), run.step)
     return run.ranks.from_main(evaluated)
@@ -137,12 +137,26 @@ class Log:
         self.line(text, sys.stderr)
 
     def end(self, step: int) -> None:
-        """Prints the last lines of a run that is complete or stopped by a signal, and saved."""
-        self.line(f"peak memory {peak_memory(self.device) / 1e9:.2f} GB")
+        """Prints the last lines: what a complete run has come to, a number in a line so that `grep`
+        finds it; or where a run goes on that a signal has stopped, and that is saved."""
         if self.interrupts.came:
             name = signal.Signals(self.interrupts.came).name
             place = shell_path(self.folder)
             self.line(f"{name}: saved at step {step}; train.py {place} goes on from here")
+            return
+        last = [record for record in self.records if "val_loss" in record][-1]
+        seconds, tokens = training_seconds(self.records), step * self.tokens_per_step
+        outcome = {
+            "val_bpb": f"{last['val_bpb']:.6f}" if "val_bpb" in last else "withheld",
+            "val_loss": f"{last['val_loss']:.6f}",
+            "steps": step,
+            "tokens": tokens,
+            "seconds": f"{seconds:.1f}",
+            "tokens_per_second": f"{tokens / seconds:.0f}" if seconds else "unknown",
+            "parameters": parameter_count(self.run.config.model),
+            "peak_memory_mb": f"{peak_memory(self.device) / 2**20:.0f}",
+        }
+        self.line("\n".join(f"{name + ':':<18} {value}" for name, value in outcome.items()))
 
     def has_evaluation(self, step: int) -> bool:
         return has_evaluation(self.records, step)
@@ -277,9 +291,9 @@ def summary(run: Run) -> str:
     if config.lora_rank:
         share = f"{adapters / parameters:.2%}"
         frozen = f", frozen; {adapters:,} parameters of adapters ({share}) are trained"
-    if bits := data.meta.get("val_xz_bits_per_byte"):
+    if bits := data.meta.get("xz_bits_per_byte"):
         # A model that needs more bits than a compressor has learned little.
-        xz = f"; xz -9e needs {bits:.3f} bits per byte of the validation text"
+        xz = f"; xz -9e, after the training text, needs {bits:.3f} bits per validation byte"
     if ranks.size > 1:
         machine, on_each = f"{ranks.size} ranks with {config.parallel}, rank 0 on ", "on each rank "
     if config.init_from:

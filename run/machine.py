@@ -292,8 +292,10 @@ def pays_to_compile(config: Config) -> bool:
     On a CPU, for each token and layer, a compiled step saves about 2.5 us plus 9 ns per channel.
     Compiling takes 25 s plus 2 s per layer (2 cores, docs/LOG.md).
     """
-    model = config.model
-    tokens = config.batch_size * model.block_size * config.max_iters
+    model, tokens = config.model, config.batch_size * config.model.block_size * config.max_iters
+    if not config.max_iters:  # not fixed yet; a step that is not compiled reaches a third
+        rate = matmul_rate(config.device, config.dtype) / 3
+        tokens = 60 * config.minutes * rate / flops_per_token(model, config.lora_rank)
     saved = (2.5e-6 + 9e-9 * model.n_embd) * tokens * model.n_layer
     return config.device.startswith("cuda") or (
         config.device == "cpu" and saved > 25 + 2 * model.n_layer

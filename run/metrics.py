@@ -53,6 +53,13 @@ def is_number(value: Any, name: str = "") -> bool:
     return type(value) is float and (abs(value) < LARGEST_NUMBER or name in MAY_BE_INFINITE)
 
 
+def training_seconds(records: list[dict[str, Any]]) -> float:
+    """How long the optimizer steps took, without evaluating and saving."""
+    steps = [record for record in records if "step_ms" in record]
+    before = [0, *(record["step"] for record in steps)]  # step_ms is a mean since that record
+    return sum((r["step"] - b) * r["step_ms"] for r, b in zip(steps, before, strict=False)) / 1000
+
+
 def has_evaluation(records: list[dict[str, Any]], step: int) -> bool:
     return any(r["step"] == step and "val_loss" in r for r in records)
 

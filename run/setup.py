@@ -10,7 +10,8 @@ import math
 import os
 import shlex
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,8 @@ def resolve(
         model=replace(wanted.model, vocab_size=vocab_size),
     )
     if saved:
-        config = replace(config, **kept_choices(wanted, device, saved["config"], ranks.size))
+        kept = kept_choices(wanted, device, saved["config"], ranks.size)
+        config = replace(config, max_iters=kept_length(wanted, saved["config"]), **kept)
     check_batch(config, ranks.size)
 
     room = total_memory(device) / (ranks.local_size if device == "cpu" else 1)
@@ -212,6 +214,21 @@ def resolve(
     )
 
 
+@contextmanager
+def undone(run: Run) -> Iterator[None]:
+    """Undoes the steps that a run which has not begun does meanwhile."""
+    trained = [p.detach() for p in run.model.parameters() if p.requires_grad]
+    parameters = [sharded.local_part(p) for p in trained]
+    before, scaler = [p.to("cpu", copy=True) for p in parameters], run.scaler.state_dict()
+    yield
+    for parameter, old in zip(parameters, before, strict=True):
+        parameter.copy_(old)
+    for optimizer in run.optimizers:
+        optimizer.state.clear()
+    run.scaler.load_state_dict(scaler)
+    run.step, run.grad_norms = 0, []
+
+
 def kept_choices(wanted: Config, device: str, before: dict[str, Any], ranks: int) -> dict[str, Any]:
     """What a resumed run takes from `before`, the config in its checkpoint, where the user says
     auto: so it stays bitwise the same run. On another device it takes nothing."""
@@ -231,6 +248,16 @@ def kept_choices(wanted: Config, device: str, before: dict[str, Any], ranks: int
     if wanted.batch_size % (ranks * kept.get("micro_batch_size", 1)):
         kept.pop("micro_batch_size", None)  # there are more ranks now
     return kept
+
+
+def kept_length(wanted: Config, before: dict[str, Any]) -> int:
+    """The max_iters of a resumed run. ValueError if `minutes` would fix it a second time."""
+    if wanted.max_iters or before.get("minutes") == wanted.minutes:
+        return wanted.max_iters or before["max_iters"]
+    raise ValueError(
+        f"minutes={wanted.minutes:g} cannot change the length of a run that has begun, which is "
+        f"max_iters={before['max_iters']}: write max_iters with the steps that you want in all"
+    )
 
 
 def check_batch(config: Config, ranks: int) -> None:

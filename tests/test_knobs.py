@@ -44,7 +44,8 @@ KEEPS = (  # sharded does nothing with one rank
     "sample_prompt=the sample_tokens=3 tracker=wandb sharded=false "
     "activation_checkpointing=true"
 ).split()
-ELSEWHERE = ("out_dir", "device", "compile", "parallel")  # test_train.py, test_parallel.py
+# test_train.py, test_parallel.py, test_minutes.py
+ELSEWHERE = ("out_dir", "device", "compile", "parallel", "minutes")
 
 
 def name_of(knob):

@@ -106,10 +106,10 @@ WRONG = [("vocab_size", value) for value in (0, -5, float("nan"), "257", None, T
 WRONG += [("dtype", "float16"), ("dtype", ["uint16"]), ("tokenizer", {}), ("content_sha256", 7)]
 WRONG += [("tokens", value) for value in (140, {"train": 100}, {"train": 100, "val": -1})]
 WRONG += [("bytes", {"train": 0, "val": 3}), ("bos_id", 257), ("bos_id", "x")]
-WRONG += [("bytes", {"train": 10**400, "val": 3}), ("val_xz_bits_per_byte", "\x1b]0;x")]
-WRONG += [("val_xz_bits_per_byte", 10**400), ("vocab_size", 10**400)]
+WRONG += [("bytes", {"train": 10**400, "val": 3}), ("xz_bits_per_byte", "\x1b]0;x")]
+WRONG += [("xz_bits_per_byte", 10**400), ("vocab_size", 10**400)]
 WRONG += [("lost_bytes", value) for value in (3, {"train": 1}, {"train": 1, "val": -1})]
-WRONG += [("val_xz_bits_per_byte", value) for value in ("2", 10**20, -1, float("nan"))]
+WRONG += [("xz_bits_per_byte", value) for value in ("2", 10**20, -1, float("nan"))]
 WRONG += [("bytes", {"train": 10**400, "val": 3}), ("lost_bytes", {"train": 10**400, "val": 3})]
 WRONG += [("format_version", 2), ("format_version", "1"), ("tokenizer_sha256", None)]
 

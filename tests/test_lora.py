@@ -269,7 +269,7 @@ def test_a_resumed_fine_tuning_is_the_uncut_one(tune, tmp_path, lora):
 
 def test_checkpoints_of_adapters_hold_nothing_else(tune, tmp_path):
     code, out, _ = tune("lora_rank=2")
-    assert code == 0 and "are trained" in out and "peak memory" in out
+    assert code == 0 and "are trained" in out and "peak_memory_mb" in out
     for which in ("latest", "best"):
         state = checkpoint.load_named(tmp_path / "run", which)
         assert all(name.endswith(("lora_a", "lora_b")) for name in state["model"])

@@ -1,4 +1,5 @@
 import json
+import lzma
 import os
 import random
 import shutil
@@ -17,7 +18,14 @@ import sentencepiece
 import data.prepare as command
 from data.corpus import CHUNK, NAMED, Corpus, Piece, hub_stream
 from data.loader import open_dataset
-from data.prepare import in_order, main, prepare, spread_sample, train_tokenizer
+from data.prepare import (
+    in_order,
+    main,
+    prepare,
+    spread_sample,
+    train_tokenizer,
+    xz_bits_per_byte,
+)
 from data.tokenizer import ByteTokenizer, load_tokenizer, train_sentencepiece
 from data.tokenizer_export import tokenizer_files
 
@@ -252,10 +260,36 @@ def test_a_folder_gives_its_tokenizer(text, tmp_path, hugging_face, kind, run):
     assert (made / given.file).read_bytes() == given.content()
     meta = open_dataset(made).meta
     assert (meta["tokenizer"], meta["tokenizer_sha256"]) == (kind, given.sha256)
-    assert meta["bos_id"] == given.bos_id and meta["val_xz_bits_per_byte"] > 0
+    assert meta["bos_id"] == given.bos_id and meta["xz_bits_per_byte"] > 0
     assert decoded(made, "train") == PROSE[:CUT]
     assert run(text, "name=again", f"tokenizer={made}") == (0, "")
     assert same_files(made, tmp_path / "data" / "again", ["train.bin"])
+
+
+def test_xz_is_given_the_training_text_first():
+    pick = random.Random(0)
+    before, text = (bytes(pick.choices(b"abcdefgh \n", k=n)) for n in (100_000, 20_000))
+    alone, together = (
+        len(lzma.compress(some, preset=9 | lzma.PRESET_EXTREME)) for some in (before, before + text)
+    )
+    bits = xz_bits_per_byte(before, text)
+    assert bits == pytest.approx(8 * (together - alone) / 20_000, rel=1e-3)
+    assert 0 < xz_bits_per_byte(before, before[-20_000:]) < 0.02 * bits  # it has seen that
+    assert xz_bits_per_byte(before, b"") is None
+
+
+def test_a_text_that_is_too_long_for_xz_is_cut_or_not_measured(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("data.prepare.XZ_LIMIT", 300)
+    monkeypatch.setattr("data.prepare.xz_bits_per_byte", lambda *both: seen.append(both))
+    (tmp_path / "a.txt").write_text("0123456789" * 200)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "made", tokenizer="byte")
+    before, text = seen.pop()
+    assert before == b"0123456789" * 30 and text == b"0123456789" * 20
+    (tmp_path / "a.txt").write_text("0123456789" * 400)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "more", tokenizer="byte")
+    monkeypatch.undo()
+    assert xz_bits_per_byte(b"", bytes(16_000_001)) is None
 
 
 def test_a_normalising_tokenizer_is_measured(text, tmp_path, hugging_face, capsys):
@@ -264,7 +298,7 @@ def test_a_normalising_tokenizer_is_measured(text, tmp_path, hugging_face, capsy
     (hugging_face / "tokenizer.json").write_text(json.dumps(fields))
     meta = prepare([str(text)], tmp_path / "out", str(hugging_face))
     lost = {"train": PROSE[:CUT].count("q"), "val": PROSE[CUT:].count("q")}
-    assert meta["lost_bytes"] == lost and meta["val_xz_bits_per_byte"] is None
+    assert meta["lost_bytes"] == lost and meta["xz_bits_per_byte"] is None
     share = f"{100 * lost['train'] / CUT:.3g}%"
     assert f"warning: this tokenizer loses {share} of the train text" in capsys.readouterr().err
 

@@ -193,7 +193,7 @@ def full_under_the_log(report: Report, tries: int, folder: Path) -> None:
     for i in range(tries):
         out, room = folder / f"run{i}", random.Random(i).randint(0, 40)
         ended = train_child(out, partial(no_room_for_lines, room))
-        lost = "peak memory" not in ended.text  # the last line, and with it the error's own
+        lost = "peak_memory_mb" not in ended.text  # the last line, and with it the error's own
         failure = "" if "Traceback" not in ended.text and ended.code == lost else ended.text[-500:]
         failure = failure or untidy(out)
         report.count(f"{room} bytes", failure or difference(whole, out))

@@ -567,7 +567,7 @@ RECORDS = {  # of a .jsonl of ours
     "texts as numbers": b'{"step": 1, "loss": "\\u001b[2J", "val_loss": [], "knobs": []}',
 }
 META = {
-    "val_xz_bits_per_byte": ESCAPES,
+    "xz_bits_per_byte": ESCAPES,
     "tokens": {"train": 10**15, "val": 10**15},
     "dtype": "../../outside/secret.bin",
     "vocab_size": 10**30,

@@ -133,7 +133,7 @@ def told(out: Path, lines: int) -> str:
     text = printed(out)
     said = re.findall(r"^error: .*", text, re.M)
     if re.search(r'File ".*(train|ranks)\.py", line', text):
-        return f"a traceback: {text[-3000:]}"
+        return f"a traceback: {text[text.find('Traceback') :][:6000]}"
     return f"told {said}" if len(said) > lines else ""
 
 

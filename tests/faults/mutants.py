@@ -253,6 +253,10 @@ class Mutant(NamedTuple):
     edits: list[tuple[str, list[str], list[str]]]  # (file, lines that go, lines that come)
 
 
+def every_mutant() -> list[Mutant]:
+    return [read_mutant(text) for text in MUTANTS.strip().split("\n\n")]
+
+
 def read_mutant(text: str) -> Mutant:
     first, *lines = text.splitlines()
     what, words, *tries = first.split(" | ")
@@ -276,8 +280,7 @@ def edited(text: str, old: list[str], new: list[str]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    every = [read_mutant(text) for text in MUTANTS.strip().split("\n\n")]
-    chosen = [mutant for mutant in every if all(word in mutant.what for word in argv)]
+    chosen = [mutant for mutant in every_mutant() if all(word in mutant.what for word in argv)]
     print("| taken out | the fault | passed |\n| --- | --- | --- |", flush=True)
     found = [is_found(mutant) for mutant in chosen]
     return 0 if chosen and all(found) else 1

@@ -1,0 +1,101 @@
+"""minutes=: the number of steps is measured once, and from there on the run is like any other."""
+
+import json
+import os
+import signal
+
+import pytest
+from test_train import assert_same_run, signal_after
+
+import train
+
+FIRST = ("max_iters=0", "minutes=0.003", "warmup_iters=2")
+
+
+def steps_of(folder):
+    return json.loads((folder / "config.json").read_text())["max_iters"]
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("optimizer=muon", "dropout=0.1", "skip_spikes=6"), ("lr_schedule=wsd",)]
+)
+def test_it_is_bitwise_the_run_of_as_many_steps(start, tmp_path, more):
+    code, out, err = start(*FIRST, *more)
+    steps = steps_of(tmp_path / "run")
+    assert code == 0 and steps >= 2 and err == ""
+    assert out.startswith(f"{steps:,} steps take about 0.003 minutes here: max_iters={steps}\n")
+    code, out, _ = start(f"max_iters={steps}", *more, out="other")
+    assert code == 0 and "minutes" not in out
+    assert_same_run(tmp_path / "run", tmp_path / "other")
+
+
+def test_it_takes_about_so_long(start, tmp_path, monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 0.25 * next(clock))
+    code, out, _ = start("max_iters=0", "minutes=0.1", "eval_interval=0", "warmup_iters=0")
+    assert code == 0 and steps_of(tmp_path / "run") == 6 / 0.25
+    assert "seconds:           6.0\n" in out
+
+
+def test_what_was_fixed_stays_on_a_resume(start, tmp_path, monkeypatch):
+    start(*FIRST, "max_iters=0", "minutes=0.02", out="whole")
+    steps = steps_of(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fix_length", lambda run: fixed(run, steps))
+        signal_after(patch, 3)
+        assert start("max_iters=0", "minutes=0.02")[0] == 128 + signal.SIGTERM
+    code, out, _ = start("max_iters=0", "minutes=0.02", "resume=auto")
+    assert code == 0 and "minutes here" not in out
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert "nothing to do" in start("max_iters=0", "minutes=0.02", "resume=auto")[1]
+
+
+def fixed(run, steps):
+    """Stands for fix_length, which may find another number each time."""
+    run.config = train.replace(run.config, max_iters=steps)
+
+
+def test_other_minutes_cannot_change_a_run_that_has_begun(start, tmp_path):
+    start("max_iters=12")
+    code, _, err = start("max_iters=0", "minutes=3", "resume=auto")
+    said = "minutes=3 cannot change the length of a run that has begun, which is max_iters=12"
+    assert code == 2 and said in err and err.count("\n") == 1
+    assert start("max_iters=14", "resume=auto")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "knobs, said",
+    [
+        (("minutes=3",), "minutes=3.0 has no effect without max_iters=0"),
+        (("max_iters=0",), "max_iters=0 takes as many steps as minutes allow: write minutes=3"),
+        (("max_iters=0", "minutes=-1"), "minutes must be 0 or more"),
+        (("max_iters=0", "minutes=nan"), "must be finite"),
+        (
+            ("max_iters=0", "minutes=1e-6", "warmup_iters=2"),
+            "minutes=1e-06 allows 0 steps here, and warmup_iters=2",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(start, tmp_path, knobs, said):
+    code, out, err = start(*knobs)
+    assert code == 2 and said in err and err.count("\n") == 1 and out == ""
+    assert not os.path.exists(tmp_path / "run")
+
+
+def test_nan_in_the_first_steps_is_told_by_the_training(start, monkeypatch):
+    def step(run, *_):
+        raise FloatingPointError("loss NaN at step 1")
+
+    monkeypatch.setattr(train, "train_step", step)
+    code, _, err = start(*FIRST)
+    assert code == train.NOT_FINITE and err.startswith("error: loss NaN at step 1.")
+
+
+def test_the_last_lines_are_a_block_of_numbers(start):
+    out = start("max_iters=4", "eval_interval=0")[1]
+    block = dict(line.split(":") for line in out.splitlines()[-8:])
+    names = "val_bpb val_loss steps tokens seconds tokens_per_second parameters peak_memory_mb"
+    assert list(block) == names.split()
+    assert int(block["steps"]) == 4 and int(block["tokens"]) == 4 * 8 * 32
+    assert all(float(value) >= 0 for value in block.values())
+    assert f"val loss {float(block['val_loss']):.4f} | {float(block['val_bpb']):.4f} bits" in out
