@@ -40,7 +40,9 @@ LAUNCHER_VARIABLES = (
 # Errors of the user or the machine, which are told in one line. Other errors show a traceback.
 FAULTS = (ValueError, OSError)
 LOST_RANK = re.compile(  # gloo's words for a rank that has gone or does not answer
-    r"gloo/\S+] (.*?(?:closed|closure|reset by peer|Broken pipe|refused|imed out).*?)(?:\. |$)",
+    # Most begin with the place in gloo's sources. What comes out of a backward does not.
+    r"(?:gloo/\S+] |^(?=Application timeout|Connection (?:closed|reset)|Timed out waiting))"
+    r"(.*?(?:closed|closure|reset by peer|Broken pipe|refused|imed out).*?)(?:\. |$)",
     re.M,
 )
 

@@ -11,7 +11,7 @@ from faults.launched import own_data
 from ranks import instead
 
 from data.prepare import prepare
-from run.ranks import ALONE, join
+from run.ranks import ALONE, LOST_RANK, join
 
 LAUNCHED = {
     "RANK": "0",
@@ -49,6 +49,20 @@ def test_any_other_error_is_the_traceback_of_its_rank(tmp_path, rank, how):
     codes, texts = train_ranks(3, tmp_path / "run", act)
     assert codes == [1, 1, 1]
     assert texts.pop(rank).endswith("KeyError: 'bug'\n") and texts == ["", ""]
+
+
+@pytest.mark.parametrize(
+    "words, lost",
+    [
+        ("Application timeout caused pair closure", True),  # as a backward has shown it
+        ("[../third_party/gloo/gloo/pair.cc:537] Connection closed by peer [127.0.0.1]:1", True),
+        ("[/pytorch/gloo/buffer.cc:73] Timed out waiting 5000ms for recv", True),
+        ("I/O operation on closed file", False),
+        ("a test says: Connection closed", False),
+    ],
+)
+def test_gloos_words_for_a_rank_that_has_gone_are_known(words, lost):
+    assert bool(LOST_RANK.search(words)) is lost
 
 
 MISSING = "LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: start"
