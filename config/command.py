@@ -125,6 +125,9 @@ def start() -> None:
     From here on, Ctrl-C ends it without a traceback, and no output fails. A package that is missing
     ends it with exit code 2 and one line, because it is usually another Python that has them all.
     """
+    # Threads wait for each other hundreds of times in a step, and spin meanwhile: by default for so
+    # long that beside another busy program a step takes half as long again (docs/LOG.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit_at_once)
     for number in range(3):

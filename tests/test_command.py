@@ -86,6 +86,16 @@ def start_program(tmp_path, seconds=0.0, **options):
     return subprocess.Popen(words, cwd=ROOT, **pipes | options)
 
 
+@pytest.mark.parametrize("own, seen", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_wait_without_spinning_for_long_unless_the_user_wants_it(own, seen):
+    before = {name: os.environ[name] for name in os.environ if name != "GOMP_SPINCOUNT"}
+    code = (
+        "from config.command import start; start(); import os; print(os.environ['GOMP_SPINCOUNT'])"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=before | own)
+    assert printed.decode().strip() == seen
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_what_the_output_cannot_hold_is_replaced(tmp_path, encoding):
     program = start_program(tmp_path, env=os.environ | {"PYTHONIOENCODING": encoding})
