@@ -22,7 +22,6 @@ from norm import (
 
 KINDS = list(EAGER)
 PAIRS = [(kind, impl) for kind in KINDS for impl in IMPLEMENTED if kind in IMPLEMENTED[impl]]
-# Compiling takes its time: two tests compile every norm, the others only these.
 STATISTICAL = [kind for kind in KINDS if kind not in ELEMENTWISE]
 C, EPS = 48, 1e-5
 EXACT = dict(atol=1e-12, rtol=1e-12)
@@ -225,6 +224,7 @@ def test_every_implementation_has_the_gradient_of_float64(kind, impl):
         assert torch.allclose(value, reference, atol=1e-5 * reference.abs().max().item(), rtol=1e-5)
 
 
+# Compiling takes its time: two tests compile every norm, the others only one.
 QUICK_PAIRS = [pair for pair in PAIRS if pair[1] != "compile" or pair[0] == "rmsnorm"]
 
 
