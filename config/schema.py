@@ -154,7 +154,7 @@ BOUNDS = (  # a bound in words, as a test, and the knobs that it holds for
     ("in [0, 1)", lambda v: 0 <= v < 1, "beta1 beta2 muon_momentum"),
     ("in (0, 1]", lambda v: 0 < v <= 1, "decay_fraction"),
     ("below 2**43", lambda v: v < 2**43, "seed"),  # times a million it fits into 64 bits
-    ("at most 1,000,000", lambda v: v <= 1_000_000, "batch_size micro_batch_size"),
+    ("at most 1,000,000", lambda v: v <= 1_000_000, "batch_size micro_batch_size minutes"),
 )
 # Knobs that count only beside others: they, the others in words, and as a test of all knobs and of
 # `launched`: whether a launcher such as torchrun has started this process.

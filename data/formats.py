@@ -2,6 +2,7 @@
 
 import codecs
 import re
+import unicodedata
 
 HEAD = 8192  # bytes that are looked at
 BYTE_ORDER_MARK = "\ufeff"  # some programs begin a file in UTF-8 with it, too
@@ -34,6 +35,9 @@ FORMATS = (  # a pattern of the first bytes, what such a file is, and what to do
     (rb"\x7fELF|\xcf\xfa\xed\xfe|MZ.*\0", "a program", "leave it out"),
     (rb"SQLite format 3\0", "an SQLite database", SAVE_AS_TEXT),
 )
+ASCII = re.compile(rb"[\t\r\n -~]")  # what is printable of it
+# In Windows-1252. In DOS's code pages these bytes are letters.
+SIGN_IN_A_WORD = rb"[A-Za-z][\x80-\x89\x8b\x8d\x8f-\x91\x93-\x99\x9b\x9d][A-Za-z]"
 # Text in another encoding has NUL bytes, too. The wider one comes first, as UTF-32 begins with the
 # byte order mark of UTF-16.
 WIDE = {
@@ -65,7 +69,8 @@ def wide_encoding(head: bytes) -> str | None:
     for encoding, mark in WIDE.items():
         if head.startswith(mark):
             return encoding
-    if b"\0" not in head:
+    few_nul = len(ASCII.findall(head)) > 0.8 * len(head)  # in UTF-16 at most half are ASCII
+    if b"\0" not in head or few_nul:
         return None
     texts = {encoding: read_as(head, encoding) for encoding in WIDE}
     texts = {encoding: text for encoding, text in texts.items() if text}
@@ -74,26 +79,30 @@ def wide_encoding(head: bytes) -> str | None:
 
 
 def read_as(head: bytes, encoding: str) -> str:
-    """These bytes as text in the encoding; "" if they are not printable in it. HEAD of them may cut
-    a character.
-    """
+    """These bytes as text in the encoding; "" if they are none. They may end within a character."""
     try:
-        text = codecs.getincrementaldecoder(encoding)().decode(head, final=len(head) < HEAD)
+        text = codecs.getincrementaldecoder(encoding)().decode(head)
     except UnicodeDecodeError:
         return ""
-    return text if all(char.isprintable() or char.isspace() for char in text) else ""
+    return text if all(map(is_of_text, text)) else ""
+
+
+def is_of_text(char: str) -> bool:
+    """Whether it is printable, a space, or says how its neighbours are joined, split or turned."""
+    return char.isprintable() or char.isspace() or unicodedata.category(char) == "Cf"
 
 
 def not_utf8(content: bytes, at: int) -> str:
     """In words: the byte at this place of a text is not UTF-8, and how to make it so.
 
     Another encoding is named only if the text around is plausible in it. Windows-1252 is that of
-    western languages, in which never many letters beyond ASCII stand side by side, and words are
-    short.
+    western languages, in which never many letters beyond ASCII stand side by side, words are short,
+    and no sign but an apostrophe stands within one.
     """
     around = content[max(0, at - HEAD // 2) : at + HEAD // 2]
     words = read_as(around, "cp1252").split()
-    if words and len(around) < 20 * len(words) and not re.search(rb"[\x80-\xff]{4}", around):
+    plausible = bool(words) and len(around) < 20 * len(words)
+    if plausible and not re.search(rb"[\x80-\xff]{4}|" + SIGN_IN_A_WORD, around):
         byte = content[at : at + 1].decode("cp1252")
         what, encoding = f", which is {byte!r} in Windows-1252", "WINDOWS-1252"
     else:

@@ -28,6 +28,7 @@ from data.tokenizer import tokenizer_sha256
 
 DATA = Path(__file__).resolve().parent  # data/prepare.py puts its folders here
 FULL_SCAN = 200_000_000  # tokens; of a larger file only so many are checked, in spread parts
+UNCHANGED = ("st_size", "st_mtime_ns", "st_ctime_ns")  # of a file with the same content
 LARGEST_META = 2**26  # bytes
 
 
@@ -73,11 +74,12 @@ class Dataset:
         for path, before in self.opened.items():
             try:
                 now = os.stat(path)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue
             if not os.path.samestat(now, before):
                 continue
-            if (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
+            # A program can set the time of the content back, but not that of the file's status.
+            if all(getattr(now, time) == getattr(before, time) for time in UNCHANGED):
                 continue
             try:
                 if now.st_size != before.st_size:

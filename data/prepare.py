@@ -556,9 +556,10 @@ def read_command(argv: list[str]) -> tuple[Corpus, Path, str | None, int | None]
         raise ValueError(f"vocab_size must be a whole number below ten million, got {size!r:.80}")
     corpus = open_corpus(sources)
     name = options.get("name", corpus.name)
-    if name != Path(name).name or name.startswith(".") or not name or "\\" in name:
+    if name != Path(name).name or name.startswith((".", "~")) or not name or "\\" in name:
         raise ValueError(
-            f"name={name!r} must be a bare folder name, without slashes and not starting with a dot"
+            f"name={name!r} must be a bare folder name: without slashes, and not beginning with . "
+            f"or ~"
         )
     out = Path(__file__).resolve().parent / name
     return corpus, out, options.get("tokenizer"), None if size is None else int(size)

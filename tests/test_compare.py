@@ -116,6 +116,11 @@ def test_what_is_not_said_is_the_preset_and_five_seeds():
     assert str(compare.read_plan([TINY]).folder) == "out/compare-tiny"
 
 
+def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(plan(NORMS, "out_dir=~/cmp").folder) == "/home/me/cmp"
+
+
 @pytest.mark.parametrize("name, place", [("run-0.1", "run-0.1"), ("run", ".")])
 def test_comparisons_that_begin_from_runs_have_a_folder_each(tmp_path, monkeypatch, name, place):
     (tmp_path / name).mkdir()

@@ -93,10 +93,11 @@ def test_a_nul_byte_is_no_text_wherever_it_stands(tmp_path, at):
         ("\u201cGr\u00fc\u00dfe\u201d\r\n".encode("cp1252") + b"to you\n", True),
         ("\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3067\u3059\u3002\n".encode("shift_jis"), False),
         ("\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440\n".encode("cp1251"), False),
+        ("Les \u00e9l\u00e8ves d\u00e9j\u00e0 pr\u00e9par\u00e9s\n".encode("cp437"), False),
         (b"\x80\x05]\x94(K\x01K\x02e.", False),  # a pickle
         (b"\xff\xfb\x90d\x01\x02\x03 Info", False),  # MP3
     ],
-    ids=["French", "German", "Shift-JIS", "Russian", "pickle", "MP3"],
+    ids=["French", "German", "Shift-JIS", "Russian", "DOS", "pickle", "MP3"],
 )
 def test_an_encoding_is_guessed_only_where_it_is_plausible(tmp_path, content, guessed):
     for text in (content, b"plain words " + content):
@@ -348,6 +349,8 @@ FOREIGN = {  # what is given as text, and a part of the message
         "UTF-16BE, .*iconv -f UTF-16BE",
     ),
     "UTF-16BE, Korean": ("\uc138\uacc4 \n".encode("utf-16-be"), "UTF-16BE, .*iconv -f UTF-16BE"),
+    "UTF-16, Persian": ("a\u200cb \xad".encode("utf-16-le"), "UTF-16LE, .*iconv -f UTF-16LE"),
+    "UTF-16, cut": ("line\n".encode("utf-16-le")[:-1], "UTF-16LE, .*iconv -f UTF-16LE"),
     "UTF-32": (("x" * 5000).encode("utf-32"), "UTF-32LE, .*iconv -f UTF-32LE"),
     "NUL": (b"a text with one\0 of them", "is binary .it has NUL bytes"),
 }

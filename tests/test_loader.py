@@ -229,6 +229,21 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(dataset, split, change)
         dataset.check_unchanged()
 
 
+def test_a_change_whose_time_was_set_back_is_noticed(dataset):
+    path = dataset.folder / "train.bin"
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(OSError, match="train.bin was changed while it was being read"):
+        dataset.check_unchanged()
+
+
+def test_a_file_in_the_place_of_the_whole_folder_is_no_change(dataset):
+    dataset.folder.rename(dataset.folder.with_name("moved"))
+    dataset.folder.touch()
+    dataset.check_unchanged()
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_what_is_read_while_a_file_changes_is_never_given_out(dataset, split, monkeypatch):
     def changing(*arguments):

@@ -70,6 +70,7 @@ def test_other_minutes_cannot_change_a_run_that_has_begun(start, tmp_path):
         (("max_iters=0",), "max_iters=0 takes as many steps as minutes allow: write minutes=3"),
         (("max_iters=0", "minutes=-1"), "minutes must be 0 or more"),
         (("max_iters=0", "minutes=nan"), "must be finite"),
+        (("max_iters=0", "minutes=1e15"), "minutes must be at most 1,000,000"),
         (
             ("max_iters=0", "minutes=1e-6", "warmup_iters=2"),
             "minutes=1e-06 allows 0 steps here, and warmup_iters=2",
