@@ -252,8 +252,9 @@ def kept_choices(wanted: Config, device: str, before: dict[str, Any], ranks: int
 
 def kept_length(wanted: Config, before: dict[str, Any]) -> int:
     """The max_iters of a resumed run. ValueError if `minutes` would fix it a second time."""
-    if wanted.max_iters or before.get("minutes") == wanted.minutes:
-        return wanted.max_iters or before["max_iters"]
+    fixed = before["max_iters"] if before.get("minutes") == wanted.minutes else 0
+    if wanted.max_iters or fixed:
+        return wanted.max_iters or fixed
     raise ValueError(
         f"minutes={wanted.minutes:g} cannot change the length of a run that has begun, which is "
         f"max_iters={before['max_iters']}: write max_iters with the steps that you want in all"

@@ -8,6 +8,7 @@ import pytest
 from test_train import assert_same_run, signal_after
 
 import train
+from weights import checkpoint
 
 FIRST = ("max_iters=0", "minutes=0.003", "warmup_iters=2")
 
@@ -100,3 +101,13 @@ def test_the_last_lines_are_a_block_of_numbers(start):
     assert int(block["steps"]) == 4 and int(block["tokens"]) == 4 * 8 * 32
     assert all(float(value) >= 0 for value in block.values())
     assert f"val loss {float(block['val_loss']):.4f} | {float(block['val_bpb']):.4f} bits" in out
+
+
+def test_a_checkpoint_that_says_nothing_of_its_length_is_refused(start, tmp_path):
+    start("max_iters=12")
+    for path in (tmp_path / "run").glob("ckpt_*.pt"):
+        state = checkpoint.load(path)
+        state["config"] |= {"max_iters": 0, "minutes": 3.0}
+        checkpoint.save(path, state)
+    code, _, err = start("max_iters=0", "minutes=3", "resume=auto")
+    assert code == 2 and "which is max_iters=0" in err and err.count("\n") == 1
