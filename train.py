@@ -318,17 +318,20 @@ def fix_length(run: Run) -> None:
             seconds.append(time.perf_counter() - start)
         return sum(seconds[1:]) / len(seconds[1:])  # the first one makes the moments
 
-    steps = max(1, config.warmup_iters)
-    with undone(run), suppress(FloatingPointError):  # which the training meets again, and tells
+    steps, least = None, max(1, config.warmup_iters)
+    with undone(run), suppress(FloatingPointError):
         share = 0.02 * 60 * config.minutes  # of the time
         few = run.ranks.from_main(min(200, round(share / take(3))))
         steps = run.ranks.from_main(round(60 * config.minutes / take(few)))
-    if steps < max(1, config.warmup_iters):
+    if steps is None:
+        steps = least  # the training meets the NaN or Inf again, and tells of it
+    elif steps < least:
         raise ValueError(
             f"minutes={config.minutes:g} allows {counted(steps, 'step*')} here, and "
             f"warmup_iters={config.warmup_iters}: take more minutes, or less warm-up"
         )
-    print(f"{steps:,} steps take about {config.minutes:g} minutes here: max_iters={steps}")
+    else:
+        print(f"{steps:,} steps take about {config.minutes:g} minutes here: max_iters={steps}")
     run.config = replace(config, max_iters=steps)
 
 

@@ -16,7 +16,7 @@ tie_embeddings = True
 
 # 2,048 tokens per step. At this size many small steps learn faster than few large ones.
 batch_size = 8
-max_iters = 0  # as many as take
+max_iters = 0  # as many as these minutes allow
 minutes = 3
 optimizer = "muon"  # in 300 steps it came much further than AdamW
 learning_rate = 6e-3

@@ -35,7 +35,7 @@ FORMATS = (  # a pattern of the first bytes, what such a file is, and what to do
     (rb"\x7fELF|\xcf\xfa\xed\xfe|MZ.*\0", "a program", "leave it out"),
     (rb"SQLite format 3\0", "an SQLite database", SAVE_AS_TEXT),
 )
-ASCII = re.compile(rb"[\t\r\n -~]")  # what is printable of it
+ASCII = re.compile(rb"[\t\r\n -~]")  # a character that a text may have
 # In Windows-1252. In DOS's code pages these bytes are letters.
 SIGN_IN_A_WORD = rb"[A-Za-z][\x80-\x89\x8b\x8d\x8f-\x91\x93-\x99\x9b\x9d][A-Za-z]"
 # Text in another encoding has NUL bytes, too. The wider one comes first, as UTF-32 begins with the
@@ -79,7 +79,9 @@ def wide_encoding(head: bytes) -> str | None:
 
 
 def read_as(head: bytes, encoding: str) -> str:
-    """These bytes as text in the encoding; "" if they are none. They may end within a character."""
+    """These bytes as text in the encoding, or "" if they are no text in it. The last character may
+    be cut.
+    """
     try:
         text = codecs.getincrementaldecoder(encoding)().decode(head)
     except UnicodeDecodeError:

@@ -79,7 +79,7 @@ class Dataset:
             if not os.path.samestat(now, before):
                 continue
             # A program can set the time of the content back, but not that of the file's status.
-            if all(getattr(now, time) == getattr(before, time) for time in UNCHANGED):
+            if all(getattr(now, field) == getattr(before, field) for field in UNCHANGED):
                 continue
             try:
                 if now.st_size != before.st_size:

@@ -24,7 +24,7 @@ LARGEST_ID = 2**22  # unused ids take memory, too; the largest vocabularies have
 LONGEST_TRY = 10  # seconds for what an honest tokenizer does in a part of one
 MOST_STEPS = 64
 MOST_GROWTH = 256  # the steps of a tokenizer.json may make a text so many times as long
-MOST_CHARS = 256  # of the regular expressions are tried
+MOST_CHARS = 256  # of its regular expressions, each of which is tried over and over
 MOST_AROUND = 64  # ids that it may put around a text
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 DECODERS = {"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip"}  # known here
@@ -323,7 +323,7 @@ class Companions(NamedTuple):
             for i in (file.get(f"{role}_token_id") for file in (self.generation, self.model))
         )
         if wrong := [i for i in said + other if type(i) is not int]:
-            raise Mismatch(f"{role}_token_id must be a whole number or some, got {wrong[0]!r:.99}")
+            raise Mismatch(f"{role}_token_id must be an id or a list of ids, got {wrong[0]!r:.99}")
         found += said + [i for i in other if not said or i in special]
         return list(dict.fromkeys(found))
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import norm
 import train
-from config.command import expand_home, one_line, printable, run_command, user_errors
+from config.command import one_line, printable, run_command, user_errors
 from config.help import help_text, training_help
 from config.preset import KNOBS, load_json, read_knobs
 from config.schema import Config, parse_value
@@ -216,7 +216,7 @@ def read_plan(argv: list[str]) -> Plan:
     return Plan(
         options=options,
         preset=preset,
-        folder=Path(expand_home(knobs.get("out_dir", f"out/compare-{stem}"))),
+        folder=Path(base.out_dir if "out_dir" in knobs else f"out/compare-{stem}"),
         fixed=fixed,
         arms={label(arm) or stem: arm for arm in arms},
         rates=rates or [fixed.get("learning_rate", repr(base.learning_rate))],

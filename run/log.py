@@ -18,6 +18,7 @@ from tqdm import tqdm
 from config.command import counted, one_line, printable, reader_left, shell_path, warn
 from data.files import is_own_file, write_atomically
 from data.loader import val_starts
+from data.prepare import XZ_LIMIT
 from model import parameter_count
 from run.evaluate import bytes_per_predicted_token
 from run.folder import check_lock
@@ -293,7 +294,10 @@ def summary(run: Run) -> str:
         frozen = f", frozen; {adapters:,} parameters of adapters ({share}) are trained"
     if bits := data.meta.get("xz_bits_per_byte"):
         # A model that needs more bits than a compressor has learned little.
-        xz = f"; xz -9e, after the training text, needs {bits:.3f} bits per validation byte"
+        read = "the training text"
+        if data.meta["bytes"]["train"] > XZ_LIMIT:
+            read = f"{XZ_LIMIT / 1e6:.0f} MB of {read}"
+        xz = f"; xz -9e, after {read}, needs {bits:.3f} bits per validation byte"
     if ranks.size > 1:
         machine, on_each = f"{ranks.size} ranks with {config.parallel}, rank 0 on ", "on each rank "
     if config.init_from:

@@ -601,10 +601,22 @@ def test_a_damaged_tokenizer_json_is_one_error_line(part, match, tmp_path, capfd
     [
         ("config", [], "config.json: damaged .*not an object"),
         ("generation_config", {"eos_token_id": 9999}, "json: bos or eos, 9999, is not an id"),
-        ("config", {"bos_token_id": "1"}, "bos_token_id must be a whole number or some, got '1'"),
-        ("config", {"eos_token_id": [True]}, "eos_token_id must be a whole number or some, got T"),
-        ("config", {"eos_token_id": [[]]}, "must be a whole number or some, got .."),
-        ("generation_config", {"eos_token_id": {"a": 1}}, "whole number or some, got {'a': 1}"),
+        (
+            "config",
+            {"bos_token_id": "1"},
+            "bos_token_id must be an id or a list of ids, got '1'",
+        ),
+        (
+            "config",
+            {"eos_token_id": [True]},
+            "eos_token_id must be an id or a list of ids, got T",
+        ),
+        ("config", {"eos_token_id": [[]]}, "must be an id or a list of ids, got .."),
+        (
+            "generation_config",
+            {"eos_token_id": {"a": 1}},
+            "an id or a list of ids, got {'a': 1}",
+        ),
         ("tokenizer_config", {"eos_token": ["</s>"]}, "eos_token .'</s>'."),
         ("tokenizer_config", {"eos_token": {"text": "</s>"}}, "eos_token {'text': '</s>'}"),
         (

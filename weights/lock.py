@@ -82,17 +82,14 @@ class Lock:
         `take_again`."""
         if self._is_at_path(self.file) or not self.folder.is_dir():
             return
-        lost = any(self.folder.iterdir())
-        if not lost:
-            try:
+        with suppress(ValueError):  # another process was faster
+            if not any(self.folder.iterdir()):
                 self.take_again()
-            except ValueError:  # another process was faster
-                lost = True
-        if lost:
-            raise FolderLost(
-                f"{self.folder} is not this process's any more: its {self.path.name} was moved, "
-                f"removed or replaced, so nothing more is written there"
-            )
+                return
+        raise FolderLost(
+            f"{self.folder} is not this process's any more: its {self.path.name} was moved, "
+            f"removed or replaced, so nothing more is written there"
+        )
 
     def _locked_file(self) -> TextIO:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
