@@ -885,7 +885,8 @@ def test_merges_left_out_by_chance_are_refused(tmp_path):
 def test_a_damaged_file_beside_a_tokenizer_json_is_named(tmp_path):
     save_hugging_face(tmp_path, BYTE_LEVEL)
     (tmp_path / "chat_template.jinja").write_bytes(b"{{ \xff }}")
-    refused(tmp_path, "chat_template.jinja: damaged tokenizer file")
+    said = refused(tmp_path, "chat_template.jinja: damaged tokenizer file")
+    assert said.count("damaged tokenizer file") == 1 and "tokenizer.json" not in said
 
 
 def test_the_chat_template_that_transformers_saves_apart_goes_along(tmp_path):
