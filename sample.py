@@ -55,12 +55,19 @@ from run.machine import (
 from run.parallel import uncompiled, uses_fsdp
 from run.setup import Run
 from weights.open import load_model
-from weights.quantize import can_pack_matrices, pack_matrices, quantize_int8, round_matrices
+from weights.quantize import (
+    can_pack_matrices,
+    pack_matrices,
+    quantize_int8,
+    round_matrices,
+    sum_matrices,
+)
 
 USAGE = """python sample.py FOLDER [key=value ...]
 
 FOLDER is that of a run, or a model in Hugging Face's form. Every knob with its default:"""
 LARGEST_PROMPT = 1_000_000  # bytes of a file or of standard input; far more than any context
+LONG_TEXT = 8000  # tokens that pay for compiling a step, by the figures of docs/LOG.md
 # How the text at the end of a training is drawn; small models would repeat themselves otherwise.
 SAMPLE_OF_A_RUN = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.15}
 
@@ -130,8 +137,10 @@ class SampleOptions:
     quantize: Literal["none", "int8"] = knob(
         "none", "int8 = matrices as whole numbers, with a scale for each output"
     )
-    compile: bool = knob(
-        False, "compile the step that makes a token: slow at first, then long texts come faster"
+    compile: Literal["auto", True, False] = knob(
+        "auto",
+        "compile the step that makes a token: it takes seconds, and then each token comes faster; "
+        f"auto = on a CPU, for one text of at least {LONG_TEXT:,} tokens",
     )
     eval: Literal["none", "val", "train"] = knob(
         "none", "instead of sampling, print the loss on this split of dataset"
@@ -225,7 +234,7 @@ def sample_or_evaluate(argv: list[str]) -> None:
 
 
 def parse_arguments(argv: list[str]) -> tuple[Path, SampleOptions]:
-    """The folder and the options, with the device and the dtype that auto stands for."""
+    """The folder and the options, with what auto stands for in device, dtype and compile."""
     known = knobs_of(SampleOptions)
     words, given = read_arguments(argv, known)
     if len(words) != 1:
@@ -238,7 +247,12 @@ def parse_arguments(argv: list[str]) -> tuple[Path, SampleOptions]:
     options = SampleOptions(**given)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
-    return Path(words[0]), dataclasses.replace(options, device=device, dtype=dtype)
+    compile = options.compile
+    if compile == "auto":
+        one, long = options.num_samples == 1, options.max_new_tokens >= LONG_TEXT
+        compile = device == "cpu" and one and long
+    chosen = {"device": device, "dtype": dtype, "compile": compile}
+    return Path(words[0]), dataclasses.replace(options, **chosen)
 
 
 def prompt_text(prompt: str) -> str:
@@ -331,26 +345,28 @@ def prompt_ids(tokenizer: Tokenizer, text: str, special: bool = False) -> list[i
 
 
 def prepare_for_inference(model: Decoder, options: SampleOptions) -> None:
-    """Stores the model's matrices in the form in which they are read the fastest, in place.
+    """Stores the model's matrices in the form in which they are read the fastest, in place. The
+    options are those of parse_arguments.
 
     int8 changes what the model computes. The other forms change its last digits at most.
     """
     dtype = getattr(torch, options.dtype)
     disable_cudnn_attention(options.device)
-    # A compiler cannot look into packed matrices.
-    can_pack = options.device == "cpu" and can_pack_matrices(dtype) and not options.compile
+    on_cpu = options.device == "cpu"
     if options.quantize == "int8":
         quantize_int8(model)
-    elif can_pack:
+    elif on_cpu and options.compile is True:
+        sum_matrices(model, dtype)
+    elif on_cpu and can_pack_matrices(dtype):
         # MKL reads a small float32 matrix faster if it is not packed. On Intel's processors that is
         # so for larger matrices, too (docs/LOG.md).
         smallest = 2**22 if "Intel" in processor("cpu") else 2**17
         pack_matrices(model, dtype, smallest)
     elif dtype != torch.float32:
         round_matrices(model, dtype)
-    if options.device == "cpu":
+    if on_cpu:
         keep_freed_memory()
-    if options.compile or model.config.norm_impl == "compile":
+    if options.compile is True or model.config.norm_impl == "compile":
         print("compiling, which takes a while", file=sys.stderr, flush=True)
 
 
@@ -488,7 +504,8 @@ def generate(
 
     Ids from vocab_size up, which are a vocabulary's padding, are never drawn; None = no padding.
     The same arguments give the same ids, and torch's own random state is neither used nor changed.
-    `compile` changes last digits, so it may change ids. The model is left in eval mode.
+    `compile` changes last digits, so it may change ids; without a compiler it is given up, and a
+    warning says so. The model is left in eval mode.
     FloatingPointError if the logits are not finite.
     """
     model.eval()
@@ -502,19 +519,25 @@ def generate(
     if compile:  # every size of the cache is compiled by itself, so there are few: powers of two
         size = 1 << (size - 1).bit_length()
     cache = KVCache(model.config, 1, size, device, cache_dtype(model))
+    static = None  # the same cache for compiled code, while that reads one token after another
     for _ in range(max_new_tokens):
         start = window_start(window.shape[1], block_size)
         if start:  # the window is full: drop its older half, and read the rest again
             window = unread = window[:, start:]
-            cache.length = 0
-        if compile and cache.length:  # one new token
-            step, step_cache = compiled_next_ids(device.type), StaticCache(cache)
+            cache.length, static = 0, None
+        if compile and cache.length:
+            step = compiled_next_ids(device.type, first=static is None)
+            static = static or StaticCache(cache)
         else:
-            step, step_cache = next_ids, cache
+            step = next_ids
         uniform = torch.rand(num_samples, 1, generator=generator, device=device)
-        penalty = repetition_penalty
-        filters = (temperature, top_k, top_p, min_p)
-        new = step(model, unread, step_cache, uniform, seen, penalty, vocab_size, *filters)
+        drawing = (uniform, seen, repetition_penalty, vocab_size, temperature, top_k, top_p, min_p)
+        try:
+            new = step(model, unread, static or cache, *drawing)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            warn(f"torch.compile does not work here, going on without: {one_line(error):.200}")
+            compile, static = False, None
+            new = next_ids(model, unread, cache, *drawing)
         *new_ids, finite = new.tolist()  # the only place where the CPU waits for the device
         if not finite:
             raise FloatingPointError(
@@ -522,6 +545,8 @@ def generate(
                 "this dtype (then dtype=float32 helps)"
             )
         cache.length = window.shape[1]
+        if static:
+            static.length.fill_(cache.length)
         cache.repeat(num_samples)
         unread = new[:-1, None].clone()  # [B, 1]; a CUDA graph overwrites `new`
         seen.scatter_(1, unread, True)
@@ -557,8 +582,15 @@ def next_ids(
 
 
 @functools.cache
-def compiled_next_ids(device: str) -> Callable[..., Tensor]:
-    """next_ids compiled; on CUDA as a graph, all of whose kernels are launched at once."""
+def compiled_next_ids(device: str, first: bool) -> Callable[..., Tensor]:
+    """next_ids compiled; on CUDA as a graph, all of whose kernels are launched at once.
+
+    Unless it is the first token of a cache, it is taken for granted that the code which made the
+    token before fits this one, too: to look at every weight again would take longer than a layer.
+    """
+    if not first:
+        trusting = torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)
+        return trusting(compiled_next_ids(device, first=True))
     mode = "reduce-overhead" if device == "cuda" else None
     return torch.compile(next_ids, fullgraph=True, mode=mode)
 

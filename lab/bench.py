@@ -10,12 +10,14 @@ Order: main; a training step; sampling. The other benches have files of their ow
 
 import copy
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
+from pathlib import Path
 from statistics import median
 from typing import Literal
 
@@ -36,6 +38,7 @@ from config.command import one_line, run_command, user_errors
 from config.help import help_text, training_help
 from config.schema import parse_value
 from lab.bench_beside import NanoBench, OwnProcess, check_comparable, nanogpt
+from lab.bench_llama2c import llama2c_rates
 from lab.bench_memory import MemoryBench, memory
 from lab.bench_norm import NormBench, norms, seconds_of, why_not
 from lab.measure import (
@@ -57,7 +60,7 @@ from run.machine import (
     choose_device,
     choose_dtype,
     flops_per_token,
-    matmul_rate,
+    measure_matmul_rate,
     peak_memory,
     total_memory,
 )
@@ -164,16 +167,20 @@ def report_training(
 ) -> None:
     """Times `steps` steps of each in turn and prints a line for each."""
     config, model = runs["eager"].config, runs["eager"].config.model
-    tokens, rate = config.batch_size * model.block_size, matmul_rate(config.device, config.dtype)
+    tokens = config.batch_size * model.block_size
     print(
         f"{parameter_count(model):,} parameters, {config.batch_size} x {model.block_size} tokens, "
-        f"{config.optimizer}; {machine_line(config.device, config.dtype)}\n"
-        f"matrix products: {rate / 1e9:,.0f} GFLOP/s"
+        f"{config.optimizer}; {machine_line(config.device, config.dtype)}"
     )
     first = {name: seconds_of_start(run) for name, run in runs.items()}
     first |= {name: step() for name, step in others.items()}
     calls = {name: partial(seconds_of_step, run) for name, run in runs.items()}
-    seconds = values_in_turn(calls | others, steps)
+    # The rate of products is measured in turn, too, so that a busy moment slows both alike.
+    products = {"products": partial(measure_matmul_rate, config.device, config.dtype, 0.05)}
+    seconds = values_in_turn(calls | others | products, steps)
+    rates = seconds.pop("products")
+    rate = median(rates)
+    print(f"matrix products: {spread(rates, 1e-9)} GFLOP/s")
     yardsticks = [median(seconds[name]) for name in others or ["eager"]]
     ratios = [f"of {name}" for name in others or ["eager"]]
     rows = [("", "first step", "ms of a step", "tokens/s", *ratios, "of matmul rate")]
@@ -209,6 +216,7 @@ class SampleBench:
     beside: Literal["none", "transformers"] = knob(
         "none", "transformers = its generate in float32, too"
     )
+    llama2c: str = knob("", "a checkout of llama2.c: for one sample its run and its runq, too")
 
 
 @dataclass(frozen=True)
@@ -249,6 +257,13 @@ def sampling(arguments: list[str]) -> None:
         found = our_ways(base, ways, options.tokens)
         if theirs:
             found["transformers"] = Way(partial(theirs, options.tokens), matrix_bytes(base))
+        alone = {}  # makes one sample at once
+        if options.llama2c:
+            work = processes.enter_context(tempfile.TemporaryDirectory())
+            rates = llama2c_rates(Path(options.llama2c), model, Path(work))
+            for name, rate in rates.items():
+                size = matrix_bytes(base) // (4 if name == "runq" else 1)
+                alone[f"llama2.c {name}"] = Way(partial(rate, options.tokens), size)
         limit = read_rate(device)
         print(
             f"{parameter_count(model):,} parameters, vocab {model.vocab_size:,}, {options.tokens} "
@@ -256,7 +271,7 @@ def sampling(arguments: list[str]) -> None:
             f"reading 256 MB: {limit / 1e9:.1f} GB/s"
         )
         for batch in batches:
-            report_sampling(batch, found, options.steps, limit)
+            report_sampling(batch, found | alone if batch == 1 else found, options.steps, limit)
 
 
 def ways_to_sample(options: SampleBench, device: str) -> list[SampleOptions]:

@@ -58,7 +58,10 @@ class Log:
         self.tokens_per_step = config.batch_size * config.model.block_size
         self.flops_per_step = self.tokens_per_step * flops_per_token(config.model, config.lora_rank)
         # FLOP/s of large matrix products on all ranks: the training speed is compared with this.
-        self.matmul_rate = self.ranks.size * matmul_rate(config.device, config.dtype)
+        # Not on a CPU: what else it does while this is measured would decide the share.
+        self.matmul_rate = None
+        if config.device != "cpu":
+            self.matmul_rate = self.ranks.size * matmul_rate(config.device, config.dtype)
         self.file_is_ours = False  # whether metrics.jsonl holds this run's records and no others
         self.recent: list[float] = []  # seconds of the steps since the last record
         self.records: list[dict[str, Any]] = []
@@ -177,15 +180,16 @@ class Log:
         steps_per_s = len(self.recent) / sum(self.recent)
         self.recent = []
         tokens_per_s, step_ms = self.tokens_per_step * steps_per_s, 1000 / steps_per_s
-        share = f"{self.flops_per_step * steps_per_s / self.matmul_rate:.0%} of matmul rate"
-        self.bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {lr:.2e}, {tokens_per_s:,.0f} tok/s, {share}"
-        )
+        speed = [f"{tokens_per_s:,.0f} tok/s"]
+        if self.matmul_rate:
+            share = self.flops_per_step * steps_per_s / self.matmul_rate
+            speed.append(f"{share:.0%} of matmul rate")
+        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {', '.join(speed)}")
         if self.bar.disable:
             self.line(
                 f"step {step}/{self.last_step} | loss {loss:.4f} | lr {lr:.2e} | "
-                f"grad norm {grad_norm:.2f} | {step_ms:.0f} ms | {tokens_per_s:,.0f} tok/s | "
-                f"{share} | {clock((self.last_step - step) / steps_per_s)} left"
+                f"grad norm {grad_norm:.2f} | {step_ms:.0f} ms | {' | '.join(speed)} | "
+                f"{clock((self.last_step - step) / steps_per_s)} left"
             )
         self.write(
             {
@@ -282,13 +286,16 @@ def clock(seconds: float) -> str:
 def summary(run: Run) -> str:
     """A few lines that say what the run will do, and which values each `auto` has become."""
     config, data, ranks = run.config, run.data, run.ranks
-    model, rate = config.model, matmul_rate(config.device, config.dtype)
+    model = config.model
     parameters, adapters = parameter_count(model), adapter_count(model, config.lora_rank)
     tokens = config.batch_size * model.block_size
     shards = ranks.size if config.parallel == "fsdp" else 1
     fixed, activations = memory_estimate(config, config.micro_batch_size, shards)
 
-    frozen = xz = begun = machine = on_each = ""
+    frozen = xz = begun = machine = on_each = rate = ""
+    if config.device != "cpu":
+        measured = matmul_rate(config.device, config.dtype)
+        rate = f" at {measured / 1e9:,.0f} GFLOP/s (measured)"
     if config.lora_rank:
         share = f"{adapters / parameters:.2%}"
         frozen = f", frozen; {adapters:,} parameters of adapters ({share}) are trained"
@@ -317,8 +324,8 @@ def summary(run: Run) -> str:
         f"{config.lr_schedule}",
         f"memory   {on_each}about {(fixed + activations) / 1e9:.2f} GB: {fixed / 1e9:.2f} weights, "
         f"gradient and optimizer, {activations / 1e9:.2f} activations",
-        f"machine  {machine}{config.device}, {config.dtype} at {rate / 1e9:,.0f} GFLOP/s "
-        f"(measured), {'compiled' if config.compile else 'not compiled'}",
+        f"machine  {machine}{config.device}, {config.dtype}{rate}, "
+        f"{'compiled' if config.compile else 'not compiled'}",
         f"out      {one_line(config.out_dir)} from step {run.step}{begun}",
     ]
     if warning := disk_warning(run, adapters or parameters):

@@ -156,9 +156,14 @@ def synchronize(device: str) -> None:
 
 
 @cache
-def matmul_rate(device: str, dtype: str, seconds: float = 0.3) -> float:
-    """FLOP/s of large square matrix products on this device, measured once. A training step is
-    compared with this speed."""
+def matmul_rate(device: str, dtype: str) -> float:
+    """measure_matmul_rate, measured once."""
+    return measure_matmul_rate(device, dtype)
+
+
+def measure_matmul_rate(device: str, dtype: str, seconds: float = 0.3) -> float:
+    """FLOP/s of large square matrix products on this device, the best of those that fit into so
+    many seconds. A training step is compared with this speed."""
     size = 8192 if device.startswith("cuda") else 1024
     a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
     start = time.perf_counter()

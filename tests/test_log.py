@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from data.loader import open_dataset
 from data.prepare import prepare
 from model import ModelConfig
 from run.log import Log, clock, open_tracker
+from run.machine import flops_per_token
 from run.metrics import METRICS_FILE, plot_losses, read_metrics
 from run.ranks import ALONE
 from run.signals import Interrupts
@@ -54,9 +56,19 @@ def test_a_record_every_interval_with_the_mean_time_of_its_steps(tmp_path, capsy
     assert [r["step"] for r in records] == [1, 2, 4]  # the first step, then each second one
     assert records[-1]["step_ms"] == pytest.approx(300)
     assert records[-1]["tok_per_s"] == pytest.approx(100 / 0.3)
-    line = "step 4/10 | loss 2.0000 | lr 1.00e-03 | grad norm 0.50 | 300 ms | 333 tok/s | "
-    line += "0% of matmul rate | 0:02 left"
+    line = "step 4/10 | loss 2.0000 | lr 1.00e-03 | grad norm 0.50 | 300 ms | 333 tok/s | 0:02 left"
     assert line in capsys.readouterr().out.splitlines()
+
+
+def test_on_a_gpu_a_line_has_the_share_of_the_rate_of_products(tmp_path, capsys, monkeypatch):
+    run = run_in(tmp_path)
+    run.config = replace(run.config, device="cuda")
+    rate = 10_000 * flops_per_token(run.config.model)  # that of 10,000 tokens a second
+    monkeypatch.setattr("run.log.matmul_rate", lambda device, dtype: rate)
+    with Log(run, None, SimpleNamespace(ask_to_stop=None, came=0)) as log:
+        monkeypatch.setattr(log, "device", "cpu")  # which has the peak memory that is recorded
+        log.training(1, 2.0, 1e-3, 0.5, 0.1)
+    assert "| 100 ms | 1,000 tok/s | 10% of matmul rate | " in capsys.readouterr().out
 
 
 def test_bits_per_byte_by_hand(tmp_path, capsys):

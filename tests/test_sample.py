@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -251,7 +252,7 @@ def test_every_option_that_generate_has_reaches_it_and_what_it_yields_is_printed
     }
     words = [f"{name}={value}" for name, value in values.items()]
     out, _ = sampled(capsys, run, "prompt=ab", "dtype=float32", "compile=true", *words)
-    assert sample.compiled_next_ids.cache_info().currsize == 1
+    assert sample.compiled_next_ids.cache_info().currsize == 2  # the first token, the others
     model, tokenizer, _ = load_model(run)
 
     def printed(options):
@@ -362,7 +363,7 @@ def test_ctrl_c_ends_with_130_and_no_traceback(run, capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGPIPE")
 def test_a_reader_that_stops_early_ends_the_command_quietly(run):
-    program, words = str(ROOT / "sample.py"), ["prompt=a", "max_new_tokens=100000"]
+    program, words = str(ROOT / "sample.py"), ["prompt=a", "max_new_tokens=100000", "compile=false"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(
         [sys.executable, program, str(run), *words], cwd=ROOT, **pipes
@@ -491,3 +492,32 @@ def test_values_that_mean_nothing_are_refused(name, bad):
 def test_all_problems_are_listed_at_once():
     with pytest.raises(ValueError, match="temperature.*; top_k.*; top_p"):
         SampleOptions(temperature=-1.0, top_k=-1, top_p=2.0)
+
+
+@pytest.mark.parametrize(
+    "words, wanted",
+    [
+        ("max_new_tokens=8000", True),
+        ("max_new_tokens=7999", False),
+        ("max_new_tokens=8000 num_samples=2", False),
+        ("compile=true", True),
+        ("max_new_tokens=8000 compile=false", False),
+    ],
+)
+def test_a_long_text_is_compiled_on_a_cpu(words, wanted):
+    _, options = sample.parse_arguments(["out/x", "device=cpu", *words.split()])
+    assert options.compile is wanted
+
+
+def test_without_a_compiler_the_text_comes_all_the_same(run, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    sample.compiled_next_ids.cache_clear()
+    torch._dynamo.reset()
+    words = ["prompt=ab", "dtype=float32", "max_new_tokens=9"]
+    out, err = sampled(capsys, run, *words, "compile=true")
+    sample.compiled_next_ids.cache_clear()
+    assert "torch.compile does not work here, going on without: " in err
+    assert "no compiler here" in err and out == sampled(capsys, run, *words)[0]

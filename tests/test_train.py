@@ -291,13 +291,11 @@ def test_what_a_run_leaves_behind(start, tmp_path):
         "validation tokens",
         "tokens per parameter",
         "GB",
-        "GFLOP/s (measured)",
         "not compiled",
         "| loss ",
         "| val loss ",
         "bits per byte",
         "tok/s",
-        "of matmul rate",
         "left",
     ):
         assert words in out, words

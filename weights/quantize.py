@@ -1,8 +1,8 @@
-"""A model's matrices in other forms for inference: rounded once to the dtype of the products,
-packed for a CPU, or as int8 with a scale for each output.
+"""A model's matrices in other forms for inference: rounded once to the dtype of the products, laid
+out for a CPU, or as int8 with a scale for each output.
 
-Reading order: what is done to a whole model; then the two kinds of layers, Int8Linear and
-PackedLinear.
+Reading order: what is done to a whole model; then the three kinds of layers, Int8Linear,
+PackedLinear and SummedLinear.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,8 @@ from model import Decoder
 KERNEL_ROWS = 8
 # Rows of x for which packed matrices are laid out: those of a few samples at once.
 PACKED_ROWS = 4
+# Rows of a matrix from which compiled code works on four parts of it at once.
+LONG_MATRIX = 4096
 # Weights that a CPU converts at once: they are still in its cache when they are multiplied.
 CONVERTED_AT_ONCE = 2**20
 
@@ -73,6 +75,11 @@ def pack_matrices(model: Decoder, dtype: torch.dtype, smallest: int) -> Decoder:
     return replace_matrices(model, pack)
 
 
+def sum_matrices(model: Decoder, dtype: torch.dtype) -> Decoder:
+    """The same matrices in `dtype`, in place, for compiled code on a CPU: see SummedLinear."""
+    return replace_matrices(model, lambda weight: SummedLinear(weight.detach().to(dtype)))
+
+
 def linear_layer(weight: Tensor) -> nn.Linear:
     """A linear layer with this weight itself, not with a copy."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -83,9 +90,10 @@ def linear_layer(weight: Tensor) -> nn.Linear:
 class Int8Linear(nn.Module):
     """x [..., in] -> x W^T [..., out], with W [out, in] as int8 times one scale for each output.
 
-    Only weights are rounded, symmetrically (W8A16): the products are in the dtype of x, or in that
-    of autocast. Sampling uses each weight for little work, so reading fewer bytes makes it faster;
-    where there is more work, converting W costs a little.
+    Weights are rounded symmetrically. The products are in the dtype of x, or in that of autocast;
+    but on a CPU those of few rows, as in sampling, are in bfloat16 whatever the dtype, since only
+    this kernel is fast. That moves a product less than the rounding of the weights does. Where
+    there are more rows, converting W costs a little.
     """
 
     def __init__(self, weight: Tensor):
@@ -103,9 +111,9 @@ class Int8Linear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))
         rows = x.reshape(-1, width)  # [B T, in]
         # The kernel reads 16 inputs at a time, and past the end of a row of another width.
-        kernel_fits = device == "cpu" and x.dtype == torch.bfloat16 and width % 16 == 0
-        if kernel_fits and len(rows) <= KERNEL_ROWS:
-            y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
+        if device == "cpu" and width % 16 == 0 and len(rows) <= KERNEL_ROWS:
+            y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
+            y = y.to(x.dtype)
         else:
             parts = [self.weight]
             if device == "cpu":
@@ -129,3 +137,35 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.dtype)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+class SummedLinear(nn.Module):
+    """x [..., in] -> x W^T [..., out] like nn.Linear. But one row of x is multiplied in fp32 as a
+    sum for each row of W, if the code is compiled and runs on a CPU.
+
+    The compiler turns such sums into loops that read W about as fast as the memory allows. The
+    libraries' products of one row take up to three times as long.
+    """
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product_of_row(x, self.weight) if is_compiled_row(x) else F.linear(x, self.weight)
+
+
+def is_compiled_row(x: Tensor) -> bool:
+    """Whether x [..., in] is a single row, in code that is being compiled for a CPU."""
+    one_row = x.numel() == x.shape[-1]
+    return torch.compiler.is_compiling() and x.device.type == "cpu" and one_row
+
+
+def product_of_row(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in], a single row, times weight [out, in] in fp32: [..., out] fp32."""
+    row = x.flatten().float()
+    # A long matrix as four parts: the compiler makes one loop of them, in which four sums go on
+    # at once, since a processor can start the next addition long before the last one is done.
+    parts = weight.chunk(4) if len(weight) >= LONG_MATRIX else [weight]
+    sums = [(part.float() * row).sum(-1) for part in parts]
+    return torch.cat(sums).view(*x.shape[:-1], -1)

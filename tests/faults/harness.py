@@ -34,7 +34,6 @@ import torch.distributed as dist
 import torch.distributed.fsdp  # the ranks of a shared model would import this
 from conftest import ROOT, SMALL, prepare_words
 
-import run.log
 import run.setup
 import train
 from config.command import start
@@ -223,9 +222,7 @@ def _in_child(
     torch.set_num_threads(1)
     if data:
         run.setup.DATA = data
-    # These two take longer than a run.
-    train.plot_losses = lambda folder: None
-    run.log.matmul_rate = lambda device, dtype: 1e9
+    train.plot_losses = lambda folder: None  # it takes longer than a run
     if before:
         before()
     exit_with(train.main, arguments)
