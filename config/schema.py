@@ -82,6 +82,11 @@ class RunKnobs:
         "begin with the weights of a run, of a checkpoint file or of a Hugging Face folder, which "
         "decide the architecture; '' = from scratch",
     )
+    branch: str = knob(
+        "",
+        "begin where another run was, its optimizer and place in the data included: a checkpoint "
+        "of it, or its folder for the newest; schedule and max_iters may be others",
+    )
     lora_rank: int = knob(
         0, "train only adapters of this rank, beside the weights of init_from; 0 = all weights"
     )
@@ -91,6 +96,7 @@ class RunKnobs:
     log_interval: int = knob(10, "steps between log lines")
     save_interval: int = knob(250, "steps between checkpoints; 0 = save only at the end")
     keep: int = knob(2, "how many of the newest checkpoints stay, beside the best one")
+    keep_every: int = knob(0, "the checkpoints of every so many steps stay for good; 0 = none")
     watch: bool = knob(
         False,
         "with each log line, record how large activations and gradients are in each layer; costs "
@@ -149,7 +155,7 @@ BOUNDS = (  # a bound in words, as a test, and the knobs that it holds for
     ("1 or more", lambda v: v >= 1, "batch_size log_interval keep"),
     ("0 or more", lambda v: v >= 0, "min_lr warmup_iters weight_decay grad_clip skip_spikes seed"),
     ("0 or more", lambda v: v >= 0, "eval_interval eval_iters save_interval sample_tokens"),
-    ("0 or more", lambda v: v >= 0, "max_iters minutes micro_batch_size lora_rank"),
+    ("0 or more", lambda v: v >= 0, "max_iters minutes micro_batch_size lora_rank keep_every"),
     ("above 0", lambda v: v > 0, "learning_rate embed_lr lora_alpha"),
     ("in [0, 1)", lambda v: 0 <= v < 1, "beta1 beta2 muon_momentum"),
     ("in (0, 1]", lambda v: 0 < v <= 1, "decay_fraction"),
@@ -230,6 +236,11 @@ class Config(OptimizerKnobs, DataKnobs, RunKnobs, MachineKnobs):
             problems.append(
                 f"batch_size={self.batch_size} must be a multiple of "
                 f"micro_batch_size={self.micro_batch_size}: the nearest is {near}"
+            )
+        if self.keep_every and (not self.save_interval or self.keep_every % self.save_interval):
+            problems.append(
+                f"keep_every={self.keep_every} must be a multiple of "
+                f"save_interval={self.save_interval}, for no others are saved"
             )
         if self.dataset in ("", ".", ".."):
             problems.append(

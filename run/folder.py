@@ -170,7 +170,9 @@ def check_lock(run: Run) -> None:
 
 
 def prune_checkpoints(run: Run) -> None:
-    """Removes the numbered checkpoints up to this step, except the newest `keep` of them."""
+    """Removes the numbered checkpoints up to this step, except the newest `keep` of them and those
+    of each `keep_every` steps."""
+    config = run.config
     with run.ranks.all_or_none():
         if run.ranks.is_main:
-            checkpoint.prune(run.folder, run.config.keep, run.step, run.damaged)
+            checkpoint.prune(run.folder, config.keep, run.step, run.damaged, config.keep_every)

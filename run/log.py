@@ -67,7 +67,7 @@ class Log:
         self.records: list[dict[str, Any]] = []
         if self.ranks.is_main:
             # Later records are dropped, because a resumed run does their steps once more.
-            before = read_metrics(self.folder) if run.step else []
+            before = read_metrics(run.past) if run.past else []
             self.records = [r for r in before if r["step"] <= run.step]
             self._tell_of_missing_records()
             try:

@@ -80,7 +80,8 @@ class Run:
     scaler: torch.amp.GradScaler
     ranks: Ranks = ALONE
     step: int = 0  # optimizer steps done
-    restored: bool = False  # whether it was built from a checkpoint, so its state is saved already
+    restored: bool = False  # whether it was built from a checkpoint of its own, so it is saved
+    past: Path | None = None  # the folder with the records of its steps so far: its own, a trunk's
     best_val_loss: float = math.inf
     # What the checkpoints say of the weights of init_from: their context, and, if the run trains
     # adapters for them, their path and checksum.
@@ -135,11 +136,11 @@ def read_and_check(
     start = find_first_weights(wanted, saved)
     tokenizer = None  # a text that must be prepared gets a tokenizer of its own
     if wanted.init_from:
-        tokenizer = Path(wanted.out_dir) if saved else start.folder
+        tokenizer = saved["folder"] if saved else start.folder
     folder = find_dataset_of_run(wanted.dataset, saved, tokenizer) if saved else None
     data = open_dataset(folder or find_dataset(wanted.dataset, tokenizer))
     if saved:
-        refuse_other_data(wanted, saved, data)
+        refuse_other_data(saved, data)
     check_data(wanted, data, start)
     refuse_other_tokenizer(Path(wanted.out_dir), data)
     config = resolve(wanted, device, data, saved, ranks)
@@ -277,21 +278,20 @@ def check_batch(config: Config, ranks: int) -> None:
     )
 
 
-def refuse_other_data(config: Config, saved: dict[str, Any], data: Dataset) -> None:
+def refuse_other_data(saved: dict[str, Any], data: Dataset) -> None:
     """ValueError if a run that goes on is given other data than it was begun with."""
-    before = saved["data"]
+    before, run = saved["data"], saved["folder"]
     if all(before.get(key) == now for key, now in data.fingerprint.items() if key != "name"):
         return
     name = before.get("name")
     if name == data.folder.resolve().name:
         raise ValueError(
             f"this is not the run in out_dir: {data.folder} does not hold the data any more with "
-            f"which the run in {config.out_dir} was begun: put them back, or name another out_dir"
+            f"which the run in {run} was begun: put them back, or name another out_dir"
         )
     raise ValueError(
         f"this is not the run in out_dir: {data.folder} does not hold the data of {name}, with "
-        f"which the run in {config.out_dir} was begun: leave dataset as it was, or name another "
-        f"out_dir"
+        f"which the run in {run} was begun: leave dataset as it was, or name another out_dir"
     )
 
 
@@ -368,7 +368,8 @@ def build(config: Config, data: Dataset, begin: dict[str, Any], ranks: Ranks) ->
         optimizers.load_state_dict(spread_optimizer_state(saved["optimizer"], model, ranks))
     if saved["scaler"]:  # it is empty if the run was not in float16
         scaler.load_state_dict(saved["scaler"])
-    run.step, run.grad_norms, run.restored = saved["step"], saved["grad_norms"], True
+    run.step, run.grad_norms, run.past = saved["step"], saved["grad_norms"], saved["folder"]
+    run.restored = run.past == run.folder  # a branch has nothing saved in its folder yet
     names = (*SCHEDULE, "log_interval")
     before = {name: saved["config"][name] for name in names if name in saved["config"]}
     run.config_before = replace(config, **before)
@@ -422,12 +423,50 @@ def find_checkpoint(config: Config) -> dict[str, Any] | None:
             f"resume=yes, but there is no checkpoint in {folder}: resume=auto would start afresh"
         )
     if not numbered:
-        return None
+        return find_trunk(config) if config.branch else None
     damaged: dict[Path, str] = {}
     saved = checkpoint.load_newest(folder, sharded.load_parts, damaged)
     file = saved.get("shards", checkpoint.path_of(folder, saved["step"]))
     checkpoint.check_can_go_on(saved, Path(file))
-    return saved | {"damaged": damaged}
+    refuse_another_trunk(config, saved)
+    return saved | {"damaged": damaged, "folder": folder}
+
+
+def find_trunk(config: Config) -> dict[str, Any]:
+    """The checkpoint of another run that branch=... names, for a run that has none of its own.
+    OSError or ValueError if there is none, or if no training could go on from it elsewhere."""
+    place = Path(expand_home(config.branch))
+    if not place.exists():
+        raise FileNotFoundError(
+            f"branch={config.branch} does not exist: name a checkpoint of a run, or its folder"
+        )
+    if place.is_dir() and place.suffix != ".shards":
+        saved = checkpoint.load_newest(place, sharded.load_parts)
+        place = Path(saved.get("shards", checkpoint.path_of(place, saved["step"])))
+    else:
+        saved = sharded.load_parts(place)
+    checkpoint.check_can_go_on(saved, place)
+    if saved["config"].get("lora_rank"):
+        raise ValueError(
+            f"branch={config.branch} is a run of adapters, which names its weights by their place "
+            f"beside it: branch a run that trains all weights"
+        )
+    print(f"branching off at step {saved['step']} of {place.parent}")
+    begun = {"best_val_loss": math.inf, "damaged": {}, "folder": place.parent}
+    return saved | begun
+
+
+def refuse_another_trunk(config: Config, saved: dict[str, Any]) -> None:
+    """ValueError if a run that goes on names another branch than it began with, which would not be
+    read, and yet be recorded."""
+    before, now = saved["config"].get("branch", ""), config.branch
+    if before == now or (before and now and Path(before).resolve() == Path(now).resolve()):
+        return
+    begun = f"was begun with branch={before}" if before else "was begun without branch"
+    raise ValueError(
+        f"the run in {config.out_dir} {begun}: {'put branch back' if before else 'leave it out'}, "
+        f"or name another out_dir"
+    )
 
 
 def find_first_weights(config: Config, saved: dict[str, Any] | None) -> Weights | None:

@@ -41,11 +41,11 @@ CHANGES_BESIDE = (  # the same, and which knobs must be set beside it
 ROUNDS = (("micro_batch_size=2", ""), ("norm_impl=fused", "norm=layernorm"))
 KEEPS = (  # sharded does nothing with one rank
     "resume=auto eval_interval=2 eval_iters=2 log_interval=3 watch=true save_interval=3 keep=9 "
-    "sample_prompt=the sample_tokens=3 tracker=wandb sharded=false "
+    "keep_every=3 sample_prompt=the sample_tokens=3 tracker=wandb sharded=false "
     "activation_checkpointing=true"
 ).split()
-# test_train.py, test_parallel.py, test_minutes.py
-ELSEWHERE = ("out_dir", "device", "compile", "parallel", "minutes")
+# test_train.py, test_parallel.py, test_minutes.py, test_branch.py
+ELSEWHERE = ("out_dir", "device", "compile", "parallel", "minutes", "branch")
 
 
 def name_of(knob):

@@ -38,6 +38,7 @@ def run_in(folder, step=0, **knobs):
         ranks=ALONE,
         lock=None,
         step=step,
+        past=folder if step else None,
         config_before=None,
     )
 

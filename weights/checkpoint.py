@@ -86,8 +86,10 @@ FIXED = (*ARCHITECTURE, "lora_rank", "lora_alpha", "batch_size", "seed", "optimi
 NEVER_COMPARED = (
     "out_dir",
     "resume",
+    "branch",
     "log_interval",
     "keep",
+    "keep_every",
     "sample_prompt",
     "sample_tokens",
     "sharded",
@@ -484,15 +486,17 @@ def load_named(folder: Path, which: str) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist; steps in {folder}: {steps}") from None
 
 
-def prune(folder: Path, keep: int, step: int, damaged: Collection[Path] = ()) -> None:
+def prune(
+    folder: Path, keep: int, step: int, damaged: Collection[Path] = (), keep_every: int = 0
+) -> None:
     """Removes all numbered checkpoints up to `step` but the newest `keep` that are not known to be
-    `damaged`. Later ones do not count: a run that had to go back left them behind. One that cannot
-    be removed stays, with a warning.
+    `damaged`, and those of each `keep_every` steps. Later ones do not count: a run that had to go
+    back left them behind. One that cannot be removed stays, with a warning.
     """
-    up_to_step = [path for at, path in all_in(folder) if at <= step]
-    kept = [path for path in up_to_step if path not in damaged][-keep:]
-    for path in up_to_step:
-        if path in kept:
+    up_to_step = [(at, path) for at, path in all_in(folder) if at <= step]
+    kept = [path for _, path in up_to_step if path not in damaged][-keep:]
+    for at, path in up_to_step:
+        if path in kept or (keep_every and at % keep_every == 0 and path not in damaged):
             continue
         try:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
