@@ -31,6 +31,8 @@ from weights.lock import FolderLost
 from weights.lora import adapter_count
 
 Tracker = Callable[[dict[str, Any]], None]
+# Short enough that a bar is left on a terminal of 80 columns.
+BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
 
 
 def is_finished(run: Run) -> bool:
@@ -86,7 +88,7 @@ class Log:
             total=self.last_step,
             initial=run.step,
             disable=not (self.ranks.is_main and sys.stderr.isatty()),
-            unit="step",
+            bar_format=BAR,
             dynamic_ncols=True,
             file=sys.stderr,
         )
@@ -184,7 +186,7 @@ class Log:
         if self.matmul_rate:
             share = self.flops_per_step * steps_per_s / self.matmul_rate
             speed.append(f"{share:.0%} of matmul rate")
-        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {', '.join(speed)}")
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {speed[0]}")
         if self.bar.disable:
             self.line(
                 f"step {step}/{self.last_step} | loss {loss:.4f} | lr {lr:.2e} | "

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import largest_file
+from tqdm import tqdm
 
 from config.command import Output
 from config.schema import Config
 from data.loader import open_dataset
 from data.prepare import prepare
 from model import ModelConfig
-from run.log import Log, clock, open_tracker
+from run.log import BAR, Log, clock, open_tracker
 from run.machine import flops_per_token
 from run.metrics import METRICS_FILE, plot_losses, read_metrics
 from run.ranks import ALONE
@@ -229,7 +230,14 @@ def test_a_bar_takes_the_place_of_the_lines_on_a_terminal(tmp_path, monkeypatch,
         log.training(1, 2.0, 1e-3, 0.5, 0.1)
     printed = capsys.readouterr()
     assert "10 x 10 = 100 tokens" in before
-    assert printed.out == "" and "loss 2.0000, lr 1.00e-03, 1,000 tok/s" in printed.err
+    assert printed.out == "" and "loss 2.0000, 1,000 tok/s]" in printed.err
+
+
+def test_a_bar_shows_progress_in_80_columns():
+    said = "loss 12.3456, 123,456 tok/s"
+    line = tqdm.format_meter(9000, 20000, 3600, ncols=80, bar_format=BAR, postfix=said)
+    before, bar, after = line.split("|")
+    assert len(line) == 80 and len(bar) >= 15 and after.endswith(f" left, {said}]")
 
 
 def test_clock():
