@@ -294,7 +294,10 @@ def summary(run: Run) -> str:
     shards = ranks.size if config.parallel == "fsdp" else 1
     fixed, activations = memory_estimate(config, config.micro_batch_size, shards)
 
-    frozen = xz = begun = machine = on_each = rate = ""
+    frozen = xz = begun = machine = on_each = rate = program = ""
+    memory = fixed + activations
+    if config.device == "cpu" and math.isfinite(held := peak_memory("cpu")):
+        memory, program = memory + held, f", {held / 1e9:.2f} the program itself"
     if config.device != "cpu":
         measured = matmul_rate(config.device, config.dtype)
         rate = f" at {measured / 1e9:,.0f} GFLOP/s (measured)"
@@ -324,8 +327,8 @@ def summary(run: Run) -> str:
         f"{config.max_iters * tokens / parameters:.2g} tokens per parameter, "
         f"{config.max_iters * tokens / len(data.train):.2g} epochs; {config.optimizer}, "
         f"{config.lr_schedule}",
-        f"memory   {on_each}about {(fixed + activations) / 1e9:.2f} GB: {fixed / 1e9:.2f} weights, "
-        f"gradient and optimizer, {activations / 1e9:.2f} activations",
+        f"memory   {on_each}about {memory / 1e9:.2f} GB: {fixed / 1e9:.2f} weights, gradient and "
+        f"optimizer, {activations / 1e9:.2f} activations{program}",
         f"machine  {machine}{config.device}, {config.dtype}{rate}, "
         f"{'compiled' if config.compile else 'not compiled'}",
         f"out      {one_line(config.out_dir)} from step {run.step}{begun}",
