@@ -18,7 +18,7 @@ import data.prepare
 import sample
 import train
 from exchange import hf
-from lab import bench, compare, watch
+from lab import bench, compare, curves, watch
 from run import sharded
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +31,7 @@ COMMANDS = {
     "data/prepare.py": data.prepare.main,
     "-m lab.bench": bench.main,
     "-m lab.compare": compare.main,
+    "-m lab.curves": curves.main,
     "-m lab.watch": watch.main,
     "-m exchange.hf": hf.main,
     "-m run.sharded": sharded.main,
