@@ -79,7 +79,9 @@ EVERY_KNOB = "Every knob of a run can be set, and every knob that is not a text 
 
 NOT_FOR_A_COMPARISON = {
     "resume": "which always goes on where it was stopped",
+    "branch": "whose cells begin at their first step",
     "keep": "whose weights are deleted when a cell has ended",
+    "keep_every": "whose weights are deleted when a cell has ended",
     "sample_prompt": "whose cells print no sample",
     "sample_tokens": "whose cells print no sample",
 }

@@ -143,6 +143,7 @@ def test_comparisons_that_begin_from_runs_have_a_folder_each(tmp_path, monkeypat
         ("seed=1,2", "seed=1,2 cannot be a list: it is the first seed, seeds=N says how many"),
         ("out_dir=a,b", "out_dir=a,b cannot be a list"),
         ("resume=auto", "which always goes on where it was stopped: leave it out"),
+        ("branch=out/x", "branch is not for a comparison, whose cells begin at their first step"),
         ("keep=1", "keep is not for a comparison, whose weights are deleted"),
         ("seeds=-1", "seeds must be 0 or more"),
         ("steps=1", "steps must be 2 or more"),
