@@ -445,23 +445,24 @@ def print_samples(
     print(f"{rate} {options.arithmetic}", file=sys.stderr)
 
 
-def print_sample(run: Run) -> None:
-    """Prints a text by the model that a run has just trained, for the end of train.py."""
+def sample_of(run: Run) -> str:
+    """A text by the model of a run as it is now, for train.py to print. '' without sample_tokens.
+
+    FloatingPointError if the logits are not finite."""
     config = run.config
     if not config.sample_tokens:
-        return
+        return ""
     if uses_fsdp(config, run.ranks):
         place = shell_path(run.folder)
         merge = f"python -m run.sharded {place}, then " if config.sharded else ""
         sample = f"{merge}python sample.py {place} prompt=... makes a text"
-        print(f"{sample}: no rank has all weights now")
-        return
-    tokenizer, prompt = load_tokenizer(run.folder), config.sample_prompt
+        return f"{sample}: no rank has all weights now\n"
+    note, tokenizer, prompt = "", load_tokenizer(run.folder), config.sample_prompt
     try:
         ids = prompt_ids(tokenizer, prompt)
     except ValueError as error:  # the preset's prompt has characters that the data set has not
         reason = one_line(error)
-        print(f"the sample starts from nothing, not with sample_prompt: {reason}")
+        note = f"the sample starts from nothing, not with sample_prompt: {reason}\n"
         prompt, ids = "", prompt_ids(tokenizer, "")
     disable_cudnn_attention(config.device)
     model, vocab_size = uncompiled(run.model), tokenizer.vocab_size
@@ -469,7 +470,7 @@ def print_sample(run: Run) -> None:
     with autocast(config.device, config.dtype):
         new = [i for (i,) in generate(model, ids, config.sample_tokens, **arguments)]
     text = tokenizer.decode(takewhile(lambda i: i not in tokenizer.end_ids, new))
-    print_safely(f"--- sample ---\n{prompt}{text}\n", raw=False)
+    return f"{note}--- sample ---\n{prompt}{text}\n"
 
 
 def print_safely(text: str, raw: bool) -> None:
@@ -589,8 +590,8 @@ def compiled_next_ids(device: str, first: bool) -> Callable[..., Tensor]:
     token before fits this one, too: to look at every weight again would take longer than a layer.
     """
     if not first:
-        trusting = torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)
-        return trusting(compiled_next_ids(device, first=True))
+        checked = compiled_next_ids(device, first=True)
+        return torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)(checked)
     mode = "reduce-overhead" if device == "cuda" else None
     return torch.compile(next_ids, fullgraph=True, mode=mode)
 

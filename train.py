@@ -11,6 +11,7 @@ and checkpoints are named by it after the step: they count from 1.
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +45,7 @@ from run.ranks import exit_with, join
 from run.setup import Run, read_config, set_up, undone
 from run.signals import Interrupts
 from run.watch import observe_next_batch
-from sample import print_sample
+from sample import print_safely, sample_of
 from weights.lock import Lock
 
 USAGE = """python train.py [PRESET] [key=value ...]
@@ -89,16 +90,17 @@ def main(argv: list[str]) -> int:
 
 
 def show_result(run: Run) -> None:
-    """Draws loss.png and prints a sample. The run is done and saved, so a failure here is a warning
-    and not a failure of the run."""
-    for what, show in (
-        ("loss.png", lambda: plot_losses(run.folder)),
-        ("the sample", lambda: print_sample(run)),
-    ):
-        try:
-            show()
-        except Exception as error:  # matplotlib and PyTorch raise dozens of kinds
-            warn(f"{what} could not be made ({error!r:.300}); the run is done and saved")
+    """Draws loss.png and prints a sample."""
+    attempt("loss.png", lambda: plot_losses(run.folder))
+    attempt("the sample", lambda: print_safely(sample_of(run), raw=False))
+
+
+def attempt(what: str, show: Callable[[], object]) -> None:
+    """Calls show(). Its failure is a warning, and not a failure of the run."""
+    try:
+        show()
+    except Exception as error:  # matplotlib and PyTorch raise dozens of kinds
+        warn(f"{what} could not be made ({error!r:.300}); the run does not need it")
 
 
 def tell_of_rise(run: Run) -> None:
@@ -131,6 +133,9 @@ def train(run: Run, tracker: Tracker | None) -> int:
                         log.evaluation(run.step, val_loss)
                         save_if_best(run, val_loss)
                         unsaved = True  # a checkpoint holds the best validation loss, too
+
+                if is_due(run.step, config.sample_interval) and not at_end and run.ranks.is_main:
+                    attempt("the sample", lambda: log.line(sample_of(run).rstrip()))
 
                 last = interrupts.agreed() or at_end
                 if unsaved and (last or is_due(run.step, config.save_interval)):

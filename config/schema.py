@@ -104,6 +104,7 @@ class RunKnobs:
     )
     sample_prompt: str = knob("", "beginning of the sample that is printed at the end")
     sample_tokens: int = knob(200, "tokens of the sample that is printed at the end; 0 = none")
+    sample_interval: int = knob(0, "steps between more such samples before the end; 0 = none")
     tracker: Literal["none", "tensorboard", "wandb"] = knob(
         "none", "program to send the metrics to, beside metrics.jsonl"
     )
@@ -154,8 +155,9 @@ FIRST_KNOBS = (  # what somebody new to the program needs to know
 BOUNDS = (  # a bound in words, as a test, and the knobs that it holds for
     ("1 or more", lambda v: v >= 1, "batch_size log_interval keep"),
     ("0 or more", lambda v: v >= 0, "min_lr warmup_iters weight_decay grad_clip skip_spikes seed"),
-    ("0 or more", lambda v: v >= 0, "eval_interval eval_iters save_interval sample_tokens"),
-    ("0 or more", lambda v: v >= 0, "max_iters minutes micro_batch_size lora_rank keep_every"),
+    ("0 or more", lambda v: v >= 0, "eval_interval eval_iters save_interval keep_every"),
+    ("0 or more", lambda v: v >= 0, "max_iters minutes micro_batch_size lora_rank"),
+    ("0 or more", lambda v: v >= 0, "sample_tokens sample_interval"),
     ("above 0", lambda v: v > 0, "learning_rate embed_lr lora_alpha"),
     ("in [0, 1)", lambda v: 0 <= v < 1, "beta1 beta2 muon_momentum"),
     ("in (0, 1]", lambda v: 0 < v <= 1, "decay_fraction"),
@@ -189,6 +191,11 @@ NEEDS = (
         "sample_prompt",
         "sample_tokens above 0",
         lambda k: k["sample_tokens"] > 0 or not k["sample_prompt"],
+    ),
+    (
+        "sample_interval",
+        "sample_tokens above 0",
+        lambda k: k["sample_tokens"] > 0 or not k["sample_interval"],
     ),
     (
         "parallel",

@@ -84,6 +84,7 @@ NOT_FOR_A_COMPARISON = {
     "keep_every": "whose weights are deleted when a cell has ended",
     "sample_prompt": "whose cells print no sample",
     "sample_tokens": "whose cells print no sample",
+    "sample_interval": "whose cells print no sample",
 }
 # Decided once and then given to every cell, so that no two cells can differ in them.
 AUTOMATIC = ("device", "dtype", "compile")

@@ -505,7 +505,7 @@ def refuse_another_start(config: Config, saved: dict[str, Any]) -> None:
         return  # open_base compares the checksum
     begun = f"was begun with init_from={before}" if before else "was begun without init_from"
     raise ValueError(
-        f"the run in {config.out_dir} {begun} and goes on with its own weights: "
+        f"the run in {saved['folder']} {begun} and goes on with its own weights: "
         f"{'put init_from back' if before else 'leave init_from out'}, or name another out_dir"
     )
 

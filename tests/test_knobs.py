@@ -41,8 +41,8 @@ CHANGES_BESIDE = (  # the same, and which knobs must be set beside it
 ROUNDS = (("micro_batch_size=2", ""), ("norm_impl=fused", "norm=layernorm"))
 KEEPS = (  # sharded does nothing with one rank
     "resume=auto eval_interval=2 eval_iters=2 log_interval=3 watch=true save_interval=3 keep=9 "
-    "keep_every=3 sample_prompt=the sample_tokens=3 tracker=wandb sharded=false "
-    "activation_checkpointing=true"
+    "keep_every=3 sample_prompt=the sample_tokens=3 sample_interval=2 tracker=wandb "
+    "sharded=false activation_checkpointing=true"
 ).split()
 # test_train.py, test_parallel.py, test_minutes.py, test_branch.py
 ELSEWHERE = ("out_dir", "device", "compile", "parallel", "minutes", "branch")

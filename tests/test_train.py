@@ -427,6 +427,25 @@ def test_a_sample_prompt_the_vocabulary_lacks_is_told_and_left_out(start, monkey
     assert planned == ["cpu"] * 2  # before the sample, and only then
 
 
+def test_samples_come_while_it_trains_and_change_nothing(start, tmp_path, monkeypatch):
+    start("max_iters=9", out="without")
+    knobs = ("max_iters=9", "sample_tokens=5", "sample_interval=3", "sample_prompt=the")
+    code, out, err = start(*knobs, "save_interval=2")
+    lines = out.splitlines()
+    shown = [i for i, line in enumerate(lines) if line == "--- sample ---"]
+    assert code == 0 and err == "" and len(shown) == 3  # after steps 3 and 6, and at the end
+    for i, step in zip(shown, (3, 6), strict=False):
+        assert any(line.startswith(f"step {step}/9 | loss") for line in lines[:i])
+        assert any(line.startswith(f"step {step + 1}/9 | loss") for line in lines[i:])
+        assert lines[i + 1].startswith("the")
+    assert_same_run(tmp_path / "without", tmp_path / "run")
+    monkeypatch.setattr(train, "sample_of", lambda run: 1 / 0)
+    code, _, err = start(*knobs, out="other")
+    assert code == 0 and err.count("warning: the sample could not be made (ZeroDivision") == 3
+    code, _, err = start("sample_interval=3", "sample_tokens=0", out="none")
+    assert code == 2 and "sample_interval=3 has no effect without sample_tokens above 0" in err
+
+
 def test_an_automatic_dtype_is_checked_again_on_a_resume_and_can_be_named(start, monkeypatch):
     start("dtype=bfloat16", "max_iters=4")
     choose = choose_dtype
@@ -764,7 +783,7 @@ def test_what_comes_after_the_last_save_does_not_change_the_exit_code(start, tmp
     during_step(monkeypatch, 12, damage)
     code, out, err = start("sample_tokens=3")
     assert code == 0 and "--- sample ---" not in out
-    assert err.count("the run is done and saved\n") == 2
+    assert err.count("; the run does not need it\n") == 2
     assert "warning: loss.png could not be made" in err
     assert "warning: the sample could not be made" in err
 

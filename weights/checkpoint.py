@@ -92,6 +92,7 @@ NEVER_COMPARED = (
     "keep_every",
     "sample_prompt",
     "sample_tokens",
+    "sample_interval",
     "sharded",
     "tracker",
     "watch",
