@@ -186,8 +186,8 @@ data/loader.py
 
 the norms before a spike are not restored | with skip_spikes=6 | 4
 run/setup.py
-- run.step, run.grad_norms, run.restored = saved["step"], saved["grad_norms"], True
-+ run.step, run.grad_norms, run.restored = saved["step"], [], True
+- run.step, run.grad_norms, run.past = saved["step"], saved["grad_norms"], saved["folder"]
++ run.step, run.grad_norms, run.past = saved["step"], [], saved["folder"]
 
 a preset is executed | hostile | 999
 config/preset.py
