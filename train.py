@@ -91,11 +91,11 @@ def main(argv: list[str]) -> int:
 
 def show_result(run: Run) -> None:
     """Draws loss.png and prints a sample."""
-    attempt("loss.png", lambda: plot_losses(run.folder))
-    attempt("the sample", lambda: print_safely(sample_of(run), raw=False))
+    try_to_show("loss.png", lambda: plot_losses(run.folder))
+    try_to_show("the sample", lambda: print_safely(sample_of(run), raw=False))
 
 
-def attempt(what: str, show: Callable[[], object]) -> None:
+def try_to_show(what: str, show: Callable[[], object]) -> None:
     """Calls show(). Its failure is a warning, and not a failure of the run."""
     try:
         show()
@@ -135,7 +135,7 @@ def train(run: Run, tracker: Tracker | None) -> int:
                         unsaved = True  # a checkpoint holds the best validation loss, too
 
                 if is_due(run.step, config.sample_interval) and not at_end and run.ranks.is_main:
-                    attempt("the sample", lambda: log.line(sample_of(run).rstrip()))
+                    try_to_show("the sample", lambda: log.line(sample_of(run).rstrip()))
 
                 last = interrupts.agreed() or at_end
                 if unsaved and (last or is_due(run.step, config.save_interval)):
