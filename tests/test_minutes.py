@@ -1,5 +1,6 @@
 """minutes=: the number of steps is measured once, and from there on the run is like any other."""
 
+import itertools
 import json
 import os
 import signal
@@ -36,6 +37,22 @@ def test_it_takes_about_so_long(start, tmp_path, monkeypatch):
     code, out, _ = start("max_iters=0", "minutes=0.1", "eval_interval=0", "warmup_iters=0")
     assert code == 0 and steps_of(tmp_path / "run") == 6 / 0.25
     assert "seconds:           6.0\n" in out
+
+
+def test_other_work_for_a_moment_of_the_trial_does_not_shorten_the_run(
+    start, tmp_path, monkeypatch
+):
+    now = 0.0
+
+    def clock():  # of two steps, each between two calls, one takes four times as long
+        nonlocal now
+        now += next(passed)
+        return now
+
+    passed = itertools.cycle((0.25, 0.25, 1.0, 1.0))
+    monkeypatch.setattr(train.time, "perf_counter", clock)
+    code, _, _ = start("max_iters=0", "minutes=0.5", "eval_interval=0", "warmup_iters=0")
+    assert code == 0 and steps_of(tmp_path / "run") == 30 / 0.25
 
 
 def test_what_was_fixed_stays_on_a_resume(start, tmp_path, monkeypatch):
