@@ -526,18 +526,17 @@ def generate(
         if start:  # the window is full: drop its older half, and read the rest again
             window = unread = window[:, start:]
             cache.length, static = 0, None
+        uniform = torch.rand(num_samples, 1, generator=generator, device=device)
+        drawing = (uniform, seen, repetition_penalty, vocab_size, temperature, top_k, top_p, min_p)
         if compile and cache.length:
             step = compiled_next_ids(device.type, first=static is None)
             static = static or StaticCache(cache)
-        else:
-            step = next_ids
-        uniform = torch.rand(num_samples, 1, generator=generator, device=device)
-        drawing = (uniform, seen, repetition_penalty, vocab_size, temperature, top_k, top_p, min_p)
-        try:
-            new = step(model, unread, static or cache, *drawing)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            warn(f"torch.compile does not work here, going on without: {one_line(error):.200}")
-            compile, static = False, None
+            try:
+                new = step(model, unread, static, *drawing)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                warn(f"torch.compile does not work here, going on without: {one_line(error):.200}")
+                compile, static = False, None
+        if static is None:
             new = next_ids(model, unread, cache, *drawing)
         *new_ids, finite = new.tolist()  # the only place where the CPU waits for the device
         if not finite:

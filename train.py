@@ -120,7 +120,7 @@ def tell_of_rise(run: Run) -> None:
 def train(run: Run, tracker: Tracker | None) -> int:
     """The loop: evaluate if due, save if due, stop if asked, step, log. Returns the exit code."""
     config = run.config
-    unsaved = not run.restored  # whether there is something that no checkpoint holds
+    unsaved = run.past != run.folder  # whether there is something that no checkpoint here holds
     with Interrupts(run.ranks) as interrupts, Log(run, tracker, interrupts) as log:
         try:
             while True:

@@ -2,7 +2,7 @@
 
 First: python data/prepare.py shakespeare. Any other text of about 1 MB will do:
 python data/prepare.py TEXT tokenizer=char name=mine, and dataset=mine. On two CPU cores it takes
-about 15 seconds, and nanoGPT about 70 for a slightly higher loss (docs/speed.md).
+15 to 35 seconds, and nanoGPT 70 to 150 for a slightly higher loss (docs/speed.md).
 """
 
 out_dir = "out/shakespeare_char_cpu"

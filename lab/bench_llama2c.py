@@ -14,6 +14,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from lab.bench_beside import last_words, output_of
 from model import ModelConfig
 
 BUILD = "gcc -Ofast -fopenmp -march=native".split()  # its `make runomp`
@@ -45,9 +46,8 @@ def llama2c_rates(
     for name, write in writers.items():
         program, model = work / name, work / f"{name}.bin"
         try:
-            command = [*BUILD, sources[name], "-lm", "-o", program]
-            subprocess.run(command, check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError) as error:
+            output_of([*BUILD, sources[name], "-lm", "-o", program])
+        except (OSError, ValueError) as error:
             raise ValueError(f"llama2.c's {name} could not be built: {error}") from error
         with open(model, "wb") as file:
             write(file, config)
@@ -62,12 +62,12 @@ def rate_of(program: Path, model: Path, tokenizer: Path, tokens: int, samples: i
         raise ValueError(f"llama2.c makes one text at once, not {samples}")
     options = {"-z": tokenizer, "-t": 1, "-p": 1, "-n": tokens + 1}
     words = [str(word) for option in options.items() for word in option]
-    # One thread for each core. What is set for our own programs does not reach it.
+    # What is set for our own programs must not reach it: by itself it takes a thread for each core.
     env = {k: v for k, v in os.environ.items() if not k.startswith(("GOMP_", "OMP_"))}
-    done = subprocess.run([program, model, *words], capture_output=True, env=env, check=True)
+    done = subprocess.run([program, model, *words], capture_output=True, env=env)
     said = re.search(rb"achieved tok/s: ([0-9.]+)", done.stderr)
-    if not said:  # it ends at a token of its own, which may be the first
-        return rate_of(program, model, tokenizer, tokens, samples)
+    if not said:  # it prints none if the very first token ends the text: one time in V
+        raise ValueError(f"llama2.c's {program.name} gave no speed: {last_words(done.stderr)}")
     return float(said[1])
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from config.command import run_command, split_arguments, user_errors
 from config.preset import load_json
 from config.schema import parse_choice, parse_knobs
-from run.metrics import METRICS_FILE, plot_label, read_metrics, save_figure
+from run.metrics import METRICS_FILE, plot_label, read_metrics, save_figure, seconds_at_each
 
 USAGE = """\
 Draw the losses, learning rates and gradient norms of runs in one picture, a colour for each run:
@@ -84,6 +84,7 @@ def draw_curves(folders: list[Path], by: str, file: Path) -> None:
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:
+    """The records of steps and evaluations. ValueError if there are none."""
     if not (folder / METRICS_FILE).is_file():
         raise ValueError(f"{folder} has no {METRICS_FILE}: name the folder of a run")
     records = [r for r in read_metrics(folder) if "loss" in r or "val_loss" in r]
@@ -103,13 +104,7 @@ def horizontal(folder: Path, records: list[dict[str, Any]], by: str) -> np.ndarr
         if not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"{folder / 'config.json'} does not say batch_size and block_size")
         return steps * sizes[0] * sizes[1]
-    seconds, before, at = 0.0, 0, []
-    for record in records:
-        if "step_ms" in record:  # a mean since the record of training before it
-            seconds += (record["step"] - before) * record["step_ms"] / 1000
-            before = record["step"]
-        at.append(seconds)
-    return np.array(at)
+    return np.array(seconds_at_each(records))
 
 
 def draw_run(

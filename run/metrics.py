@@ -55,9 +55,18 @@ def is_number(value: Any, name: str = "") -> bool:
 
 def training_seconds(records: list[dict[str, Any]]) -> float:
     """How long the optimizer steps took, without evaluating and saving."""
-    steps = [record for record in records if "step_ms" in record]
-    before = [0, *(record["step"] for record in steps)]  # step_ms is a mean since that record
-    return sum((r["step"] - b) * r["step_ms"] for r, b in zip(steps, before, strict=False)) / 1000
+    return seconds_at_each(records)[-1] if records else 0.0
+
+
+def seconds_at_each(records: list[dict[str, Any]]) -> list[float]:
+    """How long the optimizer steps had taken up to each record."""
+    seconds, before, at = 0.0, 0, []
+    for record in records:
+        if "step_ms" in record:  # a mean since the record of training before it
+            seconds += (record["step"] - before) * record["step_ms"] / 1000
+            before = record["step"]
+        at.append(seconds)
+    return at
 
 
 def has_evaluation(records: list[dict[str, Any]], step: int) -> bool:

@@ -80,8 +80,7 @@ class Run:
     scaler: torch.amp.GradScaler
     ranks: Ranks = ALONE
     step: int = 0  # optimizer steps done
-    restored: bool = False  # whether it was built from a checkpoint of its own, so it is saved
-    past: Path | None = None  # the folder with the records of its steps so far: its own, a trunk's
+    past: Path | None = None  # the folder that its checkpoint is from: its own, or that of a trunk
     best_val_loss: float = math.inf
     # What the checkpoints say of the weights of init_from: their context, and, if the run trains
     # adapters for them, their path and checksum.
@@ -369,7 +368,6 @@ def build(config: Config, data: Dataset, begin: dict[str, Any], ranks: Ranks) ->
     if saved["scaler"]:  # it is empty if the run was not in float16
         scaler.load_state_dict(saved["scaler"])
     run.step, run.grad_norms, run.past = saved["step"], saved["grad_norms"], saved["folder"]
-    run.restored = run.past == run.folder  # a branch has nothing saved in its folder yet
     names = (*SCHEDULE, "log_interval")
     before = {name: saved["config"][name] for name in names if name in saved["config"]}
     run.config_before = replace(config, **before)
