@@ -41,6 +41,14 @@ def test_branches_have_other_schedules_and_the_trunk_stays_as_it_is(start, tmp_p
     assert {p.name: p.read_bytes() for p in (tmp_path / "trunk").iterdir()} == before
 
 
+def test_a_branch_has_a_best_checkpoint_of_its_own_even_if_the_trunks_was_better(start, tmp_path):
+    trunk(start)
+    worse = ("learning_rate=0.3", "grad_clip=0", f"branch={tmp_path / 'trunk'}")
+    assert start("max_iters=12", *TRUNK, *worse, out="other")[0] == 0
+    best = [checkpoint.load(tmp_path / name / "best.pt") for name in ("trunk", "other")]
+    assert best[0]["best_val_loss"] < best[1]["best_val_loss"]
+
+
 def test_a_branch_that_stopped_goes_on_by_itself_when_the_trunk_is_gone(start, tmp_path):
     trunk(start)
     place = tmp_path / "trunk"

@@ -11,6 +11,7 @@ from torch.nn import Linear
 
 from model import Decoder, ModelConfig
 from sample import SampleOptions, generate, prepare_for_inference
+from weights import quantize
 from weights.quantize import (
     CONVERTED_AT_ONCE,
     LONG_MATRIX,
@@ -265,6 +266,12 @@ def test_one_row_is_multiplied_as_sums_in_compiled_code_alone(outputs, shape):
         assert y.shape == (*shape[:-1], outputs) and y.dtype == torch.float32
         assert (y - wanted).abs().max() < 1e-5 * wanted.abs().max()
     assert products == [0 if one_row else 1]
+
+
+def test_code_that_is_not_compiled_leaves_a_row_to_the_library(monkeypatch):
+    layer, x = SummedLinear(random(37, 24)), random(1, 24, seed=1)
+    monkeypatch.setattr(quantize, "product_of_row", None)
+    assert torch.equal(layer(x), F.linear(x, layer.weight))
 
 
 def test_sums_of_a_matrix_in_bfloat16_are_in_float32():
