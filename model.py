@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from norm import ELEMENTWISE, NORM_LEAVES, PARAMETERS, SCALARS, Norm, at_least_fp32, norm_problem
@@ -231,7 +232,7 @@ def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair (x[i], x[i + D/2]) by its position's angle.
 
-    x [B, H or K, T, D], cos and sin [T, D]; the result is like x.
+    x [B, H or K, T, D], cos and sin [T, D] or [B, 1, T, D]; the result is like x.
     """
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
@@ -273,31 +274,57 @@ class Attention(nn.Module):
         k = self.k_norm(k).transpose(1, 2)  # [B, K, T, D]
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any = None, mask: Any = None
+    ) -> Tensor:
         """x [B, T, C] -> [B, T, C]. With a cache (see Decoder.features), x also attends to the
-        tokens in the cache.
+        tokens in the cache. Without one, a mask (see document_mask) may say what each token sees.
         """
         B, T, _ = x.shape
         q, k = self.queries_and_keys(x, cos, sin)
         v = self.v(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2)  # [B, K, T, D]
-        mask = None
         if cache:
             k, v, mask = cache.extend(self.layer, k, v)  # [B, K, S, D], [B, K, S, D], [T, S]
-        causal = mask is None and k.shape[2] == T
         dropout = self.dropout if self.training else 0.0
+        grouped = self.kv_heads != self.heads
         narrow_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
         if cache and T == 1:
             y = single_query_attention(q, k, v, mask)
-        elif causal and narrow_on_cpu and 1 < T <= UNFUSED_UP_TO:
-            y = unfused_attention(q, k, v, dropout)
+        elif isinstance(mask, BlockMask):
+            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
+        elif k.shape[2] == T and narrow_on_cpu and 1 < T <= UNFUSED_UP_TO:
+            y = unfused_attention(q, k, v, dropout, mask)
         else:
-            grouped = self.kv_heads != self.heads
+            causal = mask is None and k.shape[2] == T
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
         return self.out(y.transpose(1, 2).flatten(2))  # [B, H, T, D] -> [B, T, H * D] -> [B, T, C]
 
 
-def unfused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal attention as two matrix products and a softmax, which keeps all T x T scores.
+def document_mask(positions: Tensor, flex: bool = False) -> Any:
+    """Which keys each query sees: those of its own document up to itself. [B, 1, T, T] bool, or the
+    same for flex_attention, whose kernels skip what no query of a block sees.
+
+    positions [B, T] int64 count the tokens of a document from its beginning, or from that of the
+    window if the document has begun before.
+    """
+    B, T = positions.shape
+    place = torch.arange(T, device=positions.device)
+    first = place - positions  # [B, T]: where in the window the document of a token begins
+    if flex:
+
+        def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= query) & (key >= first[b, query])
+
+        return create_block_mask(sees, B, None, T, T, device=positions.device)
+    seen = (place <= place.unsqueeze(1)) & (place >= first.unsqueeze(2))  # [B, T, T]
+    return seen.unsqueeze(1)
+
+
+def unfused_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None
+) -> Tensor:
+    """Attention as two matrix products and a softmax, which keeps all T x T scores; causal, or as
+    the mask [B, 1, T, T] says.
 
     q [B, H, T, D], k and v [B, K, T, D] -> [B, H, T, D]. On a CPU in bfloat16 PyTorch's own kernel
     takes two to four times as long (docs/LOG.md), so this is used while T x T scores still fit.
@@ -306,8 +333,10 @@ def unfused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor
     shared = H // k.shape[1]
     k = k.repeat_interleave(shared, dim=1).flatten(0, 1)  # [B * H, T, D]
     v = v.repeat_interleave(shared, dim=1).flatten(0, 1)  # [B * H, T, D]
-    future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
-    scores = torch.baddbmm(future, q.flatten(0, 1), k.mT, alpha=1 / math.sqrt(D))  # [B * H, T, T]
+    hidden = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    if mask is not None:
+        hidden = torch.where(mask, q.new_zeros(()), -math.inf).expand(B, H, T, T).flatten(0, 1)
+    scores = torch.baddbmm(hidden, q.flatten(0, 1), k.mT, alpha=1 / math.sqrt(D))  # [B * H, T, T]
     return (F.dropout(scores.softmax(-1), dropout) @ v).view(B, H, T, D)
 
 
@@ -388,10 +417,12 @@ class Block(nn.Module):
             self.attn_norm_out = config.norm_for(config.n_embd)
             self.ffn_norm_out = config.norm_for(config.n_embd)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any = None, mask: Any = None
+    ) -> Tensor:
         """The residual stream before this Block -> after it, both [B, T, C]."""
         stream, h = self.branch_off(x, self.attn_norm)
-        y = self.attn(h, cos, sin, cache)
+        y = self.attn(h, cos, sin, cache, mask)
         x = self.join(stream, y, self.attn_norm, self.attn_norm_out)
         stream, h = self.branch_off(x, self.ffn_norm)
         y = self.ffn(h)
@@ -471,37 +502,45 @@ class Decoder(nn.Module):
         if seed is not None:
             initialise(self, seed)
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, targets: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """ids [B, T] -> logits [B, T, V]. With targets [B, T], instead the mean cross-entropy in
-        nats per token, fp32.
+        nats per token, fp32. For positions see `features`.
 
         The loss is part of forward, so a compiled or wrapped model is called once.
         """
-        x = self.features(ids)
+        x = self.features(ids, positions=positions)
         if targets is None:
             return self.logits(x)
         weight = self.embed.weight if self.head is None else self.head.weight
         return head_loss(x.flatten(0, 1), targets.flatten(), self.logits, weight)
 
-    def features(self, ids: Tensor, cache: Any = None) -> Tensor:
+    def features(self, ids: Tensor, cache: Any = None, positions: Tensor | None = None) -> Tensor:
         """ids [B, T] -> what the head reads, [B, T, C].
 
         With a cache (sample.KVCache) ids are the tokens that follow those in the cache, and the
-        cache is extended by them.
+        cache is extended by them. Else `positions` [B, T], if given, are those of the tokens in
+        their documents, and no token sees another document (see document_mask).
         """
-        T = ids.shape[1]
-        positions = cache.positions(T) if cache else slice(T)
-        cos, sin = self.cos[positions], self.sin[positions]  # [T, D]
+        T, mask = ids.shape[1], None
+        place = cache.positions(T) if cache else slice(T)
+        cos, sin = self.cos[place], self.sin[place]  # [T, D]
         if len(cos) < T:
             raise ValueError(
-                f"{positions.stop} tokens are more than block_size={self.config.block_size}"
+                f"{place.stop} tokens are more than block_size={self.config.block_size}"
             )
+        if positions is not None:
+            cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+            # Not compiled, flex_attention would hold all scores; and it knows no dropout.
+            flex = torch.compiler.is_compiling() and ids.is_cuda and not self.config.dropout
+            mask = document_mask(positions, flex)
         x = self.dropout(self.embed_scale(self.embed(ids)))  # [B, T, C]
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, None, mask, use_reentrant=False)
             else:
-                x = block(x, cos, sin, cache)
+                x = block(x, cos, sin, cache, mask)
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -611,7 +650,12 @@ def head_loss(
     for some_x, some_targets in zip(x.split(rows), targets.split(rows), strict=True):
         logits = at_least_fp32(head(some_x))
         sums.append(F.cross_entropy(logits, some_targets, ignore_index=IGNORED, reduction="sum"))
-    return torch.stack(sums).sum() / (targets != IGNORED).sum()
+    return torch.stack(sums).sum() / counted_rows(targets)
+
+
+def counted_rows(targets: Tensor) -> Tensor:
+    """How many of the targets [N] count; at least 1, so that the loss of none is 0."""
+    return (targets != IGNORED).sum().clamp(min=1)
 
 
 def rows_at_once(rows: int, vocab: int) -> int:
@@ -648,7 +692,7 @@ class HeadLoss(torch.autograd.Function):
                 dx.append(error @ narrow_weight)  # [R, C]
                 if weight_learns:
                     dweight += error.T @ some_x
-        count = (targets != IGNORED).sum()
+        count = counted_rows(targets)
         ctx.save_for_backward(torch.cat(dx), dweight, count * factor)
         ctx.dtype = x.dtype
         return total / count

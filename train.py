@@ -1,6 +1,6 @@
 """Train a decoder:  python train.py [PRESET] [key=value ...]
 
-Read it from the top: main; train, the loop; train_step with its gradients; validation_loss; and
+Read it from the top: main; train, the loop; train_step with its gradients; validation_losses; and
 what comes once before the loop, warm_up and fix_length. How a run is set up, saved and logged is in
 run/.
 
@@ -28,6 +28,7 @@ from config.command import counted, user_errors, warn
 from config.help import training_help
 from config.schema import Config
 from data.loader import batch, val_starts
+from model import IGNORED
 from run import parallel
 from run.evaluate import mean_loss
 from run.folder import (
@@ -128,10 +129,10 @@ def train(run: Run, tracker: Tracker | None) -> int:
 
                 evaluation_due = at_end or is_due(run.step, config.eval_interval)
                 if evaluation_due and not log.has_evaluation(run.step):
-                    val_loss = validation_loss(run, interrupts)
-                    if val_loss is not None:  # else a signal came, and the resumed run evaluates
-                        log.evaluation(run.step, val_loss)
-                        save_if_best(run, val_loss)
+                    losses = validation_losses(run, interrupts)
+                    if losses:  # else a signal came, and the resumed run evaluates
+                        log.evaluation(run.step, losses)
+                        save_if_best(run, run.data.mean(losses))
                         unsaved = True  # a checkpoint holds the best validation loss, too
 
                 if is_due(run.step, config.sample_interval) and not at_end and run.ranks.is_main:
@@ -207,20 +208,29 @@ def accumulate_gradients(run: Run, interrupts: Interrupts | None = None) -> Tens
     # The windows of an epoch are shuffled, and each comes once; every rank takes its share of them.
     T = config.model.block_size
     with ranks.all_or_none():  # if one rank alone stopped here, the others would wait for it
-        x, y = batch(data, run.step, config.batch_size, T, config.seed, ranks.rank, ranks.size)
-    count = len(x) // config.micro_batch_size
+        windows = batch(data, run.step, config.batch_size, T, config.seed, ranks.rank, ranks.size)
+    count = len(windows[0]) // config.micro_batch_size
+    # Every token counts the same in the mean. Where only answers count, parts have more or fewer.
+    tokens_per_rank = counted_tokens(windows[1])
+    if any(source.answers for source in data.sources):
+        tokens_per_rank = ranks.sum(tokens_per_rank) / ranks.size
     mean = torch.zeros((), device=config.device)
-    for i, (inputs, targets) in enumerate(zip(x.chunk(count), y.chunk(count), strict=True)):
+    for i, part in enumerate(zip(*(tensor.chunk(count) for tensor in windows), strict=True)):
         if i and interrupts is not None and interrupts.agreed():
             return None
         parallel.average_gradients_in_backward(run.forward, now=i == count - 1)
         with autocast(config.device, config.dtype):
-            loss = run.forward(to_device(inputs, config.device), to_device(targets, config.device))
-            loss = loss / count
+            loss = run.forward(*(to_device(tensor, config.device) for tensor in part))
+            loss = loss / (tokens_per_rank / counted_tokens(part[1]))
         run.scaler.scale(loss).backward()
         mean += loss.detach()
     parallel.average_what_fsdp_skips(run.model, config, ranks)
     return mean
+
+
+def counted_tokens(targets: Tensor) -> int:
+    """How many of the targets count in the loss, but at least 1, so that it can divide."""
+    return max(1, int((targets != IGNORED).sum()))
 
 
 def learning_rate_at(step: int, config: Config) -> float:
@@ -242,22 +252,28 @@ def learning_rate_at(step: int, config: Config) -> float:
     return floor + (peak - floor) * left[config.lr_schedule]
 
 
-def validation_loss(run: Run, interrupts: Interrupts) -> float | None:
-    """Mean loss, nats per token, over the validation windows, which are always the same; None if a
-    signal came. FloatingPointError if it is NaN or Inf."""
-    config, data, T = run.config, run.data, run.config.model.block_size
+def validation_losses(run: Run, interrupts: Interrupts) -> list[float]:
+    """Of each source of the data, the mean loss, nats per token, over its validation windows, which
+    are always the same; [] if a signal came. FloatingPointError if one is NaN or Inf."""
+    config, T, losses = run.config, run.config.model.block_size, []
     with run.ranks.all_or_none():
-        data.check_unchanged()
+        run.data.check_unchanged()
     run.model.eval()
-    starts = val_starts(len(data.val), T, config.eval_iters)
     micro, device, dtype = config.micro_batch_size, config.device, config.dtype
-    loss = mean_loss(
-        run.forward, data, "val", starts, T, micro, device, dtype, interrupts, run.ranks
-    )
+    for source in run.data.sources:
+        starts = val_starts(len(source.val), T, config.eval_iters)
+        loss = mean_loss(
+            run.forward, source, "val", starts, T, micro, device, dtype, interrupts, run.ranks
+        )
+        if loss is None:
+            losses = []
+            break
+        losses.append(loss)
     parallel.free_gathered_weights(run.model, config, run.ranks)
-    if loss is not None and not math.isfinite(loss):
-        raise FloatingPointError(f"validation loss {loss} at step {run.step}")
-    return loss
+    for loss in losses:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"validation loss {loss} at step {run.step}")
+    return losses
 
 
 def warm_up(run: Run) -> None:

@@ -59,7 +59,14 @@ class DataKnobs:
     dataset: str = knob(
         "python",
         "folder under data/, made by data/prepare.py; or a text file, or a folder of text files "
-        "with a / in its path: a text is prepared first",
+        "with a / in its path: a text is prepared first; or a mixture such as code:0.7,books:0.3, "
+        "in which each row comes from one of the data sets, by share",
+    )
+    doc_mask: bool = knob(
+        False, "no token attends to another document, and positions begin anew with each"
+    )
+    doc_windows: bool = knob(
+        False, "training windows begin where documents begin, and cut only those that are longer"
     )
     batch_size: int = knob(32, "sequences per optimizer step, over all devices together")
     eval_iters: int = knob(

@@ -16,6 +16,13 @@ SPLITS = ("train", "val")
 PART_TOKENS = 2**20  # meta.json has one CRC-32 for each part of so many tokens of a .bin file
 
 
+def places_file(split: str, kind: str) -> str:
+    """The file that says where the documents, or the answers, of a split are: places of tokens as
+    int64, little-endian, in ascending order. An answer has two, its first token and its end.
+    """
+    return f"{split}.{kind}.bin"
+
+
 def checksum(meta: dict) -> int:
     """The CRC-32 over all fields of a meta.json except `checksum`, where it is stored."""
     fields = {name: value for name, value in meta.items() if name != "checksum"}

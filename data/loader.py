@@ -5,7 +5,8 @@ run that is resumed needs nothing from here: it asks for the batch of the next s
 from the disk when they are needed (memory maps), and the global random generators are never used.
 
 A data set is a folder with train.bin and val.bin (token ids and nothing else), meta.json (what
-data/prepare.py knows about them) and the file of the tokenizer that made them.
+data/prepare.py knows about them) and the file of the tokenizer that made them. Beside each .bin
+file stand its places: where documents begin, and, of conversations, where answers begin and end.
 
 In reading order: Dataset; `batch` and what it calls; the windows for evaluation; `open_dataset` and
 the checks that it makes.
@@ -16,15 +17,17 @@ import os
 import shlex
 import stat
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import PART_TOKENS, SPLITS, checksum
+from data import PART_TOKENS, SPLITS, checksum, places_file
 from data.tokenizer import tokenizer_sha256
+from model import IGNORED
 
 DATA = Path(__file__).resolve().parent  # data/prepare.py puts its folders here
 FULL_SCAN = 200_000_000  # tokens; of a larger file only so many are checked, in spread parts
@@ -32,7 +35,7 @@ UNCHANGED = ("st_size", "st_mtime_ns", "st_ctime_ns")  # of a file with the same
 LARGEST_META = 2**26  # bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """A data set that passed the checks of open_dataset."""
 
@@ -41,12 +44,31 @@ class Dataset:
     train: np.ndarray  # ids, 1-dimensional, a read-only memory map
     val: np.ndarray  # the same
     opened: dict[Path, os.stat_result]  # train.bin and val.bin as they were when they were opened
+    doc_mask: bool = False  # whether windows come with the positions of tokens in their documents
+    doc_windows: bool = False  # whether training windows begin where documents begin
+    # Of each split, int64 in ascending order: where documents begin, if one of the two needs it;
+    # and where answers begin and end in turn, if answers alone count in the loss.
+    documents: dict[str, np.ndarray] = field(default_factory=dict)
+    answers: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
 
     @property
     def fingerprint(self) -> dict:
         """What must stay the same between a run and its resumption."""
         keys = ("dtype", "vocab_size", "tokens", "content_sha256", "tokenizer_sha256")
-        return {"name": self.folder.resolve().name} | {key: self.meta[key] for key in keys}
+        return {"name": self.name} | {key: self.meta[key] for key in keys}
+
+    @property
+    def sources(self) -> tuple["Dataset", ...]:
+        """The data sets of which this one is made: itself alone. A Mixture has several."""
+        return (self,)
+
+    def mean(self, values: Sequence[float]) -> float:
+        """The mean of one value for each source."""
+        return values[0]
 
     def bytes_per_token(self, split: str) -> float:
         """UTF-8 bytes of text per token. Bits per byte = loss in nats / ln 2 / this."""
@@ -56,14 +78,39 @@ class Dataset:
         """The share of the split's bytes that the tokenizer could not keep."""
         return self.meta.get("lost_bytes", {}).get(split, 0) / self.meta["bytes"][split]
 
-    def windows(
-        self, split: str, starts: np.ndarray, block_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """read_windows() of a split. OSError if a file was changed, even at this moment."""
+    def rows(self, numbers: np.ndarray, block_size: int, seed: int) -> tuple[torch.Tensor, ...]:
+        """The training windows with these numbers, which count from the first step on."""
+        n_tokens = len(self.train)
+        if self.doc_windows:
+            starts = document_starts(document_windows(self, block_size), seed, numbers)
+        else:
+            starts = train_starts(n_tokens, block_size, seed, numbers)
+        return self.windows("train", starts, block_size)
+
+    def windows(self, split: str, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, ...]:
+        """(x, y) of read_windows(), with IGNORED in y where a token does not count in the loss.
+        With doc_mask also the position of each token of x in its document, int64 [B, T]; that of a
+        document which has begun before the window counts from the window's start.
+
+        OSError if a file was changed, even at this moment.
+        """
         self.check_unchanged()  # a file that was cut short would end the process
-        found = read_windows(getattr(self, split), starts, block_size)
+        x, y = read_windows(getattr(self, split), starts, block_size)
         self.check_unchanged()
-        return found
+        if self.answers:
+            y[torch.from_numpy(~self.in_answers(split, starts + 1, block_size))] = IGNORED
+        if not self.doc_mask:
+            return x, y
+        places = starts[:, None] + np.arange(block_size)  # [B, T], of x
+        documents = self.documents[split]
+        begin = documents[np.searchsorted(documents, places, side="right") - 1]
+        return x, y, torch.from_numpy(places - np.maximum(begin, starts[:, None]))
+
+    def in_answers(self, split: str, starts: np.ndarray, block_size: int) -> np.ndarray:
+        """Whether each token of windows is in an answer, bool [B, T]."""
+        places = starts[:, None] + np.arange(block_size)
+        edges = np.searchsorted(self.answers[split], places, side="right")
+        return edges % 2 == 1  # an answer has begun and not ended
 
     def check_unchanged(self) -> None:
         """OSError if a file was changed after it was opened: its memory map has changed, too.
@@ -104,8 +151,9 @@ def batch(
     seed: int,
     rank: int = 0,
     world_size: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x, y), int64 [B, T]: this rank's part of the batch of a step.
+) -> tuple[torch.Tensor, ...]:
+    """(x, y), int64 [B, T]: this rank's part of the batch of a step. With doc_mask also positions,
+    see Dataset.windows.
 
     batch_size counts the sequences of all ranks together, so B = batch_size / world_size. T is
     block_size. y is x one token later, which is what the model has to predict.
@@ -114,9 +162,8 @@ def batch(
         raise ValueError(
             f"batch_size={batch_size} must be a multiple of the {world_size} devices that share it"
         )
-    starts = train_starts(len(dataset.train), block_size, batch_size, seed, step)
     share = batch_size // world_size
-    return dataset.windows("train", starts[rank * share : (rank + 1) * share], block_size)
+    return dataset.rows(step * batch_size + rank * share + np.arange(share), block_size, seed)
 
 
 def read_windows(
@@ -128,16 +175,13 @@ def read_windows(
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
-def train_starts(
-    n_tokens: int, block_size: int, batch_size: int, seed: int, step: int
-) -> np.ndarray:
-    """Where the windows of a step's batch of all ranks start, int64 [batch_size].
+def train_starts(n_tokens: int, block_size: int, seed: int, numbers: np.ndarray) -> np.ndarray:
+    """Where the windows with these numbers start, int64. Number 0 is the first one of step 0.
 
     Epochs follow each other without a gap, and a batch may take windows from two of them. Within an
     epoch every window comes exactly once. Raises ValueError if the split is shorter than a window.
     """
     check_length(n_tokens, block_size)
-    numbers = step * batch_size + np.arange(batch_size)  # windows counted from the first step on
     epochs, places = np.divmod(numbers, windows_per_epoch(n_tokens, block_size))
     return np.array(
         [
@@ -162,6 +206,38 @@ def epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.nd
     starts = order * block_size + offset
     starts.setflags(write=False)  # the cache gives the same array to every caller
     return starts
+
+
+def document_starts(windows: np.ndarray, seed: int, numbers: np.ndarray) -> np.ndarray:
+    """The same as train_starts, of windows that are the same in every epoch."""
+    epochs, places = np.divmod(numbers, len(windows))
+    pairs = zip(epochs, places, strict=True)
+    return windows[[shuffled(len(windows), seed, int(epoch))[place] for epoch, place in pairs]]
+
+
+@lru_cache(maxsize=2)
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """0 to count - 1 in an order that is random, and another one in each epoch."""
+    random = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+    return np.argsort(random.random_raw(count), kind="stable")
+
+
+@lru_cache(maxsize=8)
+def document_windows(data: Dataset, block_size: int) -> np.ndarray:
+    """The starts of windows that cover the training split, each at the beginning of a document.
+
+    The next window begins with the document that this one cuts off at its end. Only a document
+    that is longer than a window goes on where the window ends. Less than two windows at the end of
+    the split are left out.
+    """
+    check_length(len(data.train), block_size)
+    documents, starts = data.documents["train"], [0]
+    last = len(data.train) - block_size - 1  # the last place where a window has room
+    while starts[-1] + block_size <= last:
+        start, end = starts[-1], starts[-1] + block_size
+        begun = documents[np.searchsorted(documents, end, side="right") - 1]
+        starts.append(int(begun) if begun > start else end)
+    return np.array(starts)
 
 
 def windows_per_epoch(n_tokens: int, block_size: int) -> int:
@@ -195,21 +271,26 @@ def val_starts(n_tokens: int, block_size: int, count: int) -> np.ndarray:
 # Opening a data set
 
 
-def open_dataset(folder: str | Path) -> Dataset:
-    """Opens a folder that data/prepare.py made, and checks its files.
+def open_dataset(folder: str | Path, doc_mask: bool = False, doc_windows: bool = False) -> Dataset:
+    """Opens a folder that data/prepare.py made, and checks its files. For the two options see
+    Dataset.
 
     Raises OSError if a file is missing or unreadable and ValueError if its content is wrong. The
     message is one line that says what to do.
     """
     folder = Path(folder)
     check_prepared(folder)
-    opened, tokens = {}, {}
+    opened, tokens, documents, answers = {}, {}, {}, {}
     try:
         meta = read_meta(folder / "meta.json")
         for split in SPLITS:
             path = folder / f"{split}.bin"
             opened[path] = check_regular(path)
             tokens[split] = map_tokens(path, opened[path].st_size, meta, split)
+            if doc_mask or doc_windows:
+                documents[split] = read_places(folder, split, "documents", meta)
+            if places_file(split, "answers") in meta.get("places", {}):
+                answers[split] = read_places(folder, split, "answers", meta)
     except ValueError as error:
         raise ValueError(f"{error}; prepare the data set again") from None
     if tokenizer_sha256(folder) != meta["tokenizer_sha256"]:
@@ -217,7 +298,16 @@ def open_dataset(folder: str | Path) -> Dataset:
             f"{folder}: its tokenizer file is not the one that the tokens were made with; "
             "prepare the data set again"
         )
-    return Dataset(folder, meta, **tokens, opened=opened)
+    return Dataset(
+        folder,
+        meta,
+        **tokens,
+        opened=opened,
+        doc_mask=doc_mask,
+        doc_windows=doc_windows,
+        documents=documents,
+        answers=answers,
+    )
 
 
 def check_prepared(folder: Path) -> None:
@@ -278,6 +368,13 @@ def is_bits(value: object) -> bool:
     return value is None or (type(value) in (int, float) and 0 < value < 1000)
 
 
+def is_places(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(about, list) and len(about) == 2 and all(type(n) is int for n in about)
+        for about in value.values()
+    )
+
+
 FIELDS = {  # of meta.json: the test that a value must pass, and the words for it
     "format_version": (lambda value: is_count(value) and value == 1, "1 (from another version?)"),
     "dtype": (lambda value: value in ("uint16", "uint32"), "'uint16' or 'uint32'"),
@@ -302,12 +399,16 @@ def read_meta(path: Path) -> dict:
         found = checksum(meta)  # inside `try`, because deep nesting can make it fail, too
     except (ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{path}: not a JSON object ({error})") from None
-    for field, (good, meaning) in FIELDS.items():
-        if not good(meta.get(field)):
-            raise ValueError(f"{path}: {field} is {meta.get(field)!r:.80}, must be {meaning}")
+    for name, (good, meaning) in FIELDS.items():
+        if not good(meta.get(name)):
+            raise ValueError(f"{path}: {name} is {meta.get(name)!r:.80}, must be {meaning}")
     bos_id = meta.get("bos_id")
     if not (bos_id is None or type(bos_id) is int and 0 <= bos_id < meta["vocab_size"]):
         raise ValueError(f"{path}: bos_id is {bos_id!r:.80}, must be null or below vocab_size")
+    if "places" in meta and not is_places(meta["places"]):  # an older version had none
+        raise ValueError(
+            f"{path}: places is {meta['places']!r:.80}, must be a count and a checksum of each file"
+        )
     if "lost_bytes" in meta and not is_loss(meta["lost_bytes"]):
         raise ValueError(
             f"{path}: lost_bytes is {meta['lost_bytes']!r:.80}, must be a number of bytes for "
@@ -332,6 +433,26 @@ def map_tokens(path: Path, size: int, meta: dict, split: str) -> np.ndarray:
     tokens = np.memmap(path, dtype=dtype, mode="r")
     check_content(path, tokens, meta["vocab_size"], meta["crc32"][split])
     return tokens
+
+
+def read_places(folder: Path, split: str, kind: str, meta: dict) -> np.ndarray:
+    """The checked places of documents or answers in a split, int64 in ascending order."""
+    path = folder / places_file(split, kind)
+    if path.name not in meta.get("places", {}):
+        raise ValueError(
+            f"{folder} does not say where {kind} begin, for an older version has prepared it"
+        )
+    check_regular(path)
+    content = path.read_bytes()
+    if [len(content) // 8, zlib.crc32(content)] != meta["places"][path.name]:
+        raise ValueError(f"{path}: is not what was prepared (its size or checksum differs)")
+    places = np.frombuffer(content, "<i8").astype(np.int64)
+    outside = len(places) and not 0 <= places[0] <= places[-1] <= meta["tokens"][split]
+    if outside or (np.diff(places) < 0).any():
+        raise ValueError(f"{path}: its places are not in order, or not in the split")
+    if (len(places) % 2) if kind == "answers" else not len(places) or places[0]:
+        raise ValueError(f"{path}: the first document or the last answer is not whole")
+    return places
 
 
 def check_content(

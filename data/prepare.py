@@ -11,10 +11,12 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 if not __package__:  # run as a script: import from the repository's root, not from data/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -36,7 +38,7 @@ from config.command import (
     user_errors,
     warn,
 )
-from data import PART_TOKENS, SPLITS, checksum
+from data import PART_TOKENS, SPLITS, checksum, places_file
 from data.corpus import CHUNK, Corpus, Piece, open_corpus
 from data.files import new_folder, sync, write_atomically
 from data.tokenizer import (
@@ -67,6 +69,7 @@ name=NAME                 of the folder; without it, the name of the source"""
 OPTIONS = ("tokenizer", "vocab_size", "name")
 SAMPLE_CHARS = 8_000_000  # a SentencePiece tokenizer is trained on at most so many
 Surrounded = tuple[list[int], Piece, list[int]]  # a piece between the ids before and behind it
+Places = dict[str, list[int]]  # name of a file (see places_file) -> places of tokens
 SAMPLE_DOCUMENTS = 20_000  # of a stream: its tokenizer is trained on those at its beginning
 XZ_LIMIT = 16_000_000  # bytes: xz takes about 1 s for each MB, so no longer text is compressed
 LOSSLESS = ("byte", "char", "tiktoken")  # kinds of tokenizers that keep any text by construction
@@ -255,45 +258,60 @@ def named_tiktoken(name: str) -> TiktokenTokenizer:
 def write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: dict) -> None:
     """Appends the tokens of the corpus to the .bin files, and keeps count in `progress`.
 
-    It begins with piece number progress["pieces"]. What the files hold beyond progress["tokens"]
-    was written after the progress was saved for the last time; it is cut off and made again.
+    It begins with piece number progress["pieces"]. What the files hold beyond the counts in the
+    progress was written after it was saved for the last time; it is cut off and made again.
     """
     itemsize = np.dtype(progress["dtype"]).itemsize
+    sizes = {f"{split}.bin": progress["tokens"][split] * itemsize for split in SPLITS}
+    sizes |= {name: 8 * count for name, count in progress["places"].items()}
     saved = sum(progress["bytes"].values())
-    for split in SPLITS:
-        with open(folder / f"{split}.bin", "ab") as file:
-            file.truncate(progress["tokens"][split] * itemsize)
-    with (
-        closing(corpus.pieces()) as pieces,
-        open(folder / "train.bin", "ab") as train,
-        open(folder / "val.bin", "ab") as val,
-        tqdm(desc=corpus.name, total=corpus.size, unit="B", unit_scale=True, disable=None) as bar,
-    ):
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / name, "ab")) for name in sizes}
+        for name, file in files.items():
+            file.truncate(sizes[name])
+        pieces = stack.enter_context(closing(corpus.pieces()))
+        bar = stack.enter_context(
+            tqdm(desc=corpus.name, total=corpus.size, unit="B", unit_scale=True, disable=None)
+        )
         begun = {split for split in SPLITS if progress["tokens"][split]}
         rest = islice(pieces, progress["pieces"], None)
         groups = group_pieces(with_surroundings(rest, tokenizer, begun))
-        encode = partial(encode_pieces, tokenizer, progress["dtype"])
-        for group, (encoded, lost) in in_order(encode, groups):
-            for split, file in zip(SPLITS, (train, val), strict=True):
-                file.write(encoded[split])
-                file.flush()
-                text = "".join(piece.text for _, piece, _ in group if piece.split == split).encode()
-                progress["tokens"][split] += len(encoded[split]) // itemsize
-                progress["bytes"][split] += len(text)
-                progress["lost_bytes"][split] += sum(lost[split].values())
-                if split == "val":
-                    progress["val_crc32"] = zlib.crc32(text, progress["val_crc32"])
-                bar.update(len(text))
-            progress["pieces"] += len(group)
-            seen = progress["lost_such_as"]
-            new = [
-                char for char, _ in (lost["train"] + lost["val"]).most_common() if char not in seen
-            ]
-            progress["lost_such_as"] = (seen + "".join(new))[:EXAMPLES]
-            size = sum(progress["bytes"].values())
-            if corpus.stream and size - saved >= SAVE_EVERY:
-                saved = size
+        for group, encoded in in_order(partial(encode_pieces, tokenizer), groups):
+            size = append_tokens(files, group, encoded, progress)
+            bar.update(size)
+            total = sum(progress["bytes"].values())
+            if corpus.stream and total - saved >= SAVE_EVERY:
+                saved = total
                 save_progress(folder, progress)
+
+
+def append_tokens(
+    files: dict[str, BinaryIO], group: list[Surrounded], encoded: "Encoded", progress: dict
+) -> int:
+    """Writes what one group of pieces has become, counts it in `progress`, and returns how many
+    bytes of text it was.
+    """
+    dtype, size = np.dtype(progress["dtype"]).newbyteorder("<"), 0
+    for split in SPLITS:
+        for kind, places in encoded.places[split].items():
+            name = places_file(split, kind)
+            files[name].write((np.array(places, "<i8") + progress["tokens"][split]).tobytes())
+            progress["places"][name] += len(places)
+        files[f"{split}.bin"].write(np.array(encoded.ids[split], dtype).tobytes())
+        text = "".join(piece.text for _, piece, _ in group if piece.split == split).encode()
+        progress["tokens"][split] += len(encoded.ids[split])
+        progress["bytes"][split] += len(text)
+        progress["lost_bytes"][split] += sum(encoded.lost[split].values())
+        if split == "val":
+            progress["val_crc32"] = zlib.crc32(text, progress["val_crc32"])
+        size += len(text)
+    for file in files.values():
+        file.flush()
+    progress["pieces"] += len(group)
+    lost, seen = encoded.lost["train"] + encoded.lost["val"], progress["lost_such_as"]
+    new = [char for char, _ in lost.most_common() if char not in seen]
+    progress["lost_such_as"] = (seen + "".join(new))[:EXAMPLES]
+    return size
 
 
 def with_surroundings(
@@ -324,18 +342,28 @@ def group_pieces(pieces: Iterable[Surrounded]) -> Iterator[list[Surrounded]]:
         yield group
 
 
-def encode_pieces(
-    tokenizer: Tokenizer, dtype: str, pieces: list[Surrounded]
-) -> tuple[dict[str, bytes], dict[str, Counter]]:
-    """split -> the ids of the pieces, as the bytes of its .bin file; and split -> lost_by."""
-    ids: dict[str, list[int]] = {split: [] for split in SPLITS}
-    lost: dict[str, Counter] = {split: Counter() for split in SPLITS}
+@dataclass
+class Encoded:
+    """What a group of pieces has become, by split: ids; places in them, by kind; and lost_by."""
+
+    ids: dict[str, list[int]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    places: dict[str, dict[str, list[int]]] = field(
+        default_factory=lambda: {split: {"documents": []} for split in SPLITS}
+    )
+    lost: dict[str, Counter] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
+
+
+def encode_pieces(tokenizer: Tokenizer, pieces: list[Surrounded]) -> Encoded:
+    made = Encoded()
     for before, piece, after in pieces:
+        ids = made.ids[piece.split]
+        if piece.start:  # what stands between two documents belongs to the first one
+            place = len(ids) + len(before) - len(tokenizer.before)
+            made.places[piece.split]["documents"].append(place)
         found = tokenizer.encode(piece.text, start=piece.start)
-        ids[piece.split] += [*before, *found, *after]
-        lost[piece.split] += lost_by(tokenizer, found, piece)
-    kind = np.dtype(dtype).newbyteorder("<")
-    return {split: np.array(ids[split], dtype=kind).tobytes() for split in SPLITS}, lost
+        ids += [*before, *found, *after]
+        made.lost[piece.split] += lost_by(tokenizer, found, piece)
+    return made
 
 
 def lost_by(tokenizer: Tokenizer, ids: list[int], piece: Piece) -> Counter:
@@ -402,6 +430,7 @@ def start_or_resume(
         "asked": asked,
         "dtype": "uint16" if tokenizer.vocab_size < 2**16 else "uint32",
         "pieces": 0,
+        "places": {places_file(split, "documents"): 0 for split in SPLITS},
         "tokens": dict.fromkeys(SPLITS, 0),
         "bytes": dict.fromkeys(SPLITS, 0),
         "val_crc32": 0,
@@ -412,8 +441,8 @@ def start_or_resume(
 
 def save_progress(folder: Path, progress: dict) -> None:
     """Waits until the .bin files are on the disk, then saves how far they are good."""
-    for split in SPLITS:
-        sync(folder / f"{split}.bin")
+    for name in ("train.bin", "val.bin", *progress["places"]):
+        sync(folder / name)
     text = json.dumps(progress)
     write_atomically(folder / "progress.json", lambda file: file.write(text.encode()))
 
@@ -431,12 +460,17 @@ def read_progress(folder: Path) -> dict:
         counts = [progress["pieces"], progress["val_crc32"]]
         for split in SPLITS:
             counts += [progress[name][split] for name in ("tokens", "bytes", "lost_bytes")]
+        counts += dict(progress["places"]).values()
         sound = isinstance(progress["asked"], dict)
+        known = {places_file(split, kind) for split in SPLITS for kind in ("documents", "answers")}
+        sound = sound and progress["places"].keys() <= known
         sound = sound and isinstance(progress["lost_such_as"], str)
         sound = sound and all(type(count) is int and count >= 0 for count in counts)
         for split in SPLITS:
             size = (folder / f"{split}.bin").stat().st_size
             sound = sound and progress["tokens"][split] * itemsize <= size
+        for name, count in progress["places"].items():
+            sound = sound and 8 * count <= (folder / name).stat().st_size
         if not sound:
             raise ValueError
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -457,6 +491,10 @@ def meta_of(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: dict) 
         for block in read_blocks(folder / f"{split}.bin", part):
             content.update(block)
             checksums[split].append(zlib.crc32(block))
+    places = {}
+    for name, count in progress["places"].items():
+        content_of = (folder / name).read_bytes()
+        places[name] = [count, zlib.crc32(content_of)]
     lost = {"lost_bytes": progress["lost_bytes"]} if any(progress["lost_bytes"].values()) else {}
     meta = {
         "format_version": 1,
@@ -470,6 +508,7 @@ def meta_of(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: dict) 
         "source": corpus.source,
         "content_sha256": content.hexdigest(),
         "crc32": checksums,
+        "places": places,
         "xz_bits_per_byte": None,
         **lost,  # only there if there is a loss
     }

@@ -201,7 +201,7 @@ def plain_loop(model: torch.nn.Module, data: Dataset, config: Config) -> Callabl
 
     def step() -> float:
         start = time.perf_counter()
-        x, _ = batch(data, next(steps), config.batch_size, config.model.block_size, config.seed)
+        x, *_ = batch(data, next(steps), config.batch_size, config.model.block_size, config.seed)
         for part in to_device(x, config.device).split(config.micro_batch_size):
             with autocast(config.device, config.dtype):
                 loss = forward(input_ids=part, labels=part).loss * (len(part) / len(x))

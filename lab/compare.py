@@ -42,6 +42,7 @@ from config.preset import KNOBS, load_json, read_knobs
 from config.schema import Config, parse_value
 from data.files import is_own_file, open_regular, write_atomically
 from data.loader import read_meta
+from data.mixture import read_shares
 from lab.measure import (
     as_arguments,
     fresh_run,
@@ -151,8 +152,10 @@ class Cell:
 @lru_cache
 def content_of(dataset: str, init_from: str) -> dict[str, str | int]:
     """What tells whether the data and the weights that a cell begins with are still the same."""
-    meta = read_meta(find_dataset(dataset, None) / "meta.json")
-    content = {name: meta[name] for name in ("content_sha256", "tokenizer_sha256")}
+    folders = [find_dataset(source, None) for source in read_shares(dataset) or [dataset]]
+    metas = [read_meta(folder / "meta.json") for folder in folders]
+    names = ("content_sha256", "tokenizer_sha256")
+    content = {name: ",".join(meta[name] for meta in metas) for name in names}
     return content | ({"weights": open_weights(init_from).checksum()} if init_from else {})
 
 
@@ -674,7 +677,7 @@ class Lab:
         what = " and ".join(next(iter(plan.arms.values()))) or "one arm"
         configs = {name: cell.config for name, cell in self.timed.items()}
         return Study(
-            title=f"Comparison of {what} on {self.data.folder.name}",
+            title=f"Comparison of {what} on {self.data.name}",
             folder=plan.folder,
             arms=list(plan.arms),
             cells=self.records(self.cells),
@@ -695,6 +698,7 @@ class Lab:
         micro = " and ".join(map(str, sorted(set(timing["micro_batch_size"].values()))))
         versions_of = [", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in results]
         versions_of = [re.sub(r"[^\w .,+-]", "?", text) for text in versions_of]  # from a file
+        tokens = self.data.fingerprint["tokens"]
         again = as_arguments(cell.knobs | self.automatic(cell) | {"out_dir": "out/again"})
         weights = shlex.join(["python", "train.py", *plan.preset, *again])
         return {
@@ -705,7 +709,7 @@ class Lab:
                 f"{options.jobs} at once"
             ),
             "data": (
-                f"{config.dataset}: {len(self.data.train):,} training and {len(self.data.val):,} "
+                f"{config.dataset}: {tokens['train']:,} training and {tokens['val']:,} "
                 f"validation tokens; {config.batch_size} x {config.model.block_size} tokens per "
                 f"step"
             ),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from config.command import shell_path
 from data.loader import DATA, Dataset, open_dataset, val_starts
+from data.mixture import read_shares
 from data.tokenizer import load_tokenizer
 from model import IGNORED, Decoder
 from run.machine import autocast, to_device
@@ -34,7 +35,7 @@ WINDOW_TOKENS = 2**20  # tokens whose bytes are counted at once
 
 @torch.no_grad()
 def mean_loss(
-    forward: Callable[[Tensor, Tensor], Tensor],
+    forward: Callable[..., Tensor],
     data: Dataset,
     split: str,
     starts: np.ndarray,
@@ -45,26 +46,29 @@ def mean_loss(
     interrupts: Interrupts | None = None,
     ranks: Ranks = ALONE,
 ) -> float | None:
-    """The mean of forward(x, y), in nats per token, over the windows of a split that begin at
-    `starts`. It is NaN or Inf if the model's loss is, and None if a signal came before the end.
+    """The mean of forward(x, y), in nats per token that counts, over the windows of a split that
+    begin at `starts`. It is NaN or Inf if the model's loss is, and None if a signal came before the
+    end.
 
     In each round every rank computes `batch` windows of its own.
     """
-    total = 0.0
+    total = seen = 0.0
     for i in range(0, len(starts), batch * ranks.size):
         if interrupts is not None and interrupts.agreed():
             return None
         own = starts[i + ranks.rank * batch :][:batch]
         # A rank that has no window left still calls forward, because fsdp needs all ranks there.
-        x, y = data.windows(split, own if len(own) else starts[:1], block_size)
+        x, y, *positions = data.windows(split, own if len(own) else starts[:1], block_size)
         # A compiled model has one graph for each shape, so rows that do not count fill the batch.
         missing = (0, 0, 0, batch - len(x))
         x, y = F.pad(x, missing), F.pad(y, missing, value=IGNORED)
+        positions = [F.pad(places, missing) for places in positions]
         with autocast(device, dtype):
-            loss = forward(to_device(x, device), to_device(y, device)).item()
+            loss = forward(*(to_device(part, device) for part in (x, y, *positions))).item()
         if len(own):
-            total += loss * len(own)
-    return ranks.sum(total) / len(starts)
+            windows = int((y != IGNORED).sum()) / block_size
+            total, seen = total + loss * windows, seen + windows
+    return ranks.sum(total) / ranks.sum(seen)
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Evaluation:
     block_size: int  # tokens of a window
     seconds: float
     withheld: str = ""  # why there are no bits per byte, in words
+    of_answers: bool = False  # whether the tokens of answers alone count
 
     @property
     def perplexity(self) -> float:
@@ -90,12 +95,14 @@ class Evaluation:
 
     def __str__(self) -> str:
         tokens = self.windows * self.block_size
+        answers = ", of which those of answers count" if self.of_answers else ""
         bits = f"withheld: {self.withheld}" if self.withheld else f"{self.bits_per_byte:.6f}"
         return (
             f"{self.split + ' loss':14}{self.loss:.6f} nats per token\n"
             f"perplexity    {self.perplexity:.4f}\n"
             f"bits per byte {bits}\n"
-            f"tokens        {tokens:,} in {self.windows:,} windows of {self.block_size:,}\n"
+            f"tokens        {tokens:,} in {self.windows:,} windows of {self.block_size:,}"
+            f"{answers}\n"
             f"time          {self.seconds:.2f} s, {tokens / self.seconds:,.0f} tokens/s"
         )
 
@@ -132,15 +139,17 @@ def evaluate(
             f"dtype (then use dtype=float32)"
         )
     seconds = time.perf_counter() - begin
-    measured = bytes_per_predicted_token(data, split, starts, block_size)
-    return Evaluation(split, loss, measured[0], len(starts), block_size, seconds, measured[1])
+    measured, withheld = bytes_per_predicted_token(data, split, starts, block_size)
+    return Evaluation(
+        split, loss, measured, len(starts), block_size, seconds, withheld, bool(data.answers)
+    )
 
 
 def bytes_per_predicted_token(
     data: Dataset, split: str, starts: np.ndarray, block_size: int
 ) -> tuple[float | None, str]:
-    """How many bytes of text a token stands for, in the mean over the tokens that are predicted in
-    the windows of `split` that begin at `starts`; and "".
+    """How many bytes of text a token stands for, in the mean over the tokens that are predicted,
+    and count, in the windows of `split` that begin at `starts`; and "".
 
     Bits per byte = loss in nats / ln 2 / this. If the tokens do not spell their text, or nothing
     here can say what they spell, it is None, and the text says why in words.
@@ -157,12 +166,18 @@ def bytes_per_predicted_token(
     at_start = lengths  # of the first token of a document, whose dummy prefix is no text
     if tokenizer.dummy_prefix:
         at_start = lengths - np.array([piece.startswith(b" ") for piece in tokenizer.pieces])
-    total, count = 0, len(starts) * block_size
-    for some_starts in np.array_split(starts, -(-count // WINDOW_TOKENS)):
-        before, predicted = (ids.numpy() for ids in data.windows(split, some_starts, block_size))
-        if ((lengths[predicted] == 0) & ~ends[predicted]).any():
+    textless = ends.copy()
+    textless[list(tokenizer.special.values())] = True  # those of a chat template, for instance
+    total = count = 0
+    for some_starts in np.array_split(starts, -(-len(starts) * block_size // WINDOW_TOKENS)):
+        before, predicted = (
+            ids.numpy() for ids in data.windows(split, some_starts, block_size)[:2]
+        )
+        before, predicted = (ids[predicted != IGNORED] for ids in (before, predicted))
+        if ((lengths[predicted] == 0) & ~textless[predicted]).any():
             return None, f"the tokenizer does not know all characters of the {split} text"
         total += int(np.where(ends[before], at_start[predicted], lengths[predicted]).sum())
+        count += len(predicted)
     if not total:
         return None, "the tokens that are predicted stand for no text"
     return total / count, ""
@@ -181,6 +196,11 @@ def open_known_dataset(name: str, known: dict[str, Any], place: Path) -> Dataset
             f"{place} does not say what it was trained on: name a prepared data set with "
             f"dataset=NAME"
         )
+    if not name and isinstance(wanted, str) and read_shares(wanted):
+        raise ValueError(
+            f"{place} was trained on the mixture {wanted}: name one of its data sets with "
+            f"dataset=NAME"
+        )
     if not name and (not isinstance(wanted, str) or Path(wanted).name != wanted or wanted == ".."):
         raise ValueError(
             f"{place} says it was trained on {wanted!r:.80}, which is no name of a data set"
@@ -196,7 +216,7 @@ def open_known_dataset(name: str, known: dict[str, Any], place: Path) -> Dataset
             f"{folder} is not prepared: make a data set of it with python data/prepare.py "
             f"{shell_path(folder)} tokenizer={shell_path(place)} name=NAME, then dataset=NAME"
         )
-    data = open_dataset(folder)
+    data = open_dataset(folder, doc_mask=known.get("doc_mask") is True)
     if data.meta["tokenizer_sha256"] != known["tokenizer_sha256"]:
         raise ValueError(
             f"{data.folder} was not made with the tokenizer of {place}: python data/prepare.py "

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from config.command import counted, one_line, printable, reader_left, shell_path, warn
 from data.files import is_own_file, write_atomically
-from data.loader import val_starts
+from data.loader import Dataset, val_starts
 from data.prepare import XZ_LIMIT
 from model import parameter_count
 from run.evaluate import bytes_per_predicted_token
@@ -79,9 +79,7 @@ class Log:
         measured = None, ""
         with self.ranks.all_or_exit():
             if self.ranks.is_main:
-                T, split = config.model.block_size, run.data.val
-                starts = val_starts(len(split), T, config.eval_iters)
-                measured = bytes_per_predicted_token(run.data, "val", starts, T)
+                measured = bytes_per_token_of(run)
         self.records = self.ranks.from_main(self.records)
         self.bytes_per_token, withheld = self.ranks.from_main(measured)
         self.bar = tqdm(
@@ -205,10 +203,11 @@ class Log:
             }
         )
 
-    def evaluation(self, step: int, val_loss: float) -> None:
-        """val_loss is in nats per token. Bits per byte do not depend on the tokenizer; they are
-        left out if the tokens do not spell their text."""
+    def evaluation(self, step: int, losses: Sequence[float]) -> None:
+        """The losses of the data's sources are in nats per token. Bits per byte do not depend on
+        the tokenizer; they are left out if the tokens do not spell their text."""
         check_lock(self.run)
+        val_loss = self.run.data.mean(losses)
         record, shown = {"step": step, "val_loss": val_loss}, ""
         if self.bytes_per_token:
             record["val_bpb"] = val_loss / math.log(2) / self.bytes_per_token
@@ -217,6 +216,11 @@ class Log:
             f"step {step}/{self.last_step} | val loss {val_loss:.4f}{shown} | "
             f"perplexity {math.exp(min(val_loss, 700)):.2f}"
         )
+        if len(losses) > 1:
+            names = [source.name for source in self.run.data.sources]
+            each = dict(zip(names, losses, strict=True))
+            self.line("  " + " | ".join(f"{name} {loss:.4f}" for name, loss in each.items()))
+            record |= {f"val_loss {name}": loss for name, loss in each.items()}
         self.write(record)
 
     def watch(self, step: int, scales: dict[str, list[float]]) -> None:
@@ -285,16 +289,54 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def bytes_per_token_of(run: Run) -> tuple[float | None, str]:
+    """bytes_per_predicted_token of the validation windows of a run. Of a mixture, the mean."""
+    T, found = run.config.model.block_size, []
+    for source in run.data.sources:
+        starts = val_starts(len(source.val), T, run.config.eval_iters)
+        measured, withheld = bytes_per_predicted_token(source, "val", starts, T)
+        if measured is None:
+            return None, withheld
+        found.append(measured)
+    return run.data.mean(found), ""
+
+
+def about_data(run: Run) -> str:
+    """Of each data set: its size, its share of a mixture, and how often the run will read it."""
+    config, lines = run.config, []
+    read = config.max_iters * config.batch_size * config.model.block_size
+    for i, source in enumerate(run.data.sources):
+        share = run.data.mean([float(j == i) for j in range(len(run.data.sources))])
+        of_rows = f"{share:.1%} of the rows, " if len(run.data.sources) > 1 else ""
+        lines.append(
+            f"{one_line(source.name)}: {of_rows}{len(source.train):,} training and "
+            f"{len(source.val):,} validation tokens of {source.bytes_per_token('train'):.2f} "
+            f"bytes, {share * read / len(source.train):.2g} epochs{about_xz(source)}"
+        )
+    return "\n         ".join(lines)
+
+
+def about_xz(data: Dataset) -> str:
+    """What a compressor needs: a model that needs more bits has learned little."""
+    bits = data.meta.get("xz_bits_per_byte")
+    if not bits or data.answers:
+        return ""
+    read = "the training text"
+    if data.meta["bytes"]["train"] > XZ_LIMIT:
+        read = f"{XZ_LIMIT / 1e6:.0f} MB of {read}"
+    return f"; xz -9e, after {read}, needs {bits:.3f} bits per validation byte"
+
+
 def summary(run: Run) -> str:
     """A few lines that say what the run will do, and which values each `auto` has become."""
-    config, data, ranks = run.config, run.data, run.ranks
+    config, ranks = run.config, run.ranks
     model = config.model
     parameters, adapters = parameter_count(model), adapter_count(model, config.lora_rank)
     tokens = config.batch_size * model.block_size
     shards = ranks.size if config.parallel == "fsdp" else 1
     fixed, activations = memory_estimate(config, config.micro_batch_size, shards)
 
-    frozen = xz = begun = machine = on_each = rate = program = ""
+    frozen = begun = machine = on_each = rate = program = ""
     memory = fixed + activations
     if config.device == "cpu" and math.isfinite(held := peak_memory("cpu")):
         memory, program = memory + held, f", {held / 1e9:.2f} the program itself"
@@ -304,12 +346,6 @@ def summary(run: Run) -> str:
     if config.lora_rank:
         share = f"{adapters / parameters:.2%}"
         frozen = f", frozen; {adapters:,} parameters of adapters ({share}) are trained"
-    if bits := data.meta.get("xz_bits_per_byte"):
-        # A model that needs more bits than a compressor has learned little.
-        read = "the training text"
-        if data.meta["bytes"]["train"] > XZ_LIMIT:
-            read = f"{XZ_LIMIT / 1e6:.0f} MB of {read}"
-        xz = f"; xz -9e, after {read}, needs {bits:.3f} bits per validation byte"
     if ranks.size > 1:
         machine, on_each = f"{ranks.size} ranks with {config.parallel}, rank 0 on ", "on each rank "
     if config.init_from:
@@ -320,13 +356,11 @@ def summary(run: Run) -> str:
         f"{counted(model.n_head, 'head*')} "
         f"({model.kv_heads} kv), feed-forward {model.hidden_size}, {model.norm} "
         f"({model.norm_impl}), vocab {model.vocab_size:,}: {parameters:,} parameters{frozen}",
-        f"data     {one_line(config.dataset)}: {len(data.train):,} training and "
-        f"{len(data.val):,} validation tokens of {data.bytes_per_token('train'):.2f} bytes{xz}",
+        f"data     {about_data(run)}",
         f"steps    {config.max_iters:,} of {config.batch_size} x {model.block_size} = {tokens:,} "
         f"tokens in micro-batches of {config.micro_batch_size}: "
-        f"{config.max_iters * tokens / parameters:.2g} tokens per parameter, "
-        f"{config.max_iters * tokens / len(data.train):.2g} epochs; {config.optimizer}, "
-        f"{config.lr_schedule}",
+        f"{config.max_iters * tokens / parameters:.2g} tokens per parameter; "
+        f"{config.optimizer}, {config.lr_schedule}",
         f"memory   {on_each}about {memory / 1e9:.2f} GB: {fixed / 1e9:.2f} weights, gradient and "
         f"optimizer, {activations / 1e9:.2f} activations{program}",
         f"machine  {machine}{config.device}, {config.dtype}{rate}, "

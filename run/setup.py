@@ -10,7 +10,7 @@ import math
 import os
 import shlex
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +24,8 @@ from config.command import expand_home, shell_path, warn
 from config.preset import NOT_DECIDED_BY_WEIGHTS, make_config, read_knobs
 from config.schema import Config
 from data.corpus import Corpus, open_corpus
-from data.loader import DATA, Dataset, open_dataset, read_meta, train_starts, val_starts
+from data.loader import DATA, Dataset, check_length, open_dataset, read_meta, val_starts
+from data.mixture import Mixture, mix, read_shares
 from data.prepare import prepare
 from data.tokenizer import FILES as TOKENIZER_FILES
 from data.tokenizer import tokenizer_file, tokenizer_sha256
@@ -68,12 +69,15 @@ SCHEDULE = (  # the knobs on which the learning rate of a step depends
 ).split()
 
 
+Data = Dataset | Mixture
+
+
 @dataclass
 class Run:
     """The parts of one training run."""
 
     config: Config  # resolved: nothing is auto any more
-    data: Dataset
+    data: Data
     model: Decoder
     forward: nn.Module  # what a step calls: the model, compiled or with DDP around it if so decided
     optimizers: Optimizers
@@ -116,18 +120,19 @@ def set_up(wanted: Config, ranks: Ranks = ALONE) -> Run:
     with ranks.all_or_exit():
         if ranks.is_main:
             config, data, begin = read_and_check(wanted, device, ranks)
-            told = config, data.folder, data.fingerprint, shapes_only(begin)
+            folders = [source.folder for source in data.sources]
+            told = config, folders, data.fingerprint, shapes_only(begin)
     if ranks.size > 1:
-        config, folder, fingerprint, outline = ranks.from_main(told)
+        config, folders, fingerprint, outline = ranks.from_main(told)
         with ranks.all_or_exit():
-            data = data or open_same_dataset(folder, fingerprint)
+            data = data or open_same_data(folders, fingerprint, config)
         config, begin = replace(config, device=device), begin or outline
     return build(config, data, begin, ranks)
 
 
 def read_and_check(
     wanted: Config, device: str, ranks: Ranks
-) -> tuple[Config, Dataset, dict[str, Any]]:
+) -> tuple[Config, Data, dict[str, Any]]:
     """On the main rank: the resolved config, the data, and what the run begins with. That is
     `saved`, the checkpoint to go on from, or None; `weights`, those of init_from, or None; and
     `base`, see Run. ValueError or OSError for all that a user can get wrong."""
@@ -136,8 +141,7 @@ def read_and_check(
     tokenizer = None  # a text that must be prepared gets a tokenizer of its own
     if wanted.init_from:
         tokenizer = saved["folder"] if saved else start.folder
-    folder = find_dataset_of_run(wanted.dataset, saved, tokenizer) if saved else None
-    data = open_dataset(folder or find_dataset(wanted.dataset, tokenizer))
+    data = open_data(wanted, saved, tokenizer)
     if saved:
         refuse_other_data(saved, data)
     check_data(wanted, data, start)
@@ -161,7 +165,7 @@ def read_and_check(
 
 
 def resolve(
-    wanted: Config, device: str, data: Dataset, saved: dict[str, Any] | None, ranks: Ranks
+    wanted: Config, device: str, data: Data, saved: dict[str, Any] | None, ranks: Ranks
 ) -> Config:
     """The config in which every `auto` has become a value, and so have vocab_size=0 and
     micro_batch_size=0. Later only train.warm_up changes two values, before the first step: it makes
@@ -169,7 +173,7 @@ def resolve(
 
     ValueError if the ranks cannot share the batch, or the model needs far more than the memory.
     """
-    vocab_size = wanted.model.vocab_size or data.meta["vocab_size"]
+    vocab_size = wanted.model.vocab_size or data.fingerprint["vocab_size"]
     config = replace(
         wanted,
         device=device,
@@ -277,24 +281,26 @@ def check_batch(config: Config, ranks: int) -> None:
     )
 
 
-def refuse_other_data(saved: dict[str, Any], data: Dataset) -> None:
+def refuse_other_data(saved: dict[str, Any], data: Data) -> None:
     """ValueError if a run that goes on is given other data than it was begun with."""
     before, run = saved["data"], saved["folder"]
     if all(before.get(key) == now for key, now in data.fingerprint.items() if key != "name"):
         return
-    name = before.get("name")
-    if name == data.folder.resolve().name:
+    name, place = before.get("name"), data.name
+    if len(data.sources) == 1:
+        place = data.sources[0].folder
+    if name == data.name:
         raise ValueError(
-            f"this is not the run in out_dir: {data.folder} does not hold the data any more with "
+            f"this is not the run in out_dir: {place} does not hold the data any more with "
             f"which the run in {run} was begun: put them back, or name another out_dir"
         )
     raise ValueError(
-        f"this is not the run in out_dir: {data.folder} does not hold the data of {name}, with "
+        f"this is not the run in out_dir: {place} does not hold the data of {name}, with "
         f"which the run in {run} was begun: leave dataset as it was, or name another out_dir"
     )
 
 
-def refuse_other_tokenizer(folder: Path, data: Dataset) -> None:
+def refuse_other_tokenizer(folder: Path, data: Data) -> None:
     """ValueError if out_dir has a tokenizer's file that the run will not replace by its own: then
     there would be two, and none of our programs could know which one counts."""
     own = tokenizer_file(data.folder).name
@@ -306,29 +312,34 @@ def refuse_other_tokenizer(folder: Path, data: Dataset) -> None:
             )
 
 
-def check_data(config: Config, data: Dataset, start: Weights | None) -> None:
-    """ValueError if the data set has another tokenizer than the weights of init_from, more tokens
-    than vocab_size, or a split that is shorter than one window."""
-    if start is not None and start.data["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
+def check_data(config: Config, data: Data, start: Weights | None) -> None:
+    """ValueError if the data have another tokenizer than the weights of init_from, more tokens
+    than vocab_size, a split that is shorter than one window, or no answer to evaluate."""
+    if start is not None and start.data["tokenizer_sha256"] != data.fingerprint["tokenizer_sha256"]:
         place = shell_path(start.folder)
         raise ValueError(
             f"{data.folder} was not made with the tokenizer of {start.folder}: python "
             f"data/prepare.py TEXT tokenizer={place} name=NAME makes a data set with it, and so "
             f"does dataset=TEXT"
         )
-    tokens, wanted = data.meta["vocab_size"], config.model.vocab_size
+    tokens, wanted = data.fingerprint["vocab_size"], config.model.vocab_size
     if 0 < wanted < tokens:
         raise ValueError(
             f"vocab_size={wanted} is below the {tokens} tokens of {data.folder}: "
             f"leave it 0 (automatic) or choose a larger one"
         )
-    block_size = config.model.block_size
-    # Both raise ValueError if the split is shorter than one window.
-    train_starts(len(data.train), block_size, config.batch_size, config.seed, step=0)
-    val_starts(len(data.val), block_size, config.eval_iters)
+    T = config.model.block_size
+    for source in data.sources:
+        check_length(len(source.train), T)
+        starts = val_starts(len(source.val), T, config.eval_iters)
+        if source.answers and not source.in_answers("val", starts + 1, T).any():
+            raise ValueError(
+                f"{source.folder}: the validation windows hold no answer, which alone would count: "
+                f"set eval_iters=0, or prepare more conversations"
+            )
 
 
-def build(config: Config, data: Dataset, begin: dict[str, Any], ranks: Ranks) -> Run:
+def build(config: Config, data: Data, begin: dict[str, Any], ranks: Ranks) -> Run:
     """Model, optimizers and scaler on every rank, at the first step or at the saved one."""
     if config.device.startswith("cuda"):
         torch.cuda.set_device(config.device)
@@ -612,12 +623,33 @@ def text_dataset(text: Path, corpus: Corpus, tokenizer: Path | None) -> Path:
     return DATA / f"{text.resolve().stem.lstrip('.')}-{digest.hexdigest()[:8]}"
 
 
-def open_same_dataset(folder: Path, fingerprint: dict[str, Any]) -> Dataset:
-    """The data set in this rank's folder; ValueError if it is not the one that main has there."""
-    data = open_dataset(folder)
+def open_data(
+    config: Config, saved: dict[str, Any] | None = None, tokenizer: Path | None = None
+) -> Data:
+    """The data set or the mixture that a run reads. For `saved` and `tokenizer` see
+    find_dataset_of_run."""
+    name = config.dataset
+    if shares := read_shares(name):
+        return mixture_of(name, [find_dataset(source, tokenizer) for source in shares], config)
+    folder = find_dataset_of_run(name, saved, tokenizer) if saved else None
+    folder = folder or find_dataset(name, tokenizer)
+    return open_dataset(folder, config.doc_mask, config.doc_windows)
+
+
+def mixture_of(name: str, folders: Sequence[Path], config: Config) -> Mixture:
+    sources = [open_dataset(folder, config.doc_mask, config.doc_windows) for folder in folders]
+    return mix(name, sources, read_shares(name))
+
+
+def open_same_data(folders: Sequence[Path], fingerprint: dict[str, Any], config: Config) -> Data:
+    """The data in this rank's folders; ValueError if they are not those that main has there."""
+    if len(folders) > 1:
+        data = mixture_of(config.dataset, folders, config)
+    else:
+        data = open_dataset(folders[0], config.doc_mask, config.doc_windows)
     if data.fingerprint != fingerprint:
         raise ValueError(
-            f"{data.folder} on {socket.gethostname()} is not the data set that rank 0 has there: "
+            f"{data.name} on {socket.gethostname()} is not the data set that rank 0 has there: "
             f"copy it"
         )
     return data

@@ -29,18 +29,25 @@ Scales = dict[str, list[float]]
 def observe_next_batch(run: Run) -> Scales:
     """The scales on the next step's first micro-batch (main's). The run stays as it is."""
     config = run.config
-    x, y = batch(run.data, run.step, config.batch_size, config.model.block_size, config.seed)
-    x = to_device(x[: config.micro_batch_size], config.device)
-    y = to_device(y[: config.micro_batch_size], config.device)
-    return observe(run.model, x, y, config.dtype, run.scaler.get_scale())
+    T = config.model.block_size
+    windows = batch(run.data, run.step, config.batch_size, T, config.seed)
+    x, y, *positions = (
+        to_device(tensor[: config.micro_batch_size], config.device) for tensor in windows
+    )
+    return observe(run.model, x, y, config.dtype, run.scaler.get_scale(), *positions)
 
 
 def observe(
-    model: Decoder, ids: Tensor, targets: Tensor, dtype: str = "float32", loss_scale: float = 1.0
+    model: Decoder,
+    ids: Tensor,
+    targets: Tensor,
+    dtype: str = "float32",
+    loss_scale: float = 1.0,
+    positions: Tensor | None = None,
 ) -> Scales:
-    """Scales inside `model` on ids and targets [B, T], from one eager forward and backward, with
-    autocast to `dtype`. Each is a list, with one number for each Block unless this table says
-    something else:
+    """Scales inside `model` on ids and targets [B, T] (and positions, see Decoder.features), from
+    one eager forward and backward, with autocast to `dtype`. Each is a list, with one number for
+    each Block unless this table says something else:
 
     residual_rms         RMS of the residual stream before each Block and after the last one
                          (n_layer + 1 numbers)
@@ -70,23 +77,30 @@ def observe(
     try:
         while True:
             try:
-                return measure_once(model, ids, targets, dtype, loss_scale)
+                return measure_once(model, ids, targets, dtype, loss_scale, positions)
             except torch.cuda.OutOfMemoryError:  # this needs more memory than a compiled step
                 if len(ids) == 1:
                     raise
-            ids, targets = ids[: len(ids) // 2], targets[: len(ids) // 2]
+            half = len(ids) // 2
+            ids, targets = ids[:half], targets[:half]
+            positions = None if positions is None else positions[:half]
             torch.cuda.empty_cache()
     finally:
         model.train(training)
 
 
 def measure_once(
-    model: Decoder, ids: Tensor, targets: Tensor, dtype: str, loss_scale: float
+    model: Decoder,
+    ids: Tensor,
+    targets: Tensor,
+    dtype: str,
+    loss_scale: float,
+    positions: Tensor | None,
 ) -> Scales:
     """One forward and one backward that leave no trace: the hooks are removed again, and no .grad
     is written."""
     with recording(model) as seen, autocast(str(ids.device), dtype):
-        loss = model(ids, targets)
+        loss = model(ids, targets, positions)
     gradients = torch.autograd.grad(loss * loss_scale, trained_parameters(model))
     scales = seen | gains(model) | gradient_norms(model, gradients, loss_scale)
     return {name: torch.stack(values).tolist() for name, values in scales.items()}
@@ -104,7 +118,8 @@ def recording(model: Decoder) -> Iterator[dict[str, list[Tensor]]]:
 
     @torch.no_grad()
     def attention(module: nn.Module, inputs: tuple, _: Tensor) -> None:
-        seen["attn_logit_max"].append(largest_logit(*module.queries_and_keys(*inputs[:3])))
+        x, cos, sin, _, mask = inputs
+        seen["attn_logit_max"].append(largest_logit(*module.queries_and_keys(x, cos, sin), mask))
 
     @torch.no_grad()
     def feed_forward(module: nn.Module, inputs: tuple, _: Tensor) -> None:
@@ -125,11 +140,14 @@ def rms(x: Tensor) -> Tensor:
     return x.float().square().mean().sqrt()
 
 
-def largest_logit(q: Tensor, k: Tensor, at_once: int = LOGITS_AT_ONCE) -> Tensor:
+def largest_logit(
+    q: Tensor, k: Tensor, mask: Tensor | None = None, at_once: int = LOGITS_AT_ONCE
+) -> Tensor:
     """Largest |q.k| / sqrt(D) of a query and a key that the query may see, a scalar in fp32.
 
-    q [B, H, T, D], k [B, K, T, D]. About `at_once` logits are computed at a time, because all of
-    them, [B, H, T, T], may not fit the memory.
+    q [B, H, T, D], k [B, K, T, D]. The mask [B, 1, T, T] bool says which keys a query may see; None
+    = all up to itself. About `at_once` logits are computed at a time, because all of them,
+    [B, H, T, T], may not fit the memory.
     """
     B, H, T, D = q.shape
     k = k.repeat_interleave(H // k.shape[1], dim=1)  # [B, H, T, D]
@@ -139,7 +157,8 @@ def largest_logit(q: Tensor, k: Tensor, at_once: int = LOGITS_AT_ONCE) -> Tensor
             end = min(start + rows, T)
             # [B, H, end - start, end]
             logits = q[:, :, start:end].float() @ k[:, :, :end].float().mT
-            largest.append(logits.abs().tril(start).amax())
+            seen = logits.abs().tril(start)
+            largest.append((seen if mask is None else seen * mask[:, :, start:end, :end]).amax())
     return torch.stack(largest).amax() / math.sqrt(D)
 
 

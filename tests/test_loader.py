@@ -9,7 +9,8 @@ import torch
 
 import data.loader as loader
 from data import PART_TOKENS, checksum
-from data.loader import batch, open_dataset, read_windows, train_starts, val_starts
+from data.loader import batch, open_dataset, read_windows, val_starts
+from data.loader import train_starts as starts_of
 from data.tokenizer import ByteTokenizer, tokenizer_sha256
 
 
@@ -276,6 +277,11 @@ def test_a_file_that_was_replaced_or_removed_is_still_there_for_the_reader(tmp_p
 
 
 # Batches
+
+
+def train_starts(n_tokens, block_size, batch_size, seed, step):
+    """Where the windows of a step's batch start."""
+    return starts_of(n_tokens, block_size, seed, step * batch_size + np.arange(batch_size))
 
 
 @pytest.mark.parametrize("n_tokens, block", [(1000, 7), (64, 8), (17, 8), (9, 8), (101, 10)])

@@ -75,7 +75,7 @@ def test_on_a_gpu_a_line_has_the_share_of_the_rate_of_products(tmp_path, capsys,
 
 def test_bits_per_byte_by_hand(tmp_path, capsys):
     with log_in(tmp_path) as log:
-        log.evaluation(2, 4 * math.log(2))  # 4 bits per token of 2 bytes
+        log.evaluation(2, [4 * math.log(2)])  # 4 bits per token of 2 bytes
     assert read_metrics(tmp_path) == [{"step": 2, "val_loss": 4 * math.log(2), "val_bpb": 2.0}]
     assert "val loss 2.7726 | 2.0000 bits per byte | perplexity 16.00" in capsys.readouterr().out
 
@@ -91,10 +91,10 @@ def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path):
 @pytest.mark.parametrize("room", [0, 5])
 def test_a_full_disk_under_the_log_is_told_and_leaves_no_half_line(tmp_path, capsys, room):
     with log_in(tmp_path) as log:
-        log.evaluation(1, 2.0)
+        log.evaluation(1, [2.0])
         before = (tmp_path / METRICS_FILE).read_bytes()
         with largest_file(len(before) + room):
-            log.evaluation(2, 2.0)
+            log.evaluation(2, [2.0])
     assert "warning: metrics.jsonl failed, this record is not in it" in capsys.readouterr().err
     assert (tmp_path / METRICS_FILE).read_bytes() == before
 
@@ -110,8 +110,8 @@ def test_a_full_disk_at_a_resume_is_told_and_the_records_are_right_when_there_is
     assert (tmp_path / METRICS_FILE).read_text() == before
     assert "warning: metrics.jsonl failed" in capsys.readouterr().err
     with log:
-        log.evaluation(4, 2.0)
-        log.evaluation(5, 2.0)
+        log.evaluation(4, [2.0])
+        log.evaluation(5, [2.0])
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
@@ -151,9 +151,9 @@ def test_a_checkpoint_that_is_a_link_to_nowhere_does_not_stop_a_run(tmp_path):
 
 def test_records_whose_file_has_vanished_are_written_again(tmp_path):
     with log_in(tmp_path) as log:
-        log.evaluation(1, 2.0)
+        log.evaluation(1, [2.0])
         (tmp_path / METRICS_FILE).unlink()
-        log.evaluation(2, 1.5)
+        log.evaluation(2, [1.5])
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
 
 
@@ -197,7 +197,7 @@ def test_records_are_not_appended_through_a_link(tmp_path):
             (tmp_path / "mine").write_text("mine")
             (tmp_path / "run" / METRICS_FILE).unlink()
             link(tmp_path / "mine", tmp_path / "run" / METRICS_FILE)
-            log.evaluation(2, 1.5)
+            log.evaluation(2, [1.5])
         assert (tmp_path / "mine").read_text() == "mine"
         assert [record["step"] for record in read_metrics(tmp_path / "run")] == [2]
 

@@ -34,7 +34,14 @@ PROSE = "".join(
 )
 CUT = int(len(PROSE) * 0.9)
 ROOT = Path(__file__).parent.parent
-FILES = ("train.bin", "val.bin", "meta.json", "tokenizer.model")
+FILES = (
+    "train.bin",
+    "train.documents.bin",
+    "val.bin",
+    "val.documents.bin",
+    "meta.json",
+    "tokenizer.model",
+)
 
 
 @pytest.fixture

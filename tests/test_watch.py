@@ -105,7 +105,7 @@ def test_the_largest_attention_logit_is_what_brute_force_finds():
 def test_a_large_logit_of_a_key_in_the_future_does_not_count_and_a_negative_one_does(at_once):
     q, k = torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4)
     q[0, 0, 1, 0], k[0, 0, 2, 0], k[0, 0, 1, 0] = 1.0, 100.0, -6.0
-    assert recording.largest_logit(q, k, at_once).item() == 3.0
+    assert recording.largest_logit(q, k, at_once=at_once).item() == 3.0
 
 
 def test_logits_are_those_after_the_norm_of_queries_and_keys():

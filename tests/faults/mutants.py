@@ -84,13 +84,13 @@ weights/checkpoint.py
 
 the loader draws from the global generator | stopped at a random step
 data/loader.py
-- starts = train_starts(len(dataset.train), block_size, batch_size, seed, step)
-+ starts = np.random.randint(0, len(dataset.train) - block_size, batch_size)
+- starts = train_starts(n_tokens, block_size, seed, numbers)
++ starts = np.random.randint(0, n_tokens - block_size, len(numbers))
 
 the loader draws from the generator that others draw from | other intervals
 data/loader.py
-- starts = train_starts(len(dataset.train), block_size, batch_size, seed, step)
-+ starts = np.random.randint(0, len(dataset.train) - block_size, batch_size)
+- starts = train_starts(n_tokens, block_size, seed, numbers)
++ starts = np.random.randint(0, n_tokens - block_size, len(numbers))
 
 dropout is not seeded by the step | stopped at a random step | 12
 train.py

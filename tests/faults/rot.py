@@ -309,7 +309,7 @@ def data_change(report: Report, tries: int, folder: Path) -> None:
         (change, place, name)
         for name in ("train.bin", "val.bin")
         for change in (truncate, overwrite, replace)
-        for place in ("train_step", "validation_loss")
+        for place in ("train_step", "validation_losses")
     ]
     for i in range(tries):
         change, place, name = cases[i * 7 % len(cases)]
