@@ -10,14 +10,14 @@ import codecs
 import dataclasses
 import functools
 import math
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 if __name__ == "__main__":  # before the imports that take seconds
     from config.command import start
@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config.command import (
-    expand_home,
     one_line,
     printable,
     reader_left,
@@ -40,7 +39,8 @@ from config.command import (
 )
 from config.help import help_text
 from config.schema import knobs_of, read_arguments, refuse_without_effect, without_effect
-from data.formats import BYTE_ORDER_MARK, HEAD, not_text, not_utf8
+from data.chat import Chat, template_source
+from data.prompt import prompt_ids, prompt_text
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import Decoder, ModelConfig, knob
 from run.evaluate import evaluate, open_known_dataset
@@ -66,7 +66,6 @@ from weights.quantize import (
 USAGE = """python sample.py FOLDER [key=value ...]
 
 FOLDER is that of a run, or a model in Hugging Face's form. Every knob with its default:"""
-LARGEST_PROMPT = 1_000_000  # bytes of a file or of standard input; far more than any context
 LONG_TEXT = 8000  # tokens that pay for compiling a step, by the figures of docs/LOG.md
 # How the text at the end of a training is drawn; small models would repeat themselves otherwise.
 SAMPLE_OF_A_RUN = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.15}
@@ -80,11 +79,13 @@ FOR_EVAL = "dataset eval_iters block_size micro_batch_size"
 NEEDS = (  # as in config/schema.py: options that count only beside others
     (FOR_EVAL, "eval=val or eval=train", lambda k: k["eval"] != "none"),
     (
-        f"{' '.join(FOR_GENERATE)} prompt special interactive raw",
+        f"{' '.join(FOR_GENERATE)} prompt special interactive chat raw",
         "eval=none",
         lambda k: k["eval"] == "none",
     ),
     ("prompt", "interactive=false", lambda k: not k["interactive"]),
+    ("system", "chat=true", lambda k: k["chat"]),
+    ("special interactive num_samples", "chat=false", lambda k: not k["chat"]),
     ("top_k", "a temperature above 0", lambda k: k["temperature"] != 0),
     (
         "top_p min_p seed",
@@ -157,6 +158,10 @@ class SampleOptions:
         "eval: windows at once; 0 = as many as fit. Only the last digits of the loss depend on it",
     )
     interactive: bool = knob(False, "ask for prompts until the end of the input (Ctrl-D)")
+    chat: bool = knob(
+        False, "talk by the model's chat template: prompt is a message, without one ask for them"
+    )
+    system: str = knob("", "chat: the system message")
     raw: bool = knob(False, "let control characters through to the terminal")
 
     def __post_init__(self):
@@ -214,23 +219,33 @@ def sample_or_evaluate(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(help_text(USAGE, SampleOptions))
         return
-    with user_errors():
-        folder, options = parse_arguments(argv)
-        if "\\n" in options.prompt:
-            warn("prompt has the two signs \\ and n; a new line is written prompt=$'...\\n'")
-        prompt = prompt_text(options.prompt)  # '' with eval and with interactive
-        model, tokenizer, known = load_model(
-            folder, options.checkpoint, options.device, options.block_size
-        )
-        ids = prompt_ids(tokenizer, prompt, options.special)
-        prepare_for_inference(model, options)
-        if options.eval != "none":
-            print_evaluation(model, known, folder, options)
-            return
-    if options.interactive:
-        answer_prompts(model, tokenizer, options)
-    else:
-        print_samples(model, tokenizer, ids, options, prompt)
+    with ExitStack() as stack:
+        with user_errors():
+            folder, options = parse_arguments(argv)
+            if "\\n" in options.prompt:
+                warn("prompt has the two signs \\ and n; a new line is written prompt=$'...\\n'")
+            prompt = prompt_text(options.prompt)  # '' with eval and with interactive
+            model, tokenizer, known = load_model(
+                folder, options.checkpoint, options.device, options.block_size
+            )
+            chat = None
+            if options.chat:
+                chat = stack.enter_context(Chat(tokenizer, options.system))
+                if not (template_source(tokenizer) or known.get("answers")):
+                    warn(f"{folder} has no chat template: a plain one is used")
+            if chat and prompt:
+                ids = chat.ask(prompt)
+            else:
+                ids = prompt_ids(tokenizer, prompt, options.special)
+            prepare_for_inference(model, options)
+            if options.eval != "none":
+                print_evaluation(model, known, folder, options)
+                return
+        if options.interactive or (chat and not prompt):
+            answer_prompts(model, tokenizer, options, chat)
+        else:
+            shown = "" if chat else prompt
+            print_samples(model, tokenizer, ids, options, shown, chat and chat.ends)
 
 
 def parse_arguments(argv: list[str]) -> tuple[Path, SampleOptions]:
@@ -253,95 +268,6 @@ def parse_arguments(argv: list[str]) -> tuple[Path, SampleOptions]:
         compile = device == "cpu" and one and long
     chosen = {"device": device, "dtype": dtype, "compile": compile}
     return Path(words[0]), dataclasses.replace(options, **chosen)
-
-
-def prompt_text(prompt: str) -> str:
-    """The text that prompt=... stands for."""
-    if prompt == "-":
-        if not (text := read_prompt(sys.stdin.buffer, "standard input")):
-            raise ValueError("prompt=-, but nothing came from standard input")
-        return text
-    if prompt.startswith("FILE:"):
-        name = prompt.removeprefix("FILE:")
-        if not name:
-            raise ValueError("prompt=FILE: names no file: write prompt=FILE:PATH")
-        path = Path(expand_home(name))
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder: name a file, as in prompt=FILE:my.txt")
-        if path.exists() and not path.is_file():  # a FIFO could make us wait for ever
-            raise ValueError(f"{path} is not a regular file: use prompt=- to read from a pipe")
-        with open(path, "rb") as file:
-            return read_prompt(file, file.name)
-    return prompt
-
-
-def read_prompt(file: BinaryIO, name: str) -> str:
-    """The text of a file without its last end of line (LF or CRLF), which echo and editors put
-    there, and without a byte order mark. All else is taken as it is, as data are.
-
-    ValueError if it is too long or no text in UTF-8.
-    """
-    content = file.read(LARGEST_PROMPT + 1)
-    if len(content) > LARGEST_PROMPT:
-        raise ValueError(
-            f"{name} is longer than {LARGEST_PROMPT:,} bytes: give its end only, a model does not "
-            f"see more of it"
-        )
-    if found := not_text(content[:HEAD]):
-        what, cure = found
-        raise ValueError(f"{name} is {what}, not text in UTF-8: {cure}")
-    try:
-        text = content.decode().removeprefix(BYTE_ORDER_MARK)
-        return re.sub("\r?\n\\Z", "", text)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: byte {error.start} {not_utf8(content, error.start)}") from error
-
-
-def prompt_ids(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:
-    """The ids of a prompt, at least one. ValueError if the text cannot be encoded, and a warning if
-    the tokenizer loses some of it.
-
-    They begin as a document does in training, mostly with bos. An empty text gets a bos even if
-    documents have none, because the model must read something. If there is no bos at all, an empty
-    text becomes a newline, or the first token if newline has no token.
-
-    A special token that is spelled out in the text is text, and a warning says so. With `special`
-    it is the token, and a text that begins as a document does gets no second beginning.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # Python has put a surrogate where a byte was not UTF-8
-        raise ValueError(
-            f"the prompt is not text in UTF-8 after {text[: error.start][-30:]!r}: let the "
-            "terminal, or the program that it is from, use UTF-8"
-        ) from None
-    before = tokenizer.before
-    if not text and not before and tokenizer.bos_id is not None:
-        before = [tokenizer.bos_id]
-    if special and not tokenizer.special:
-        raise ValueError(
-            f"special=true, but a prompt can spell no special token of this {tokenizer.kind} "
-            f"tokenizer: leave it out"
-        )
-    if special:
-        ids = tokenizer.encode_special(text)
-        ids = ids if before and ids[: len(before)] == before else before + ids
-    else:
-        if spelled := tokenizer.spelled(text):
-            warn(
-                f"the prompt spells {', '.join(spelled[:3])}, which is text like any other: "
-                f"special=true of sample.py makes it the special token"
-            )
-        encoded = tokenizer.encode(text)
-        if (seen := tokenizer.decode(encoded)) != text:
-            warn(f"the tokenizer loses some of the prompt, the model sees {seen!r:.300}")
-        ids = before + encoded
-    if ids:
-        return ids
-    try:
-        return tokenizer.encode("\n")
-    except ValueError:
-        return [0]
 
 
 def prepare_for_inference(model: Decoder, options: SampleOptions) -> None:
@@ -387,29 +313,40 @@ def print_evaluation(
     print(found, options.arithmetic)
 
 
-def answer_prompts(model: Decoder, tokenizer: Tokenizer, options: SampleOptions) -> None:
-    """Asks for a prompt and continues it, again and again until the input ends."""
+def answer_prompts(
+    model: Decoder, tokenizer: Tokenizer, options: SampleOptions, chat: Chat | None
+) -> None:
+    """Asks for a prompt and continues it, or answers it in a chat, until the input ends."""
     sys.stdin.reconfigure(errors="surrogateescape")  # so one bad line does not take others along
     while not reader_left(sys.stdout):
         try:
             prompt = input("prompt> " if sys.stdin.isatty() else "")
-            ids = prompt_ids(tokenizer, prompt, options.special)
+            ids = chat.ask(prompt) if chat else prompt_ids(tokenizer, prompt, options.special)
         except EOFError:
             return
         except ValueError as error:  # not UTF-8, or a character that is not in the vocabulary
             print(f"error: {one_line(error)}", file=sys.stderr)
         else:
-            print_samples(model, tokenizer, ids, options)
+            answer = print_samples(model, tokenizer, ids, options, ends=chat and chat.ends)
+            if chat:
+                chat.answered(answer)
 
 
 def print_samples(
-    model: Decoder, tokenizer: Tokenizer, ids: list[int], options: SampleOptions, prompt: str = ""
-) -> None:
+    model: Decoder,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    options: SampleOptions,
+    prompt: str = "",
+    ends: Set[int] | None = None,
+) -> str:
     """Prints the prompt, the first continuation of `ids` as it comes, then the other ones; and on
-    stderr the speed.
+    stderr the speed. Returns the first continuation.
 
-    A continuation ends where the model ends its text. The work stops when all have ended.
+    A continuation ends where the model ends its text, or with an id of `ends`. The work stops when
+    all have ended.
     """
+    ends = ends or tokenizer.end_ids
     block_size = model.config.block_size
     if left_out := window_start(len(ids), block_size):
         print(
@@ -427,15 +364,16 @@ def print_samples(
     with autocast(options.device, options.dtype):
         for new_ids in generate(model, ids, vocab_size=tokenizer.vocab_size, **arguments):
             count += len(going)
-            going = {i for i in going if new_ids[i] not in tokenizer.end_ids}
+            going = {i for i in going if new_ids[i] not in ends}
             for i in going:
                 texts[i].append(new_ids[i])
             if 0 in going:
                 print_safely(utf8.decode(tokenizer.decode_bytes(new_ids[:1])), options.raw)
             if not going or reader_left(sys.stdout):
                 break
+    first = tokenizer.decode_bytes(texts[0]).decode(errors="replace")
     if reader_left(sys.stdout):
-        return
+        return first
     seconds = time.perf_counter() - start
     print_safely(utf8.decode(b"", final=True) + "\n", options.raw)
     for text in texts[1:]:
@@ -443,6 +381,7 @@ def print_samples(
         print_safely(f"---\n{prompt}{continuation}\n", options.raw)
     rate = f"{count:,} tokens in {seconds:.2f} s: {count / seconds:,.0f} tokens/s"
     print(f"{rate} {options.arithmetic}", file=sys.stderr)
+    return first
 
 
 def sample_of(run: Run) -> str:

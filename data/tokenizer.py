@@ -16,9 +16,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import sentencepiece
 import tiktoken
 
@@ -74,6 +76,7 @@ MADE_OF_TEXT = (
 # tiktoken overflows its stack in a run of white space that is some times longer than this.
 SENTENCEPIECE_CHARS = 2000
 SPACE_RUN = 50_000
+END = "<|endoftext|>"  # GPT-2's name for the end of a text, at which llama.cpp stops, too
 LINE_END = re.compile(r"\n(?!\n)")
 NEEDED_IDS = 3 + 256 + 2  # of every tokenizer that is trained here: special, bytes, space, newline
 BORDER = "\ue000"  # no piece passes this character in the text on which a tokenizer is trained
@@ -120,14 +123,28 @@ class Tokenizer:
         """The ids of a text, none of them special. start=False: it continues an earlier text."""
         raise NotImplementedError
 
-    def encode_special(self, text: str) -> list[int]:
+    def encode_special(self, text: str, start: bool = True) -> list[int]:
         """The ids of a text in which a special token that is spelled out is that token."""
         names = sorted(self.special, key=len, reverse=True)  # of two that fit, the longer one
         parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
-        ids = self.encode(parts[0]) if parts[0] else []
+        ids = self.encode(parts[0], start) if parts[0] else []
         for name, rest in zip(parts[1::2], parts[2::2], strict=True):
             ids += [self.special[name], *self.encode(rest, start=False)]
         return ids
+
+    def encode_spans(
+        self, text: str, spans: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """encode_special of a text, cut where its spans of characters begin and end; and of each
+        span the places in the ids of its first token and behind its last.
+        """
+        ids, places, done = [], [], 0
+        for begin, end in spans:
+            ids += self.encode_special(text[done:begin], start=not done)
+            answer = self.encode_special(text[begin:end], start=not begin)
+            places.append((len(ids), len(ids) + len(answer)))
+            ids, done = ids + answer, end
+        return ids + self.encode_special(text[done:], start=not done), places
 
     def spelled(self, text: str) -> list[str]:
         """The special tokens that a text spells out."""
@@ -183,6 +200,7 @@ class ByteTokenizer(Tokenizer):
 
     def __init__(self):
         super().__init__([bytes([i]) for i in range(256)] + [b""], bos_id=256)
+        self.special = {END: 256}
 
     def encode(self, text: str, start: bool = True) -> list[int]:
         return list(text.encode())
@@ -413,7 +431,7 @@ class HuggingFaceTokenizer(Tokenizer):
         plain = tokenizer | {"truncation": None, "padding": None, "added_tokens": added}
         super().__init__(json_pieces(plain), bos_id, end_ids)
         # `first` encodes the beginning of a text, `rest` what follows, without a dummy prefix.
-        self.first, bare = run_by_library(plain), without_prefix(plain)
+        self.whole, self.first, bare = plain, run_by_library(plain), without_prefix(plain)
         self.rest = self.first if bare is plain else run_by_library(bare)
         self.tokenizer, self.config = tokenizer, dict(config)
         self.generation = dict(generation or {})
@@ -470,12 +488,30 @@ class HuggingFaceTokenizer(Tokenizer):
         with rust_errors("its tokenizer.json cannot encode this text"):
             return library.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
-    def encode_special(self, text: str) -> list[int]:
-        try:
-            self.first.encode_special_tokens = False  # the library's name for: take them as tokens
-            return self.encode(text)
-        finally:
-            self.first.encode_special_tokens = True
+    @cached_property
+    def spelling(self) -> Any:
+        """The library's tokenizer that takes special tokens as such. Another one than `first`, as
+        several threads encode at once."""
+        made = run_by_library(self.whole)
+        made.encode_special_tokens = False  # the library's name for: take them as tokens
+        return made
+
+    def encode_special(self, text: str, start: bool = True) -> list[int]:
+        return self.encode_spans(text, [])[0]
+
+    def encode_spans(
+        self, text: str, spans: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """As transformers does, it encodes the text as a whole. A token that is partly in a span
+        belongs to it.
+        """
+        with rust_errors("its tokenizer.json cannot encode this text"):
+            made = self.spelling.encode(text, add_special_tokens=False)
+        if not made.ids:
+            return [], [(0, 0)] * len(spans)
+        begins, ends = (np.array(side) for side in zip(*made.offsets, strict=True))
+        places = [(int((ends <= begin).sum()), int((begins < end).sum())) for begin, end in spans]
+        return made.ids, places
 
     def fields(self) -> dict:
         fields = {

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from data.tokenizer import (
+    END,
     ByteTokenizer,
     CharTokenizer,
     HuggingFaceTokenizer,
@@ -30,7 +31,6 @@ from data.tokenizer_json import (
     rust_errors,
 )
 
-END = "<|endoftext|>"  # GPT-2's name for the end of a text, at which llama.cpp stops, too
 LONGEST_PIECE = 1000  # a piece is cut at every place; the longest that is known, of spaces, has 128
 
 

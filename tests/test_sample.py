@@ -19,6 +19,7 @@ from test_generate import tiny
 import sample
 from config.command import printable
 from config.schema import Config
+from data.prompt import read_prompt
 from data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -172,7 +173,7 @@ def test_the_prompt_comes_from_a_file_or_from_standard_input_without_its_last_ne
     ],
 )
 def test_the_last_end_of_line_of_a_prompt_goes_as_a_whole(content, text):
-    assert sample.read_prompt(io.BytesIO(content), "p.txt") == text
+    assert read_prompt(io.BytesIO(content), "p.txt") == text
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_the_last_end_of_line_of_a_prompt_goes_as_a_whole(content, text):
 )
 def test_a_prompt_that_is_no_text_is_refused_in_the_words_for_data(content, words):
     with pytest.raises(ValueError, match=words):
-        sample.read_prompt(io.BytesIO(content), "p.txt")
+        read_prompt(io.BytesIO(content), "p.txt")
 
 
 def test_prompts_that_cannot_be_read_are_refused(run, capsys, monkeypatch):

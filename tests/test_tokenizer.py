@@ -815,8 +815,8 @@ def test_a_prompt_that_spells_a_special_token_says_so_and_special_means_it(made,
     # A chat template writes bos itself.
     ids = prompt_ids(made["huggingface"], "<s>one", special=True)
     assert ids == prompt_ids(made["huggingface"], "one")
-    with pytest.raises(ValueError, match="no special token of this byte tokenizer"):
-        prompt_ids(made["byte"], "one", special=True)
+    with pytest.raises(ValueError, match="no special token of this char tokenizer"):
+        prompt_ids(CharTokenizer("one"), "one", special=True)
 
 
 @pytest.mark.parametrize(
