@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
+from os.path import commonprefix
 from typing import Any
 
 import jinja2
@@ -97,9 +98,10 @@ class Renderer:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self.render(messages[:i], reply=True)
-            if not text.startswith(before):
+            asked, silent = (self.render(messages[:i], reply) for reply in (True, False))
+            if not text.startswith(commonprefix((asked, silent))):
                 raise ValueError("what it makes of a message depends on the messages after it")
+            before = commonprefix((asked, text))
             content = message["content"].strip()
             last = self.render(messages[: i + 1], reply=False)  # where nothing follows its turn
             at = last.rfind(content) if content else len(before)
