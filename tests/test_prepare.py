@@ -48,8 +48,7 @@ def text(tmp_path):
 def run(tmp_path, monkeypatch, capsys):
     """Runs the command: (exit code, what it wrote to stderr)."""
     (tmp_path / "data").mkdir()
-    # The command makes data sets beside itself; tests make them in tmp_path/data.
-    monkeypatch.setattr(command, "__file__", str(tmp_path / "data" / "prepare.py"))
+    monkeypatch.setattr(command, "DATA", tmp_path / "data")
 
     def call(*words):
         try:
