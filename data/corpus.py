@@ -304,7 +304,7 @@ def why_left_out(path: Path, root: Path, field: str) -> str:
     if not path.stat().st_size:
         return "empty file*"
     if found := what_it_holds(path):
-        kind = f"{path.suffix} binary".strip()
+        kind = f"{path.suffix.lower()} binary".strip()
         return f"{kind} file*" if found[0] == BINARY else f"file* holding {found[0]}"
     if row_suffix(path) == ".json":
         try:

@@ -57,7 +57,7 @@ def text_in(row: dict, field: str) -> str:
     row has instead of a text.
     """
     if not row:
-        raise ValueError("is empty: mend or drop it")
+        raise ValueError("is an empty object: mend or drop it")
     text = row[field]
     if not isinstance(text, str):
         raise ValueError(f"has {text!r:.40} as its {field!r}, not a string: mend or drop it")
