@@ -46,9 +46,8 @@ def test_a_compressed_text_becomes_the_data_set_of_the_same_text(tmp_path, suffi
     assert plain | {"source": "", "checksum": 0} == packed | {"source": "", "checksum": 0}
 
 
-@pytest.mark.parametrize("suffix", PACK)
-@pytest.mark.parametrize("shift", range(4))
-def test_pieces_of_a_compressed_text_are_those_of_the_text(tmp_path, suffix, shift):
+@pytest.mark.parametrize("shift, suffix", list(enumerate(PACK)))
+def test_pieces_of_a_compressed_text_are_those_of_the_text(tmp_path, shift, suffix):
     """The chunks and the split are inside of characters, whose bytes are 4, 3 and 2."""
     text = ("\ufeff" + "x" * shift + "\U0001f600\u4f60\u00e9" * (CHUNK // 7)).encode()
     (tmp_path / "a.txt").write_bytes(text)
