@@ -124,6 +124,7 @@ def start() -> None:
 
     From here on, Ctrl-C ends it without a traceback, and no output fails. A package that is missing
     ends it with exit code 2 and one line, because it is usually another Python that has them all.
+    So does a folder for data sets (see data.DATA) that would be another one in every folder.
     """
     # Threads wait for each other hundreds of times in a step, and spin meanwhile: by default for so
     # long that beside another busy program a step takes half as long again (docs/LOG.md).
@@ -144,6 +145,10 @@ def start() -> None:
             f"of python (make train makes .venv), or pip install -r requirements.txt",
             file=sys.stderr,
         )
+        sys.exit(2)
+    if not os.path.isabs(place := os.environ.get("ROOTLLAMA_DATA", os.sep)):
+        told = f"error: ROOTLLAMA_DATA is {place!r}: make it the absolute path of a folder"
+        print(one_line(told), file=sys.stderr)
         sys.exit(2)
 
 

@@ -3,15 +3,22 @@
 loader.py    opens a data set and gives the batch of a step
 prepare.py   the command that makes a data set: text to tokens
 corpus.py    where its text comes from
-formats.py   what a file holds that is not text in UTF-8
+rows.py      the rows of JSON, tables and parquet
+formats.py   compressed files, and what a file holds that is not text in UTF-8
+overlap.py   how much of the validation text stands in the training text, too
 tokenizer.py, then tokenizer_json.py   text to ids and back, and the files of Hugging Face
 tokenizer_export.py   our tokenizers as files of Hugging Face
 files.py     files and folders that appear whole or not at all
 """
 
 import json
+import os
 import zlib
+from pathlib import Path
 
+# Where data/prepare.py puts data sets, and all others look for them. config.command.start() has
+# made sure that the variable is an absolute path.
+DATA = Path(os.environ.get("ROOTLLAMA_DATA", Path(__file__).resolve().parent))
 SPLITS = ("train", "val")
 PART_TOKENS = 2**20  # meta.json has one CRC-32 for each part of so many tokens of a .bin file
 

@@ -14,7 +14,7 @@ import sysconfig
 import tokenize
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -22,11 +22,24 @@ from functools import partial
 from http.client import HTTPException
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from config.command import counted, expand_home, one_line, shell_path, warn
 from data import SPLITS
-from data.formats import BYTE_ORDER_MARK, DROP_NUL, HEAD, not_text, not_utf8
+from data.formats import (
+    BINARY,
+    BYTE_ORDER_MARK,
+    DROP_NUL,
+    HEAD,
+    UNPACK,
+    not_text,
+    not_utf8,
+    open_unpacked,
+    skip_bytes,
+    unpacked_name,
+    unpacked_size,
+)
+from data.rows import ROWS, row_suffix, text_in, texts_in
 
 CHUNK = 2**20  # bytes: a longer file comes in pieces of this size; a row is always one piece
 SHAKESPEARE = (
@@ -60,9 +73,15 @@ class Corpus:
     tokenizer: str = "sentencepiece"  # the default for `tokenizer=`
 
 
-def open_corpus(sources: list[str]) -> Corpus:
-    """The corpus that the command line names: one of NAMED, or the user's files and folders."""
+def open_corpus(sources: list[str], field: str | None = None) -> Corpus:
+    """The corpus that the command line names: one of NAMED, or the user's files and folders.
+
+    field: where the rows of these files have their text; None for 'text'. ValueError if it is given
+    and there are no rows.
+    """
     if len(sources) == 1 and sources[0] in NAMED:
+        if field is not None:
+            refuse_field(field, sources[0])
         return NAMED[sources[0]]()
     paths = [Path(expand_home(source)) for source in sources]
     for source, path in zip(sources, paths, strict=True):
@@ -73,10 +92,20 @@ def open_corpus(sources: list[str]) -> Corpus:
             )
         if path.is_file():
             check_readable(path)
-    one_text = len(paths) == 1 and paths[0].is_file() and rows_of(paths[0]) is None
-    if one_text:
-        tell_of_rows(paths)
-    return text_file(paths[0]) if one_text else documents(paths)
+    one_text = len(paths) == 1 and paths[0].is_file() and row_suffix(paths[0]) is None
+    if not one_text:
+        return documents(paths, field)
+    if field is not None:
+        refuse_field(field, sources[0])
+    tell_of_rows(paths)
+    return text_file(paths[0])
+
+
+def refuse_field(field: str, source: str) -> None:
+    raise ValueError(
+        f"field={field} is for the rows of {', '.join(ROWS)}, of which {source} has none: leave it "
+        "out"
+    )
 
 
 def what_was_meant(source: str) -> str:
@@ -117,155 +146,76 @@ def cut_text(text: str) -> list[Piece]:
 # The user's files
 
 
-def text_pieces(split: str, path: Path, start: int, stop: int) -> Iterator[Piece]:
-    """Bytes start..stop of a UTF-8 file as one document, in pieces of CHUNK bytes.
+def text_pieces(path: Path, parts: list[tuple[str, int]]) -> Iterator[Piece]:
+    """A text in UTF-8 in pieces of CHUNK bytes.
 
-    The text is taken exactly as it is, with CRLF line ends. Only a byte order mark at the head of
-    the file is no part of it. Raises ValueError if it is not UTF-8, or has a NUL byte.
+    parts: (split, the byte before which it ends) of each part, which is a document. The text is
+    taken exactly as it is, with CRLF line ends. Only a byte order mark at its head is no part of
+    it. Raises ValueError if it is not UTF-8, or has a NUL byte.
     """
+    start = 0
+    with open_unpacked(path) as file:
+        for split, stop in parts:
+            for position, text in text_blocks(path, file, start, stop):
+                yield Piece(split, position == start, text)
+            start = stop
+
+
+def text_blocks(path: Path, file: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, str]]:
+    """(where it begins, a block of the text) of bytes start..stop. The file stands at `start`."""
     decoder, position = codecs.getincrementaldecoder("utf-8")(), start
-    with open(path, "rb") as file:
-        file.seek(start)
-        while position < stop:
-            block = file.read(min(CHUNK, stop - position))
-            if not block:
-                raise OSError(f"{path}: became shorter while it was read; run again")
-            waiting = len(decoder.getstate()[0])  # bytes of a character that the last block cut
-            try:
-                text = decoder.decode(block, final=position + len(block) == stop)
-            except UnicodeDecodeError as error:
-                place = position - waiting + error.start
-                raise ValueError(
-                    f"{path}: byte {place} {not_utf8(error.object, error.start)}"
-                ) from None
-            if "\0" in text:
-                place = position - waiting + len(text.partition("\0")[0].encode())
-                raise ValueError(f"{path}: byte {place} is NUL, which no text has: {DROP_NUL}")
-            if position == 0:
-                text = text.removeprefix(BYTE_ORDER_MARK)
-            yield Piece(split, position == start, text)
-            position += len(block)
+    while position < stop:
+        block = file.read(min(CHUNK, stop - position))
+        if not block:
+            raise OSError(f"{path}: became shorter while it was read; run again")
+        waiting = len(decoder.getstate()[0])  # bytes of a character that the last block cut
+        try:
+            text = decoder.decode(block, final=position + len(block) == stop)
+        except UnicodeDecodeError as error:
+            place = position - waiting + error.start
+            raise ValueError(
+                f"{path}: byte {place} {not_utf8(error.object, error.start)}"
+            ) from None
+        if "\0" in text:
+            place = position - waiting + len(text.partition("\0")[0].encode())
+            raise ValueError(f"{path}: byte {place} is NUL, which no text has: {DROP_NUL}")
+        if position == 0:
+            text = text.removeprefix(BYTE_ORDER_MARK)
+        yield position, text
+        position += len(block)
+
+
+def text_parts(path: Path) -> list[tuple[str, int]]:
+    """The `parts` of a text that is cut as in nanoGPT: the first 90% of its bytes are train and the
+    rest is val. If that cut is inside a character, it moves to the character's end.
+    """
+    size = unpacked_size(path)
+    cut = int(size * 0.9)
+    with open_unpacked(path) as file:
+        skip_bytes(file, cut)
+        cut += len(list(takewhile(lambda byte: byte & 0xC0 == 0x80, file.read(3))))
+    return [("train", cut), ("val", size)]
 
 
 def text_file(path: Path) -> Corpus:
-    """One text, cut as in nanoGPT: the first 90% of its bytes are train and the rest is val.
-
-    If that cut is inside a character, it moves to the character's end.
-    """
-    size = path.stat().st_size
-    cut = int(size * 0.9)
-    with open(path, "rb") as file:
-        file.seek(cut)
-        cut += len(list(takewhile(lambda byte: byte & 0xC0 == 0x80, file.read(3))))
-
-    def pieces() -> Iterator[Piece]:
-        yield from text_pieces("train", path, 0, cut)
-        yield from text_pieces("val", path, cut, size)
-
-    return Corpus(path.stem, path.name, pieces, size)
+    """One text, of which the end is val."""
+    parts = text_parts(path)
+    name = Path(unpacked_name(path.name)).stem
+    return Corpus(name, path.name, partial(text_pieces, path, parts), parts[-1][1])
 
 
-def text_in(row: object) -> str:
-    """The 'text' of a row; ValueError says what the row has instead."""
-    if not isinstance(row, dict) or not row:
-        raise ValueError(f"it is {row!r:.40}")
-    if "text" not in row:
-        raise ValueError(f"it has {', '.join(map(repr, row)):.200}, but no 'text'")
-    text = row["text"]
-    if not isinstance(text, str):
-        raise ValueError(f"its 'text' is {text!r:.40}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("its 'text' spells half a surrogate pair") from None
-    return text
-
-
-def json_lines(path: Path) -> Iterator[str]:
-    """The 'text' of each line of a file of JSON lines. Blank lines are skipped."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = text_in(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{path}: line {number} is not a JSON object with a 'text' string "
-                    f"({error}); mend or drop it"
-                ) from None
-            yield text
-
-
-def json_list(path: Path) -> Iterator[str]:
-    """The 'text' of each object in the list that a .json file holds, which is read whole.
-
-    Some programs give the name .json to a file of lines, so one that is not a list is read as such.
-    """
-    with open(path, "rb") as file:
-        is_list = file.read(HEAD).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-    where = ""
-    try:
-        if is_list:
-            for number, row in enumerate(json.loads(path.read_bytes()), 1):
-                where = f"item {number}: "
-                yield text_in(row)
-        else:
-            yield from json_lines(path)
-    except (ValueError, RecursionError) as error:
-        reason = f"{where}{error}".removeprefix(f"{path}: ")
-        raise ValueError(
-            f"{path}: neither a JSON list of objects with a 'text' string nor a line for each "
-            f"({reason})"
-        ) from None
-
-
-def parquet_rows(path: Path) -> Iterator[str]:
-    """The 'text' column of a .parquet file, row by row."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise ValueError(f"{path}: reading it needs pyarrow; pip install pyarrow") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            names, before = file.schema_arrow.names, 0
-            if "text" not in names:
-                raise ValueError(f"it has {', '.join(map(repr, names)):.200}, but no 'text'")
-            kind = file.schema_arrow.field("text").type
-            for rows in file.iter_batches(batch_size=1000, columns=["text"]):
-                for number, text in enumerate(rows.column("text").to_pylist(), before + 1):
-                    if not isinstance(text, str):
-                        found = "null" if text is None else kind
-                        raise ValueError(f"in row {number}, 'text' is {found}")
-                    yield text
-                before += len(rows)
-    except (ArrowException, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{path}: not a parquet file with strings in a 'text' column ({reason})"
-        ) from None
-
-
-ROWS = {  # files of which each row is a document
-    **dict.fromkeys((".jsonl", ".jsonlines", ".jl", ".ndjson"), json_lines),
-    ".json": json_list,
-    ".parquet": parquet_rows,
-}
-TABLES = (".csv", ".tsv", ".tab")
 OF_A_DATA_SET = (*(f"{split}.bin" for split in SPLITS), "meta.json")
 HIDDEN, UNREADABLE = "hidden file* or folder*", "unreadable file* or folder*"  # see counted
 
 
-def rows_of(path: Path) -> Callable[[Path], Iterator[str]] | None:
-    """The function that reads the rows of this file; None for a text."""
-    return ROWS.get(path.suffix.lower())
-
-
 def what_it_holds(path: Path) -> tuple[str, str] | None:
-    """not_text of a file that is read as text or as JSON."""
-    if rows_of(path) is parquet_rows:
-        return None
-    with open(path, "rb") as file:
+    """not_text of a file that is read as text, as JSON or as a table, and of its content if it is
+    compressed.
+    """
+    if row_suffix(path) == ".parquet":
+        packed = unpacked_name(path.name) != path.name
+        return ("compressed parquet", UNPACK) if packed else None
+    with open_unpacked(path) as file:
         return not_text(file.read(HEAD))
 
 
@@ -279,8 +229,6 @@ def check_readable(path: Path) -> None:
     if found := what_it_holds(path):
         what, cure = found
         raise ValueError(f"{path} is {what}, not text in UTF-8: {cure}")
-    if path.suffix.lower() in TABLES:
-        refuse_tables([str(path)])
 
 
 def tell_of_rows(texts: Iterable[Path]) -> None:
@@ -288,11 +236,11 @@ def tell_of_rows(texts: Iterable[Path]) -> None:
     in each."""
     found = []
     for path in texts:
-        with open(path, "rb") as file:
+        with open_unpacked(path) as file:
             head = file.read(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
-        with suppress(ValueError, RecursionError):
+        with suppress(ValueError, RecursionError, KeyError):
             if head.startswith(b"{"):
-                text_in(json.loads(head.partition(b"\n")[0]))
+                text_in(json.loads(head.partition(b"\n")[0]), "text")
                 found.append(str(path))
     if found:
         warn(
@@ -301,32 +249,25 @@ def tell_of_rows(texts: Iterable[Path]) -> None:
         )
 
 
-def refuse_tables(names: list[str]) -> None:
-    raise ValueError(
-        f"{some(names)}: the columns of a table are not read, and as text they would be trained on "
-        'with their commas or tabs: write each row as a line {"text": "..."} of a .jsonl file'
-    )
-
-
 def some(names: list[str], most: int = 3) -> str:
     """The first few of the names."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def folder_files(folder: Path) -> dict[str, Path]:
-    """The files below a folder that hold text or rows, by their names relative to it.
+def folder_files(folder: Path, field: str) -> list[Path]:
+    """The files below a folder that hold text or rows with this field.
 
-    What is left out is counted and named on one line. Links to folders and to files outside of the
-    folder are among it: a folder from elsewhere must not bring private files of this machine into
-    a data set. A table is an error, since it may be what the user wants to be read.
+    What is left out is counted by its kind and named on one line. Links to folders and to files
+    outside of the folder are among it: a folder from elsewhere must not bring private files of this
+    machine into a data set.
     """
-    kept: dict[str, Path] = {}
+    kept: list[Path] = []
     left_out: dict[str, list[str]] = {}  # why, as in `counted` -> names
-    tables, root = [], folder.resolve()
+    root = folder.resolve()
 
-    def leave_out(path: str | Path, why: str, what: str = "") -> None:
+    def leave_out(path: str | Path, why: str) -> None:
         shown = one_line(Path(path).relative_to(folder).as_posix())
-        left_out.setdefault(why, []).append(f"{shown}: {what}" if what else shown)
+        left_out.setdefault(one_line(why), []).append(shown)
 
     def unreadable(error: OSError) -> None:
         leave_out(error.filename, UNREADABLE)
@@ -338,65 +279,65 @@ def folder_files(folder: Path) -> dict[str, Path]:
                 leave_out(Path(place, name), HIDDEN if hidden else "link* to folders")
                 folders.remove(name)
         for path in (Path(place, name) for name in sorted(files)):
-            if why := why_left_out(path, root):
-                leave_out(path, *why)
-            elif path.suffix.lower() in TABLES:
-                tables.append(str(path))
+            if why := why_left_out(path, root, field):
+                leave_out(path, why)
             else:
-                kept[path.relative_to(folder).as_posix()] = path
-    if tables:
-        refuse_tables(sorted(tables))
+                kept.append(path)
     if left_out:
         parts = (f"{counted(len(n), why)} ({some(sorted(n))})" for why, n in left_out.items())
         print(f"{one_line(folder)}: left out {', '.join(sorted(parts))}")
     return kept
 
 
-def why_left_out(path: Path, root: Path) -> tuple[str, ...]:
-    """Why a file in a folder is not read, as arguments of leave_out; () if it is read."""
+def why_left_out(path: Path, root: Path, field: str) -> str:
+    """Why a file in a folder is not read, in the words of `counted`; '' if it is read."""
     if path.name.startswith("."):
-        return (HIDDEN,)
+        return HIDDEN
     if not os.path.exists(path):
-        return ("broken link*" if os.path.islink(path) else UNREADABLE,)
+        return "broken link*" if os.path.islink(path) else UNREADABLE
     if not os.path.isfile(path):  # a FIFO could make us wait for ever
-        return ("special file*",)
+        return "special file*"
     if not path.resolve().is_relative_to(root):
-        return ("link* to files outside of it",)
+        return "link* to files outside of it"
     if not os.access(path, os.R_OK):
-        return (UNREADABLE,)
+        return UNREADABLE
     if not path.stat().st_size:
-        return ("empty file*",)
+        return "empty file*"
     if found := what_it_holds(path):
-        return "file* not in UTF-8", found[0]
-    if rows_of(path) is json_list:
+        kind = f"{path.suffix.lower()} binary".strip()
+        return f"{kind} file*" if found[0] == BINARY else f"file* holding {found[0]}"
+    if row_suffix(path) == ".json":
         try:
-            next(json_list(path), None)
+            next(texts_in(path, field), None)
         except ValueError:
-            return (".json file* without rows of text",)
-    return ()
+            return ".json file* without rows of text"
+    return ""
 
 
-def documents(paths: list[Path]) -> Corpus:
-    """Folders and files: each text file is a document, and so is each row of .jsonl and .parquet.
+def documents(paths: list[Path], field: str | None = None) -> Corpus:
+    """Folders and files: each text is a document, and so is the text in each row of the others.
 
     A tenth of the documents is val. If that makes val smaller than 5% or larger than 20% of the
     bytes, because documents are few or unequal, the last tenth of each document is val instead.
     """
+    where = "text" if field is None else field
     names: dict[str, Path] = {}
     for path in paths:
-        found = folder_files(path) if path.is_dir() else {path.name: path}
-        names |= {(name if name not in names else f"{path}/{name}"): found[name] for name in found}
-    texts = {name: path for name, path in names.items() if rows_of(path) is None}
+        for file in folder_files(path, where) if path.is_dir() else [path]:
+            names[name_among(names, path, file)] = file
+    texts = {name: path for name, path in names.items() if row_suffix(path) is None}
+    rows = {name: names[name] for name in sorted(names.keys() - texts.keys())}
+    if field is not None and not rows:
+        refuse_field(field, ", ".join(map(str, paths)))
     tell_of_rows(texts.values())
+    parts = {path: text_parts(path) for path in texts.values()}
 
     def pieces(whole: bool = True) -> Iterator[Piece]:
         for split, path in split_files(texts, 0.1):
-            if whole:
-                yield from text_pieces(split, path, 0, path.stat().st_size)
-            else:
-                yield from text_file(path).pieces()
-        for name in sorted(names.keys() - texts.keys()):
-            for row, text in enumerate(rows_of(names[name])(names[name])):
+            end = parts[path][-1][1]
+            yield from text_pieces(path, [(split, end)] if whole else parts[path])
+        for name, path in rows.items():
+            for row, text in enumerate(texts_in(path, where)):
                 if whole:
                     yield Piece(split_of(f"{name}:{row}", 0.1), True, text)
                 else:
@@ -410,8 +351,19 @@ def documents(paths: list[Path]) -> Corpus:
     of = ", ".join(path.resolve().name for path in paths)
     source = f"{counted(len(names), 'file*')} of {of}, {how}"
     first = paths[0].resolve()
-    name = first.name if first.is_dir() else first.stem
+    name = first.name if first.is_dir() else Path(unpacked_name(first.name)).stem
     return Corpus(name, source, partial(pieces, whole), sizes.total())
+
+
+def name_among(names: Container[str], source: Path, file: Path) -> str:
+    """A name for a file of a source which no other file has. Its split depends on the name.
+
+    A compressed file gets the name of the file that it unpacks to, so that both are split alike.
+    """
+    inside = file.relative_to(source).as_posix() if source.is_dir() else file.name
+    candidates = (unpacked_name(inside), inside, f"{source}/{inside}")
+    # If all are taken, the same source was named before, and its files are read once.
+    return next((name for name in candidates if name not in names), candidates[-1])
 
 
 # The sources that have a name

@@ -1,13 +1,27 @@
-"""What a file holds that is not a text in UTF-8, told by its first bytes; and how to say so."""
+"""What a file holds: how it is unpacked if it is compressed, and what it is if not text in UTF-8.
 
+A compressed file is known by the end of its name, what is no text by its first bytes.
+"""
+
+import bz2
 import codecs
+import gzip
+import io
+import lzma
+import os
 import re
 import unicodedata
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
 
 HEAD = 8192  # bytes that are looked at
 BYTE_ORDER_MARK = "\ufeff"  # some programs begin a file in UTF-8 with it, too
 UNPACK = "unpack it first"
 DROP_NUL = "take it out; or, if it is a text, tr -d '\\000' < OLD > NEW removes these"
+BINARY = "binary (it has NUL bytes)"
 SAVE_AS_TEXT = "save its content as text in UTF-8 first"
 FORMATS = (  # a pattern of the first bytes, what such a file is, and what to do with it
     (rb"\x1f\x8b", "gzip", UNPACK),
@@ -48,6 +62,87 @@ WIDE = {
 }
 
 
+# Compressed files
+
+
+class Unpacked(io.RawIOBase):
+    """The content of a compressed file, which is read from `file`. OSError if it is damaged."""
+
+    def __init__(self, path: Path, file: BinaryIO):
+        self.path, self.file = path, file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        try:
+            return self.file.readinto(buffer)
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            raise OSError(
+                f"{self.path}: cannot be unpacked ({error}): it is damaged, cut short, or no "
+                f"{self.path.suffix} file"
+            ) from None
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def open_zstd(path: Path) -> BinaryIO:
+    """A .zst file, opened to read its content."""
+    try:
+        from pyarrow import CompressedInputStream
+    except ImportError:
+        raise ValueError(f"{path}: unpacking it needs pyarrow; pip install pyarrow") from None
+    return CompressedInputStream(open(path, "rb"), "zstd")
+
+
+PACKED: dict[str, Callable[[Path], BinaryIO]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": open_zstd,
+}
+
+
+def unpacked_name(name: str) -> str:
+    """The name that a compressed file has when it is unpacked: a.txt for a.txt.gz."""
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in PACKED else name
+
+
+def open_unpacked(path: Path) -> BinaryIO:
+    """A file opened to read its bytes, or those of its content if it is compressed.
+
+    A compressed file is unpacked while it is read, so it takes no more memory than another one. It
+    can only be read from the beginning to the end.
+    """
+    unpack = PACKED.get(path.suffix.lower())
+    if unpack is None:
+        return open(path, "rb")
+    return io.BufferedReader(Unpacked(path, unpack(path)), 2**16)
+
+
+def skip_bytes(file: BinaryIO, count: int) -> None:
+    """Goes on by so many bytes in a file, or to its end."""
+    if file.seekable():
+        file.seek(count, os.SEEK_CUR)
+        return
+    while count and (block := file.read(min(count, 2**20))):
+        count -= len(block)
+
+
+def unpacked_size(path: Path) -> int:
+    """The bytes of a file, or of its content if it is compressed, which is read for it."""
+    if unpacked_name(path.name) == path.name:
+        return path.stat().st_size
+    with open_unpacked(path) as file:
+        return sum(map(len, iter(partial(file.read, 2**20), b"")))
+
+
+# What is no text
+
+
 def not_text(head: bytes) -> tuple[str, str] | None:
     """What a file is that begins with these bytes, and what to do with it; None for a text.
 
@@ -60,7 +155,7 @@ def not_text(head: bytes) -> tuple[str, str] | None:
         cure = f"convert it to UTF-8: iconv -f {encoding} -t UTF-8 OLD > NEW"
         return f"probably text in {encoding}", cure
     if b"\0" in head:
-        return "binary (it has NUL bytes)", DROP_NUL
+        return BINARY, DROP_NUL
     return None
 
 

@@ -29,7 +29,6 @@ from data import PART_TOKENS, SPLITS, checksum, places_file
 from data.tokenizer import tokenizer_sha256
 from model import IGNORED
 
-DATA = Path(__file__).resolve().parent  # data/prepare.py puts its folders here
 FULL_SCAN = 200_000_000  # tokens; of a larger file only so many are checked, in spread parts
 UNCHANGED = ("st_size", "st_mtime_ns", "st_ctime_ns")  # of a file with the same content
 LARGEST_META = 2**26  # bytes
@@ -375,6 +374,10 @@ def is_places(value: object) -> bool:
     )
 
 
+def is_share(value: object) -> bool:
+    return value is None or (type(value) in (int, float) and 0 <= value <= 1)
+
+
 FIELDS = {  # of meta.json: the test that a value must pass, and the words for it
     "format_version": (lambda value: is_count(value) and value == 1, "1 (from another version?)"),
     "dtype": (lambda value: value in ("uint16", "uint32"), "'uint16' or 'uint32'"),
@@ -383,6 +386,7 @@ FIELDS = {  # of meta.json: the test that a value must pass, and the words for i
     "bytes": (is_counts, "a number of bytes above 0 for train and for val"),
     "crc32": (is_checksums, "a list of checksums for train and for val"),
     "xz_bits_per_byte": (is_bits, "null or a number of bits"),
+    "val_overlap": (is_share, "null or a share between 0 and 1"),
     **dict.fromkeys(
         ("tokenizer", "tokenizer_sha256", "content_sha256"),
         (lambda value: isinstance(value, str), "a text"),

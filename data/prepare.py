@@ -38,9 +38,10 @@ from config.command import (
     user_errors,
     warn,
 )
-from data import PART_TOKENS, SPLITS, checksum, places_file
+from data import DATA, PART_TOKENS, SPLITS, checksum, places_file
 from data.corpus import CHUNK, Corpus, Piece, open_corpus
 from data.files import new_folder, sync, write_atomically
+from data.overlap import overlap_of
 from data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -59,19 +60,24 @@ python data/prepare.py python                     the standard library of the Py
 python data/prepare.py shakespeare                1 MB, downloaded
 python data/prepare.py tinystories | fineweb-edu  streamed from Hugging Face; after a stop, the
                                                   same command goes on
-python data/prepare.py FILE-OR-FOLDER...          your own text; rows in .jsonl, .ndjson or .json
-                                                  (field 'text') or .parquet (column 'text')
+python data/prepare.py FILE-OR-FOLDER...          your own text, or rows with a text in each:
+                                                  .jsonl, .ndjson, .json, .csv, .tsv, .parquet;
+                                                  all but .parquet also as .gz, .bz2, .xz or .zst
 
+field=text                the field of the objects, or the column of the table, that has the text
 tokenizer=sentencepiece   trained on the train split, with vocab_size=4096 ids
 tokenizer=byte | char | tiktoken:gpt2 | PATH.model
 tokenizer=FOLDER          the tokenizer of a run, of a data set or of Hugging Face weights
-name=NAME                 of the folder; without it, the name of the source"""
-OPTIONS = ("tokenizer", "vocab_size", "name")
+name=NAME                 of the folder; without it, the name of the source
+
+Data sets are made in data/, or in the folder whose absolute path is in ROOTLLAMA_DATA."""
+OPTIONS = ("field", "tokenizer", "vocab_size", "name")
 SAMPLE_CHARS = 8_000_000  # a SentencePiece tokenizer is trained on at most so many
 Surrounded = tuple[list[int], Piece, list[int]]  # a piece between the ids before and behind it
-Places = dict[str, list[int]]  # name of a file (see places_file) -> places of tokens
 SAMPLE_DOCUMENTS = 20_000  # of a stream: its tokenizer is trained on those at its beginning
 XZ_LIMIT = 16_000_000  # bytes: xz takes about 1 s for each MB, so no longer text is compressed
+SEARCHED = 50_000_000  # bytes of the training text in which the validation text is looked for
+SOUGHT = 1_280_000  # bytes of the validation text that are looked for
 LOSSLESS = ("byte", "char", "tiktoken")  # kinds of tokenizers that keep any text by construction
 EXAMPLES = 8  # characters that are named if others lose some
 SAVE_EVERY = 64_000_000  # bytes of text after which a stream saves its progress
@@ -115,6 +121,12 @@ def prepare(
     print_result(out, meta, time.monotonic() - begin)
     if "lost_bytes" in meta:
         warn_of_loss(meta, progress["lost_such_as"])
+    if (meta["val_overlap"] or 0) > 0.1:
+        warn(
+            f"{meta['val_overlap']:.1%} of the val text stands in the train text, too: the val "
+            f"loss tells what the model remembers of it, more than how it does on new text; take "
+            f"out what comes twice"
+        )
     return meta
 
 
@@ -127,6 +139,10 @@ def print_result(out: Path, meta: dict, seconds: float) -> None:
         f"({meta['tokenizer']}), {size / tokens:.2f} bytes/token; {seconds:.1f} s, "
         f"{size / 1e6 / seconds:.1f} MB/s"
     )
+    if (meta["val_overlap"] or 0) > 0.01:
+        most = f"{SEARCHED / 1e6:.0f} MB of the train text that were searched"
+        where = most if meta["bytes"]["train"] > SEARCHED else "train text"
+        text += f"; {meta['val_overlap']:.1%} of the val text stands in the {where}, too"
     print(one_line(text))
 
 
@@ -510,6 +526,7 @@ def meta_of(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: dict) 
         "crc32": checksums,
         "places": places,
         "xz_bits_per_byte": None,
+        "val_overlap": None,
         **lost,  # only there if there is a loss
     }
     if tokenizer.exact and not lost:
@@ -518,6 +535,10 @@ def meta_of(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: dict) 
             text += block if len(text) <= XZ_LIMIT else b""
         before = train_text(folder, tokenizer, progress)
         meta["xz_bits_per_byte"] = xz_bits_per_byte(before, bytes(text))
+        spread = partial(spread_text, folder, tokenizer, progress)
+        meta["val_overlap"] = overlap_of(
+            spread("val", SOUGHT, 2**12), spread("train", SEARCHED, 2**18)
+        )
     return meta | {"checksum": checksum(meta)}
 
 
@@ -542,6 +563,19 @@ def train_text(folder: Path, tokenizer: Tokenizer, progress: dict) -> bytes:
     ids = np.memmap(folder / "train.bin", progress["dtype"], mode="r")
     share = min(1, XZ_LIMIT / progress["bytes"]["train"])
     return tokenizer.decode_bytes(ids[len(ids) - int(share * len(ids)) :].tolist())
+
+
+def spread_text(
+    folder: Path, tokenizer: Tokenizer, progress: dict, split: str, limit: int, part: int
+) -> Iterator[bytes]:
+    """About `limit` bytes of the text of a split in parts of `part` tokens, spread evenly over it;
+    all of it if it has no more.
+    """
+    ids = np.memmap(folder / f"{split}.bin", progress["dtype"], mode="r")
+    parts = -(-len(ids) // part)
+    chosen = min(parts, max(1, parts * limit // progress["bytes"][split]))
+    for i in (np.arange(chosen) * parts // chosen).tolist():
+        yield tokenizer.decode_bytes(ids[i * part : (i + 1) * part].tolist())
 
 
 def xz_bits_per_byte(before: bytes, text: bytes) -> float | None:
@@ -593,15 +627,14 @@ def read_command(argv: list[str]) -> tuple[Corpus, Path, str | None, int | None]
     size = options.get("vocab_size")
     if size is not None and not re.fullmatch("[0-9]{1,7}", size):
         raise ValueError(f"vocab_size must be a whole number below ten million, got {size!r:.80}")
-    corpus = open_corpus(sources)
+    corpus = open_corpus(sources, options.get("field"))
     name = options.get("name", corpus.name)
     if name != Path(name).name or name.startswith((".", "~")) or not name or "\\" in name:
         raise ValueError(
             f"name={name!r} must be a bare folder name: without slashes, and not beginning with . "
             f"or ~"
         )
-    out = Path(__file__).resolve().parent / name
-    return corpus, out, options.get("tokenizer"), None if size is None else int(size)
+    return corpus, DATA / name, options.get("tokenizer"), None if size is None else int(size)
 
 
 def main(argv: list[str]) -> int:

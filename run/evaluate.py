@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config.command import shell_path
-from data.loader import DATA, Dataset, open_dataset, val_starts
+from data import DATA
+from data.loader import Dataset, open_dataset, val_starts
 from data.mixture import read_shares
 from data.tokenizer import load_tokenizer
 from model import IGNORED, Decoder
@@ -208,7 +209,7 @@ def open_known_dataset(name: str, known: dict[str, Any], place: Path) -> Dataset
     folder = dataset_folder(name) if name else find_same_data(known) or DATA / wanted
     if not name and not folder.exists():
         raise ValueError(
-            f"the data set {wanted} that {place} was trained on is not under data/: name where it "
+            f"the data set {wanted} that {place} was trained on is not under {DATA}: name where it "
             f"is with dataset=FOLDER"
         )
     if folder.exists() and not any((folder / n).exists() for n in ("meta.json", "train.bin")):

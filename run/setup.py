@@ -23,8 +23,9 @@ from torch import nn
 from config.command import expand_home, shell_path, warn
 from config.preset import NOT_DECIDED_BY_WEIGHTS, make_config, read_knobs
 from config.schema import Config
+from data import DATA
 from data.corpus import Corpus, open_corpus
-from data.loader import DATA, Dataset, check_length, open_dataset, read_meta, val_starts
+from data.loader import Dataset, check_length, open_dataset, read_meta, val_starts
 from data.mixture import Mixture, mix, read_shares
 from data.prepare import prepare
 from data.tokenizer import FILES as TOKENIZER_FILES
@@ -597,15 +598,15 @@ def find_dataset(name: str, tokenizer: Path | None) -> Path:
                 f"tokenizer={shell_path(tokenizer)}"
             )
         if name == "python" and not folder.exists():
-            print("data/python is not there yet: preparing it from this Python's standard library")
+            print(f"{folder} is not there yet: preparing it from this Python's standard library")
             prepare(["python"], folder)
         return folder
     if not text.exists():
-        raise ValueError(f"dataset={name} does not exist: name a folder under data/, or a text")
+        raise ValueError(f"dataset={name} does not exist: name a folder under {DATA}, or a text")
     corpus = open_corpus([name])
     folder = text_dataset(text, corpus, tokenizer)
     if not folder.exists():
-        print(f"preparing {name} as data/{folder.name}")
+        print(f"preparing {name} as {folder}")
         try:
             prepare(corpus, folder, tokenizer and str(tokenizer))
         except OSError:

@@ -109,6 +109,7 @@ WRONG += [("tokens", value) for value in (140, {"train": 100}, {"train": 100, "v
 WRONG += [("bytes", {"train": 0, "val": 3}), ("bos_id", 257), ("bos_id", "x")]
 WRONG += [("bytes", {"train": 10**400, "val": 3}), ("xz_bits_per_byte", "\x1b]0;x")]
 WRONG += [("xz_bits_per_byte", 10**400), ("vocab_size", 10**400)]
+WRONG += [("val_overlap", value) for value in (-0.1, 1.1, float("nan"), "0.5", True)]
 WRONG += [("lost_bytes", value) for value in (3, {"train": 1}, {"train": 1, "val": -1})]
 WRONG += [("xz_bits_per_byte", value) for value in ("2", 10**20, -1, float("nan"))]
 WRONG += [("bytes", {"train": 10**400, "val": 3}), ("lost_bytes", {"train": 10**400, "val": 3})]

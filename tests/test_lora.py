@@ -484,7 +484,7 @@ def test_a_text_can_be_named_instead_of_a_data_set(tune, text, tmp_path, own_dat
     code, out, error = tune(f"dataset={text}", "max_iters=2")
     assert code == 0, error
     (made,) = own_data.glob("mine-*")
-    assert f"preparing {text} as data/{made.name}" in out
+    assert f"preparing {text} as {made}" in out
     assert open_dataset(made).meta["vocab_size"] == said(tmp_path / "base")["vocab_size"]
     code, out, error = tune(f"dataset={text}", "max_iters=3", "resume=yes")
     assert code == 0 and "preparing" not in out, error

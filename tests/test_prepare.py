@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -55,8 +56,7 @@ def text(tmp_path):
 def run(tmp_path, monkeypatch, capsys):
     """Runs the command: (exit code, what it wrote to stderr)."""
     (tmp_path / "data").mkdir()
-    # The command makes data sets beside itself; tests make them in tmp_path/data.
-    monkeypatch.setattr(command, "__file__", str(tmp_path / "data" / "prepare.py"))
+    monkeypatch.setattr(command, "DATA", tmp_path / "data")
 
     def call(*words):
         try:
@@ -446,11 +446,39 @@ def test_the_command_prepares_a_named_data_set(run, text, tmp_path):
     assert two["bytes"] == {"train": 2 * CUT, "val": 2 * (len(PROSE) - CUT)}
 
 
+def test_the_command_takes_the_text_from_the_field_that_is_named(run, tmp_path):
+    (tmp_path / "r.csv").write_text("text,body\n" + "a,the text of a body\n" * 30)
+    assert run(tmp_path / "r.csv", "tokenizer=byte", "field=body")[0] == 0
+    made = decoded(tmp_path / "data" / "r", "train") + decoded(tmp_path / "data" / "r", "val")
+    assert sorted(made) == sorted("the text of a body" * 30)
+    code, err = run(tmp_path / "r.csv", "name=other", "field=title")
+    match = "line 2 has 'text', 'body', but no 'title': name the one with the text, as in python "
+    assert code == 2 and f"{match}data/prepare.py {tmp_path / 'r.csv'} field=NAME" in err
+
+
+def test_data_sets_stand_where_the_environment_says(text, tmp_path):
+    sets = tmp_path / "elsewhere" / "sets"
+    program = partial(subprocess.run, capture_output=True, text=True)
+    words = [sys.executable, str(ROOT / "data" / "prepare.py"), str(text), "tokenizer=byte"]
+    told = os.environ | {"ROOTLLAMA_DATA": str(sets)}
+    done = program(words, env=told)
+    assert done.returncode == 0 and done.stdout.startswith(f"{sets / 'prose'}: "), done.stderr
+    script = "from run.setup import find_dataset; print(find_dataset('prose', None))"
+    found = program([sys.executable, "-c", script], env=told, cwd=ROOT).stdout
+    assert found == f"{sets / 'prose'}\n"
+    for place in ("sets", "", "~/sets"):
+        done = program(words, env=told | {"ROOTLLAMA_DATA": place})
+        message = f"error: ROOTLLAMA_DATA is {place!r}: make it the absolute path of a folder\n"
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
 WRONG = [
     ("", "no source given"),
     ("name=x", "no source given"),
     ("nothing.txt", "nothing.txt is not a file or folder"),
-    ("TEXT tokeniser=byte", "unknown option 'tokeniser'; choose from tokenizer"),
+    ("TEXT tokeniser=byte", "unknown option 'tokeniser'; choose from field, tokenizer"),
+    ("TEXT field=body", "field=body is for the rows of .jsonl"),
+    ("python field=body", "of which python has none: leave it out"),
     ("TEXT tokenizer=bpe", "tokenizer=bpe is unknown; choose from byte, char, sentencepiece"),
     ("TEXT tokenizer=", "tokenizer= is unknown"),
     ("TEXT tokenizer=FOLDER", "no tokenizer.model or tokenizer.json there"),

@@ -315,7 +315,7 @@ def full_while_preparing(report: Report, tries: int, folder: Path) -> None:
 def small_disk_for_data(size: int, disk: Path, aside: Path) -> None:
     small_disk(size, disk, aside)
     corpus = Corpus("python", "a text", text_of_100_kb, tokenizer="byte")
-    data.prepare.open_corpus = lambda sources: corpus
+    data.prepare.open_corpus = lambda *asked: corpus
 
 
 def text_of_100_kb() -> Iterator[Piece]:
@@ -329,16 +329,13 @@ def full_in_prepare(report: Report, tries: int, folder: Path) -> None:
     is left behind."""
     text = folder / "text.txt"
     text.write_text("the cat sat on a mat\n" * 5000)
-    # The script makes its data sets beside itself, so it must believe to be in our folder.
-    script = "import sys, data.prepare as p; p.__file__ = sys.argv[1]; "
-    script += "sys.exit(p.main(sys.argv[2:]))"
     for i, size in enumerate(sizes(94_500, tries)):
         tokenizer = ("byte", "char", "sentencepiece")[i % 3]
         most = min(size, 8_000) if tokenizer == "sentencepiece" else size
-        arguments = [folder / "p.py", text, f"tokenizer={tokenizer}", "name=words"]
+        arguments = [text, f"tokenizer={tokenizer}", "name=words"]
         done = subprocess.run(
-            [sys.executable, "-c", script, *arguments],
-            cwd=ROOT,
+            [sys.executable, ROOT / "data" / "prepare.py", *arguments],
+            env={**os.environ, "ROOTLLAMA_DATA": str(folder)},
             capture_output=True,
             text=True,
             preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most)),

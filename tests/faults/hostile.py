@@ -163,7 +163,7 @@ def guarded(program: str, arguments: list[str], scene: Path) -> None:
                 os.write(notes, f"{event} {details}"[:300].encode() + b"\n")
 
     if program == "prepare":
-        data.prepare.__file__ = str(scene / "data" / "prepare.py")
+        data.prepare.DATA = scene / "data"
         stream = Corpus("s", "a stream", two_pieces, stream=True)
         data.corpus.NAMED["a-stream"] = lambda: stream
     limit_data(2 * MEMORY)

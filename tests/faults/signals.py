@@ -124,7 +124,7 @@ def in_set_up(trap: Trap) -> None:
 def in_preparation(trap: Trap) -> None:
     """Where train.py prepares the data set that every Python has, which is a short one here."""
     corpus = Corpus("python", "a short text", short_text, tokenizer="byte")
-    data.prepare.open_corpus = lambda sources: corpus
+    data.prepare.open_corpus = lambda *asked: corpus
     for name in ("open_corpus", "make_tokenizer", "encode_pieces", "meta_of", "xz_bits_per_byte"):
         around(trap, data.prepare, name)
     around(trap, data.prepare, "sync", when=lambda path: path.name == "train.bin")
