@@ -1,7 +1,7 @@
 """Conversations as text and as token ids, by the chat template of the weights or by a plain one.
 
-Reading order: what a conversation is; ChatTemplate, which has it rendered; the template of a
-tokenizer; conversations as token ids; Chat, a conversation with a model.
+Reading order: ChatTemplate, which has a conversation rendered; the template of a tokenizer;
+conversations as token ids; Chat, a conversation with a model.
 """
 
 import json
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.messages import Messages
 from data.prompt import refuse_other_encodings
 from data.tokenizer import Tokenizer
 
@@ -23,51 +24,6 @@ PLAIN = (
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + eos_token + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-Messages = list[dict[str, Any]]
-
-
-# What a conversation is
-
-
-def conversation_in(row: dict[str, Any]) -> Messages | None:
-    """The messages of a row that has `messages`, or `prompt` and `completion`; None if it has none
-    of these. ValueError says what is wrong with them."""
-    if "messages" in row:
-        messages = row["messages"]
-    elif {"prompt", "completion"} <= row.keys():
-        messages = [*turn("user", row["prompt"]), *turn("assistant", row["completion"])]
-    else:
-        return None
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"its messages are {messages!r:.60}, not a list of messages")
-    for number, message in enumerate(messages, 1):
-        check_message(message, number)
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise ValueError("no message has the role 'assistant', whose words alone are learned")
-    if roles[0] == "assistant":
-        raise ValueError("its first message is the assistant's: an answer follows a message")
-    return messages
-
-
-def turn(role: str, said: Any) -> Messages:
-    """A prompt or a completion is a text, or a list of messages."""
-    return said if isinstance(said, list) else [{"role": role, "content": said}]
-
-
-def check_message(message: Any, number: int) -> None:
-    where = f"message {number}"
-    if not isinstance(message, dict):
-        raise ValueError(f"{where} is {message!r:.60}, not an object with role and content")
-    for name in ("role", "content"):
-        if not isinstance(message.get(name), str):
-            raise ValueError(f"{where}: its {name} is {message.get(name)!r:.60}, not a text")
-    try:
-        message["content"].encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{where} spells half a surrogate pair") from None
-
 
 # The template
 
@@ -83,6 +39,7 @@ class ChatTemplate:
             raise ValueError(f"the chat template has more than {LARGEST_TEMPLATE:,} characters")
         self.about = {"template": source, "variables": variables, "special": special}
         self.process: subprocess.Popen | None = None
+        self.turn = threading.Lock()  # one request at a time, whichever thread has it
 
     def __enter__(self) -> "ChatTemplate":
         program = str(Path(__file__).with_name("render.py"))
@@ -105,16 +62,17 @@ class ChatTemplate:
         self.process.communicate()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        late = threading.Timer(SECONDS, self.process.kill)
-        late.start()
-        try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.process.stdin.flush()
-            answer = self.process.stdout.readline()
-        except BrokenPipeError:
-            answer = b""
-        finally:
-            late.cancel()
+        with self.turn:
+            late = threading.Timer(SECONDS, self.process.kill)
+            late.start()
+            try:
+                self.process.stdin.write(json.dumps(request).encode() + b"\n")
+                self.process.stdin.flush()
+                answer = self.process.stdout.readline()
+            except BrokenPipeError:
+                answer = b""
+            finally:
+                late.cancel()
         if not answer:
             raise ValueError(
                 f"the chat template was stopped, for it takes more than {SECONDS:g} s or too much "

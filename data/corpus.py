@@ -39,7 +39,8 @@ from data.formats import (
     unpacked_name,
     unpacked_size,
 )
-from data.rows import ROWS, row_suffix, text_in, texts_in
+from data.messages import Messages, conversation_in, is_conversation
+from data.rows import ROWS, row_suffix, rows_in, text_in, texts_in
 
 CHUNK = 2**20  # bytes: a longer file comes in pieces of this size; a row is always one piece
 SHAKESPEARE = (
@@ -58,7 +59,9 @@ class Piece(NamedTuple):
 
     split: str  # "train" or "val"
     start: bool
-    text: str
+    text: str  # of a conversation, all that is said in it
+    messages: Messages = []
+    place: str = ""  # of a conversation: file and row, for an error
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Corpus:
     source: str  # a description for meta.json
     pieces: Callable[[], Iterator[Piece]]
     size: int | None = None  # bytes of UTF-8; None where that is not known beforehand
+    chat: bool = False  # whether the pieces are conversations
     stream: bool = False  # comes from the network; a preparation that stopped can be continued
     tokenizer: str = "sentencepiece"  # the default for `tokenizer=`
 
@@ -308,7 +312,7 @@ def why_left_out(path: Path, root: Path, field: str) -> str:
         return f"{kind} file*" if found[0] == BINARY else f"file* holding {found[0]}"
     if row_suffix(path) == ".json":
         try:
-            next(texts_in(path, field), None)
+            holds_conversations(path) or next(texts_in(path, field), None)
         except ValueError:
             return ".json file* without rows of text"
     return ""
@@ -329,6 +333,16 @@ def documents(paths: list[Path], field: str | None = None) -> Corpus:
     rows = {name: names[name] for name in sorted(names.keys() - texts.keys())}
     if field is not None and not rows:
         refuse_field(field, ", ".join(map(str, paths)))
+    of = ", ".join(path.resolve().name for path in paths)
+    first = paths[0].resolve()
+    name = first.name if first.is_dir() else Path(unpacked_name(first.name)).stem
+    if field is None and any(map(holds_conversations, rows.values())):
+        if texts:
+            raise ValueError(
+                f"{some(sorted(texts))} are texts, and {some(sorted(rows))} conversations: prepare "
+                "them as two data sets, which train.py can mix"
+            )
+        return conversations(name, of, rows)
     tell_of_rows(texts.values())
     parts = {path: text_parts(path) for path in texts.values()}
 
@@ -348,11 +362,48 @@ def documents(paths: list[Path], field: str | None = None) -> Corpus:
         sizes[piece.split] += len(piece.text.encode())
     whole = 0.05 * sizes.total() <= sizes["val"] <= 0.2 * sizes.total()
     how = "split by document" if whole else "few or unequal, so each is cut 90/10"
-    of = ", ".join(path.resolve().name for path in paths)
     source = f"{counted(len(names), 'file*')} of {of}, {how}"
-    first = paths[0].resolve()
-    name = first.name if first.is_dir() else Path(unpacked_name(first.name)).stem
     return Corpus(name, source, partial(pieces, whole), sizes.total())
+
+
+def conversations(name: str, of: str, rows: dict[str, Path]) -> Corpus:
+    """Files of conversations, of which a tenth is val: by a hash of the row's name, or, if these
+    are few, each tenth row."""
+
+    def pieces() -> Iterator[Piece]:
+        number = 0
+        for file, path in rows.items():
+            for row, (place, messages) in enumerate(conversations_in(path)):
+                split = split_of(f"{file}:{row}", 0.1)
+                if each:
+                    split = "val" if number % each == each - 1 else "train"
+                text = "\n".join(message["content"] for message in messages)
+                yield Piece(split, True, text, messages, f"{path}: {place}")
+                number += 1
+
+    each = 0  # every so many conversations one is val; 0 = by the hash
+    sizes = Counter()
+    for piece in pieces():
+        sizes[piece.split] += 1
+    if not 0.05 * sizes.total() <= sizes["val"] <= 0.2 * sizes.total():
+        each = min(10, sizes.total())
+    source = f"{counted(sizes.total(), 'conversation*')} of {of}"
+    return Corpus(name, source, pieces, chat=True)
+
+
+def holds_conversations(path: Path) -> bool:
+    """Whether the first row of a file is a conversation, and not a text."""
+    _, row = next(rows_in(path), ("", {}))
+    return "text" not in row and is_conversation(row)
+
+
+def conversations_in(path: Path) -> Iterator[tuple[str, Messages]]:
+    """(place, messages) of each row of a file. ValueError for a row that has none."""
+    for place, row in rows_in(path):
+        try:
+            yield place, conversation_in(row)
+        except ValueError as error:
+            raise ValueError(f"{path}: {place}: {error}: mend or drop it") from None
 
 
 def name_among(names: Container[str], source: Path, file: Path) -> str:

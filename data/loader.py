@@ -58,7 +58,8 @@ class Dataset:
     def fingerprint(self) -> dict:
         """What must stay the same between a run and its resumption."""
         keys = ("dtype", "vocab_size", "tokens", "content_sha256", "tokenizer_sha256")
-        return {"name": self.name} | {key: self.meta[key] for key in keys}
+        answers = {"answers": True} if self.answers else {}  # which alone count in the loss
+        return {"name": self.name} | {key: self.meta[key] for key in keys} | answers
 
     @property
     def sources(self) -> tuple["Dataset", ...]:

@@ -39,6 +39,7 @@ from config.command import (
     warn,
 )
 from data import DATA, PART_TOKENS, SPLITS, checksum, places_file
+from data.chat import ChatTemplate, encode_conversation, template_of
 from data.corpus import CHUNK, Corpus, Piece, open_corpus
 from data.files import new_folder, sync, write_atomically
 from data.overlap import overlap_of
@@ -81,6 +82,17 @@ SOUGHT = 1_280_000  # bytes of the validation text that are looked for
 LOSSLESS = ("byte", "char", "tiktoken")  # kinds of tokenizers that keep any text by construction
 EXAMPLES = 8  # characters that are named if others lose some
 SAVE_EVERY = 64_000_000  # bytes of text after which a stream saves its progress
+
+
+@dataclass
+class Encoded:
+    """What pieces of one split have become: ids; the places in them where documents begin, and
+    where answers begin and end in turn; and lost_by."""
+
+    ids: list[int] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
+    lost: Counter = field(default_factory=Counter)
 
 
 def prepare(
@@ -285,6 +297,7 @@ def write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: d
         files = {name: stack.enter_context(open(folder / name, "ab")) for name in sizes}
         for name, file in files.items():
             file.truncate(sizes[name])
+        template = stack.enter_context(template_of(tokenizer)) if corpus.chat else None
         pieces = stack.enter_context(closing(corpus.pieces()))
         bar = stack.enter_context(
             tqdm(desc=corpus.name, total=corpus.size, unit="B", unit_scale=True, disable=None)
@@ -292,9 +305,8 @@ def write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: d
         begun = {split for split in SPLITS if progress["tokens"][split]}
         rest = islice(pieces, progress["pieces"], None)
         groups = group_pieces(with_surroundings(rest, tokenizer, begun))
-        for group, encoded in in_order(partial(encode_pieces, tokenizer), groups):
-            size = append_tokens(files, group, encoded, progress)
-            bar.update(size)
+        for group, encoded in in_order(partial(encode_pieces, tokenizer, template), groups):
+            bar.update(append_tokens(files, group, encoded, progress))
             total = sum(progress["bytes"].values())
             if corpus.stream and total - saved >= SAVE_EVERY:
                 saved = total
@@ -302,29 +314,31 @@ def write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: d
 
 
 def append_tokens(
-    files: dict[str, BinaryIO], group: list[Surrounded], encoded: "Encoded", progress: dict
+    files: dict[str, BinaryIO], group: list[Surrounded], encoded: dict[str, Encoded], progress: dict
 ) -> int:
     """Writes what one group of pieces has become, counts it in `progress`, and returns how many
     bytes of text it was.
     """
-    dtype, size = np.dtype(progress["dtype"]).newbyteorder("<"), 0
-    for split in SPLITS:
-        for kind, places in encoded.places[split].items():
-            name = places_file(split, kind)
-            files[name].write((np.array(places, "<i8") + progress["tokens"][split]).tobytes())
-            progress["places"][name] += len(places)
-        files[f"{split}.bin"].write(np.array(encoded.ids[split], dtype).tobytes())
+    dtype, size, lost = np.dtype(progress["dtype"]).newbyteorder("<"), 0, Counter()
+    for split, made in encoded.items():
+        before = progress["tokens"][split]
+        for kind in ("documents", "answers"):
+            places, name = getattr(made, kind), places_file(split, kind)
+            if places:
+                files[name].write((np.array(places, "<i8") + before).tobytes())
+                progress["places"][name] += len(places)
+        files[f"{split}.bin"].write(np.array(made.ids, dtype).tobytes())
         text = "".join(piece.text for _, piece, _ in group if piece.split == split).encode()
-        progress["tokens"][split] += len(encoded.ids[split])
+        progress["tokens"][split] += len(made.ids)
         progress["bytes"][split] += len(text)
-        progress["lost_bytes"][split] += sum(encoded.lost[split].values())
+        progress["lost_bytes"][split] += sum(made.lost.values())
         if split == "val":
             progress["val_crc32"] = zlib.crc32(text, progress["val_crc32"])
-        size += len(text)
+        size, lost = size + len(text), lost + made.lost
     for file in files.values():
         file.flush()
     progress["pieces"] += len(group)
-    lost, seen = encoded.lost["train"] + encoded.lost["val"], progress["lost_such_as"]
+    seen = progress["lost_such_as"]
     new = [char for char, _ in lost.most_common() if char not in seen]
     progress["lost_such_as"] = (seen + "".join(new))[:EXAMPLES]
     return size
@@ -337,6 +351,9 @@ def with_surroundings(
     have a document already.
     """
     for piece, following in pairwise(chain(pieces, [None])):
+        if piece.messages:  # whose template says all that stands around it
+            yield [], piece, []
+            continue
         before = tokenizer.before if piece.start else []
         if piece.start and piece.split in begun:
             before = tokenizer.between + before
@@ -358,28 +375,29 @@ def group_pieces(pieces: Iterable[Surrounded]) -> Iterator[list[Surrounded]]:
         yield group
 
 
-@dataclass
-class Encoded:
-    """What a group of pieces has become, by split: ids; places in them, by kind; and lost_by."""
-
-    ids: dict[str, list[int]] = field(default_factory=lambda: {split: [] for split in SPLITS})
-    places: dict[str, dict[str, list[int]]] = field(
-        default_factory=lambda: {split: {"documents": []} for split in SPLITS}
-    )
-    lost: dict[str, Counter] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
-
-
-def encode_pieces(tokenizer: Tokenizer, pieces: list[Surrounded]) -> Encoded:
-    made = Encoded()
+def encode_pieces(
+    tokenizer: Tokenizer, template: ChatTemplate | None, pieces: list[Surrounded]
+) -> dict[str, Encoded]:
+    """What the pieces become, by split. Conversations need a template."""
+    encoded = {split: Encoded() for split in SPLITS}
     for before, piece, after in pieces:
-        ids = made.ids[piece.split]
+        made = encoded[piece.split]
+        begin = len(made.ids)
+        if piece.messages:
+            try:
+                talk = encode_conversation(tokenizer, template, piece.messages)
+            except ValueError as error:
+                raise ValueError(f"{piece.place}: {error}") from None
+            made.ids += talk.ids
+            made.documents.append(begin)
+            made.answers += [begin + place for answer in talk.answers for place in answer]
+            continue
         if piece.start:  # what stands between two documents belongs to the first one
-            place = len(ids) + len(before) - len(tokenizer.before)
-            made.places[piece.split]["documents"].append(place)
+            made.documents.append(begin + len(before) - len(tokenizer.before))
         found = tokenizer.encode(piece.text, start=piece.start)
-        ids += [*before, *found, *after]
-        made.lost[piece.split] += lost_by(tokenizer, found, piece)
-    return made
+        made.ids += [*before, *found, *after]
+        made.lost += lost_by(tokenizer, found, piece)
+    return encoded
 
 
 def lost_by(tokenizer: Tokenizer, ids: list[int], piece: Piece) -> Counter:
@@ -442,11 +460,12 @@ def start_or_resume(
         return load_tokenizer(folder), progress
     tokenizer = make_tokenizer(choice, vocab_size, corpus)
     tokenizer.save(folder)
+    kinds = ("documents", "answers") if corpus.chat else ("documents",)
     return tokenizer, {
         "asked": asked,
         "dtype": "uint16" if tokenizer.vocab_size < 2**16 else "uint32",
         "pieces": 0,
-        "places": {places_file(split, "documents"): 0 for split in SPLITS},
+        "places": {places_file(split, kind): 0 for kind in kinds for split in SPLITS},
         "tokens": dict.fromkeys(SPLITS, 0),
         "bytes": dict.fromkeys(SPLITS, 0),
         "val_crc32": 0,
@@ -511,6 +530,8 @@ def meta_of(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: dict) 
     for name, count in progress["places"].items():
         content_of = (folder / name).read_bytes()
         places[name] = [count, zlib.crc32(content_of)]
+        if "answers" in name:  # other answers to learn are other data
+            content.update(content_of)
     lost = {"lost_bytes": progress["lost_bytes"]} if any(progress["lost_bytes"].values()) else {}
     meta = {
         "format_version": 1,
@@ -529,7 +550,7 @@ def meta_of(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: dict) 
         "val_overlap": None,
         **lost,  # only there if there is a loss
     }
-    if tokenizer.exact and not lost:
+    if tokenizer.exact and not lost and not corpus.chat:
         text = bytearray()
         for block in val_text(folder, tokenizer, progress):  # all of it is checked
             text += block if len(text) <= XZ_LIMIT else b""

@@ -6,6 +6,7 @@ where the checkpoint, the first weights and the data come from.
 """
 
 import hashlib
+import json
 import math
 import os
 import shlex
@@ -621,6 +622,8 @@ def text_dataset(text: Path, corpus: Corpus, tokenizer: Path | None) -> Path:
     for piece in corpus.pieces():
         digest.update(f"{piece.split} {piece.start} {len(piece.text)} ".encode())
         digest.update(piece.text.encode())
+        if piece.messages:
+            digest.update(json.dumps(piece.messages).encode())
     return DATA / f"{text.resolve().stem.lstrip('.')}-{digest.hexdigest()[:8]}"
 
 

@@ -49,7 +49,7 @@ FIELDS = {
 BASE = {"path": str, "checksum": int, "context": int}  # of the weights that a run began with
 DATA = dict.fromkeys(  # of the data that a run was trained on
     ("name", "dtype", "content_sha256", "tokenizer_sha256", "source"), str
-) | {"vocab_size": int, "tokens": dict}
+) | {"vocab_size": int, "tokens": dict, "answers": bool}
 SCALER = {  # of float16's loss scale; the names are those of torch.amp.GradScaler
     "scale": float,
     "growth_factor": float,
