@@ -20,8 +20,8 @@ SECONDS = 20.0  # that a template may take for one conversation
 LARGEST_TEMPLATE = 1_000_000  # characters
 # ChatML, but for the end of a turn: that is the end token of the tokenizer, whatever it is called.
 PLAIN = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + eos_token + '\\n' }}"
+    "{{ BOS }}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + EOS + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
@@ -94,26 +94,28 @@ class ChatTemplate:
 
 
 def template_of(tokenizer: Tokenizer) -> ChatTemplate:
-    """The chat template in the files of the tokenizer; PLAIN if there is none. ValueError if the
-    tokenizer has no end token that PLAIN could use."""
-    names = {i: name for name, i in tokenizer.special.items()}
-    source = template_source(tokenizer)
+    """The chat template in the files of the tokenizer; a plain one if there is none."""
     said = {
         name: value.get("content") if isinstance(value, dict) else value
         for name, value in tokenizer.config.items()
         if name.endswith("_token")
     }
     variables = {name: value for name, value in said.items() if isinstance(value, str)}
-    if source is None:
-        ends = sorted(tokenizer.end_ids - {tokenizer.bos_id}) or sorted(tokenizer.end_ids)
-        if not ends or ends[0] not in names:
-            raise ValueError(
-                f"this {tokenizer.kind} tokenizer has no end token, by which an answer could end: "
-                f"take tokenizer=sentencepiece or byte, or weights with a chat template"
-            )
-        bos = names[tokenizer.bos_id] if tokenizer.before else ""
-        variables |= {"bos_token": bos, "eos_token": names[ends[0]]}
-    return ChatTemplate(source or PLAIN, variables, list(tokenizer.special))
+    source = template_source(tokenizer) or plain_template(tokenizer)
+    return ChatTemplate(source, variables, list(tokenizer.special))
+
+
+def plain_template(tokenizer: Tokenizer) -> str:
+    """PLAIN with the special tokens of this tokenizer. ValueError if it has no end token."""
+    names = {i: name for name, i in tokenizer.special.items()}
+    ends = sorted(tokenizer.end_ids - {tokenizer.bos_id}) or sorted(tokenizer.end_ids)
+    if not ends or ends[0] not in names:
+        raise ValueError(
+            f"this {tokenizer.kind} tokenizer has no end token, by which an answer could end: take "
+            f"tokenizer=sentencepiece or byte, or weights with a chat template"
+        )
+    bos = names.get(tokenizer.bos_id, "") if tokenizer.before else ""
+    return PLAIN.replace("BOS", json.dumps(bos)).replace("EOS", json.dumps(names[ends[0]]))
 
 
 def template_source(tokenizer: Tokenizer) -> str | None:

@@ -98,7 +98,8 @@ class Dataset:
         x, y = read_windows(getattr(self, split), starts, block_size)
         self.check_unchanged()
         if self.answers:
-            y[torch.from_numpy(~self.in_answers(split, starts + 1, block_size))] = IGNORED
+            rest = ~self.in_answers(split, starts + 1, block_size)
+            y = y.masked_fill(torch.from_numpy(rest), IGNORED)  # not in place: x may share memory
         if not self.doc_mask:
             return x, y
         places = starts[:, None] + np.arange(block_size)  # [B, T], of x

@@ -34,14 +34,14 @@ from data.tokenizer_json import (
 LONGEST_PIECE = 1000  # a piece is cut at every place; the longest that is known, of spaces, has 128
 
 
-def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+def tokenizer_files(tokenizer: Tokenizer, chat_template: str = "") -> dict[str, bytes]:
     """Name -> content of the files from which transformers.AutoTokenizer.from_pretrained makes this
-    tokenizer.
+    tokenizer; with a chat template, if one is given.
 
     Every text gets our ids, with what stands before and behind a document where special tokens are
     added, and ids become the text that ours gives. A special token that is spelled out in a text is
-    text. A tokenizer of Hugging Face gets its own files back, and treats bos and special tokens as
-    it did before.
+    text, unless there is a chat template, which spells those that it means. A tokenizer of Hugging
+    Face gets its own files back, and treats bos and special tokens as it did before.
 
     ValueError if the made files give other ids for one of many kinds of text. This happens with
     rare kinds of SentencePiece models and of tiktoken patterns. One difference is not found:
@@ -53,7 +53,9 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         check_same_ids(tokenizer, made)
     files = {
         "tokenizer.json": json_bytes(made, indent=1),
-        "tokenizer_config.json": json_bytes(tokenizer_config(tokenizer, made), indent=1),
+        "tokenizer_config.json": json_bytes(
+            tokenizer_config(tokenizer, made, chat_template), indent=1
+        ),
     }
     model = {SentencePieceTokenizer: "model", HuggingFaceTokenizer: "sentencepiece"}
     if content := getattr(tokenizer, model.get(type(tokenizer), ""), b""):
@@ -65,7 +67,7 @@ def json_bytes(content: dict[str, Any], indent: int) -> bytes:
     return (json.dumps(content, ensure_ascii=False, indent=indent) + "\n").encode()
 
 
-def tokenizer_config(tokenizer: Tokenizer, made: dict) -> dict:
+def tokenizer_config(tokenizer: Tokenizer, made: dict, chat_template: str) -> dict:
     """The content of tokenizer_config.json, for the tokenizer.json `made`."""
     # This class takes tokenizer.json as it is. LlamaTokenizer would replace the steps in it by its
     # own, which are others.
@@ -75,6 +77,8 @@ def tokenizer_config(tokenizer: Tokenizer, made: dict) -> dict:
         for name, value in tokenizer.config.items()
         if name != "auto_map"
     }
+    if chat_template:
+        config["chat_template"] = chat_template
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return theirs | config
     names = {token["id"]: token["content"] for token in made["added_tokens"]}
@@ -85,7 +89,7 @@ def tokenizer_config(tokenizer: Tokenizer, made: dict) -> dict:
         "eos_token": names.get(min(other_ends, default=tokenizer.bos_id)),
     }
     config |= {"add_prefix_space": tokenizer.dummy_prefix}
-    if not theirs:
+    if not theirs and not chat_template:  # a template spells special tokens that are meant
         config |= {"split_special_tokens": True}
     return {role: name for role, name in roles.items() if name} | theirs | config
 

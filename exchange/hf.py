@@ -29,6 +29,7 @@ from torch import Tensor
 from config.command import counted, run_command, shell_path, split_arguments, user_errors, warn
 from config.help import help_text
 from config.schema import knobs_of, parse_knobs
+from data.chat import plain_template, template_source
 from data.files import new_folder, write_atomically
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokenizer_export import json_bytes, tokenizer_files
@@ -44,6 +45,11 @@ from weights.open import Weights, check_exists, open_weights
 USAGE = """\
 python -m exchange.hf import DIR out_dir=out/x   a Hugging Face folder becomes a run
 python -m exchange.hf export out/small DIR       a run becomes a folder for transformers"""
+PROMPT = 'ids = tokenizer("Once", return_tensors="pt").input_ids'
+PROMPT_OF_A_CHAT = """\
+messages = [{"role": "user", "content": "Hello"}]
+text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids"""
 LLAMA_NORMS = ("rmsnorm", "rmsnorm1p", "rmsnorm_noparam")  # those that RMSNorm with a gain can be
 
 
@@ -172,12 +178,15 @@ def export_run(run: Path, out: Path, options: ExportOptions) -> None:
     weights = open_weights(run, options.checkpoint)
     check_llama_can_be(weights.config)
     tokenizer = weights.tokenizer()
+    chat = ""
+    if weights.data.get("answers") and not template_source(tokenizer):
+        chat = plain_template(tokenizer)  # with which it was trained
     tensors = {hf_name(name): tensor for name, tensor in llama_tensors(weights).items()}
     config = replace(weights.config, block_size=weights.context)
     with new_folder(out) as folder:
         write_safetensors(folder, tensors, options)
         about = config_to_hf(config, tokenizer, options.dtype)
-        files = tokenizer_files(tokenizer) | {
+        files = tokenizer_files(tokenizer, chat) | {
             "config.json": json_bytes(about, indent=2),
             "generation_config.json": json_bytes(generation_config(tokenizer), indent=2),
             "README.md": model_card(weights, config, tokenizer, options).encode(),
@@ -373,7 +382,7 @@ A Llama, {"trained" if step else "exported"} with Rootllama.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = (kind.from_pretrained(".") for kind in (AutoModelForCausalLM, AutoTokenizer))
-ids = tokenizer("Once", return_tensors="pt").input_ids
+{PROMPT_OF_A_CHAT if data.get("answers") else PROMPT}
 print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
 ```
 

@@ -308,10 +308,15 @@ def about_data(run: Run) -> str:
     for i, source in enumerate(run.data.sources):
         share = run.data.mean([float(j == i) for j in range(len(run.data.sources))])
         of_rows = f"{share:.1%} of the rows, " if len(run.data.sources) > 1 else ""
+        learned = ""
+        if source.answers:
+            edges = source.answers["train"]
+            part = (edges[1::2] - edges[::2]).sum() / len(source.train)
+            learned = f", of which {part:.1%}, those of answers, count"
         lines.append(
             f"{one_line(source.name)}: {of_rows}{len(source.train):,} training and "
             f"{len(source.val):,} validation tokens of {source.bytes_per_token('train'):.2f} "
-            f"bytes, {share * read / len(source.train):.2g} epochs{about_xz(source)}"
+            f"bytes, {share * read / len(source.train):.2g} epochs{learned}{about_xz(source)}"
         )
     return "\n         ".join(lines)
 
