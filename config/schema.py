@@ -68,6 +68,11 @@ class DataKnobs:
     doc_windows: bool = knob(
         False, "training windows begin where documents begin, and cut only those that are longer"
     )
+    answers_only: bool = knob(
+        True,
+        "of conversations, only the answers count in the training loss; they alone always count in "
+        "the validation loss",
+    )
     batch_size: int = knob(32, "sequences per optimizer step, over all devices together")
     eval_iters: int = knob(
         0, "validation windows per evaluation, evenly spread, always the same; 0 = all windows"

@@ -45,6 +45,7 @@ class Dataset:
     opened: dict[Path, os.stat_result]  # train.bin and val.bin as they were when they were opened
     doc_mask: bool = False  # whether windows come with the positions of tokens in their documents
     doc_windows: bool = False  # whether training windows begin where documents begin
+    answers_only: bool = True  # whether in training, too, only the answers of conversations count
     # Of each split, int64 in ascending order: where documents begin, if one of the two needs it;
     # and where answers begin and end in turn, if answers alone count in the loss.
     documents: dict[str, np.ndarray] = field(default_factory=dict)
@@ -97,7 +98,7 @@ class Dataset:
         self.check_unchanged()  # a file that was cut short would end the process
         x, y = read_windows(getattr(self, split), starts, block_size)
         self.check_unchanged()
-        if self.answers:
+        if self.answers and (self.answers_only or split == "val"):
             rest = ~self.in_answers(split, starts + 1, block_size)
             y = y.masked_fill(torch.from_numpy(rest), IGNORED)  # not in place: x may share memory
         if not self.doc_mask:
@@ -272,9 +273,13 @@ def val_starts(n_tokens: int, block_size: int, count: int) -> np.ndarray:
 # Opening a data set
 
 
-def open_dataset(folder: str | Path, doc_mask: bool = False, doc_windows: bool = False) -> Dataset:
-    """Opens a folder that data/prepare.py made, and checks its files. For the two options see
-    Dataset.
+def open_dataset(
+    folder: str | Path,
+    doc_mask: bool = False,
+    doc_windows: bool = False,
+    answers_only: bool = True,
+) -> Dataset:
+    """Opens a folder that data/prepare.py made, and checks its files. For the options see Dataset.
 
     Raises OSError if a file is missing or unreadable and ValueError if its content is wrong. The
     message is one line that says what to do.
@@ -306,6 +311,7 @@ def open_dataset(folder: str | Path, doc_mask: bool = False, doc_windows: bool =
         opened=opened,
         doc_mask=doc_mask,
         doc_windows=doc_windows,
+        answers_only=answers_only,
         documents=documents,
         answers=answers,
     )

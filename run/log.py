@@ -309,7 +309,7 @@ def about_data(run: Run) -> str:
         share = run.data.mean([float(j == i) for j in range(len(run.data.sources))])
         of_rows = f"{share:.1%} of the rows, " if len(run.data.sources) > 1 else ""
         learned = ""
-        if source.answers:
+        if source.answers and config.answers_only:
             edges = source.answers["train"]
             part = (edges[1::2] - edges[::2]).sum() / len(source.train)
             learned = f", of which {part:.1%}, those of answers, count"

@@ -637,11 +637,15 @@ def open_data(
         return mixture_of(name, [find_dataset(source, tokenizer) for source in shares], config)
     folder = find_dataset_of_run(name, saved, tokenizer) if saved else None
     folder = folder or find_dataset(name, tokenizer)
-    return open_dataset(folder, config.doc_mask, config.doc_windows)
+    return open_source(folder, config)
+
+
+def open_source(folder: Path, config: Config) -> Dataset:
+    return open_dataset(folder, config.doc_mask, config.doc_windows, config.answers_only)
 
 
 def mixture_of(name: str, folders: Sequence[Path], config: Config) -> Mixture:
-    sources = [open_dataset(folder, config.doc_mask, config.doc_windows) for folder in folders]
+    sources = [open_source(folder, config) for folder in folders]
     return mix(name, sources, read_shares(name))
 
 
@@ -650,7 +654,7 @@ def open_same_data(folders: Sequence[Path], fingerprint: dict[str, Any], config:
     if len(folders) > 1:
         data = mixture_of(config.dataset, folders, config)
     else:
-        data = open_dataset(folders[0], config.doc_mask, config.doc_windows)
+        data = open_source(folders[0], config)
     if data.fingerprint != fingerprint:
         raise ValueError(
             f"{data.name} on {socket.gethostname()} is not the data set that rank 0 has there: "

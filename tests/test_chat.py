@@ -307,6 +307,14 @@ def test_every_token_of_an_answer_counts_the_same_in_whichever_micro_batch(chats
             assert torch.allclose(ours, first, atol=1e-6)
 
 
+def test_all_tokens_can_count_in_training_and_answers_alone_in_evaluation(chats, tmp_path):
+    data = [run_of(chats, tmp_path, f"answers_only={said}").data for said in ("true", "false")]
+    trained = [(batch(d, 0, 8, 32, seed=1)[1] == IGNORED).sum() for d in data]
+    assert trained[0] > 0 and trained[1] == 0
+    evaluated = [d.windows("val", np.array([0, 32]), 32)[1] for d in data]
+    assert torch.equal(*evaluated) and (evaluated[0] == IGNORED).any()
+
+
 def test_a_run_on_conversations_is_exact_after_a_resume_and_evaluates_answers(
     start, tmp_path, chats, capsys
 ):

@@ -44,8 +44,10 @@ KEEPS = (  # sharded does nothing with one rank
     "keep_every=3 sample_prompt=the sample_tokens=3 sample_interval=2 tracker=wandb "
     "sharded=false activation_checkpointing=true"
 ).split()
-# test_train.py, test_parallel.py, test_minutes.py, test_branch.py, test_documents.py
-ELSEWHERE = ("out_dir device compile parallel minutes branch doc_mask doc_windows").split()
+# test_train.py, test_parallel.py, test_minutes.py, test_branch.py, test_documents.py, test_chat.py
+ELSEWHERE = (
+    "out_dir device compile parallel minutes branch doc_mask doc_windows answers_only"
+).split()
 
 
 def name_of(knob):

@@ -18,6 +18,7 @@ from conftest import ROOT
 from faults.harness import command, difference, train_child, train_ranks
 from ranks import only
 
+from data.prepare import prepare
 from run.metrics import read_metrics
 from weights import checkpoint
 
@@ -103,6 +104,15 @@ def test_the_training_is_that_of_one_process(whole, size, way, knobs):
 def test_ranks_begin_with_other_weights_and_train_adapters_as_one_does(whole, size, way, adapters):
     knobs = {"init_from": str(whole(1)), "learning_rate": 1e-2, **adapters}
     assert_same_training(whole(size, parallel=way, **knobs), whole(1, **knobs))
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_every_token_of_an_answer_counts_the_same_on_whichever_rank(whole, tmp_path, way):
+    lines = [{"prompt": f"{i}?", "completion": "so " * (i % 9)} for i in range(60)]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prepare([str(tmp_path / "talks.jsonl")], tmp_path / "set", "byte")
+    knobs = {"dataset": str(tmp_path / "set"), "micro_batch_size": 1, "doc_mask": True}
+    assert_same_training(whole(2, parallel=way, **knobs), whole(1, **knobs))
 
 
 def test_in_bfloat16_both_ways_are_the_same(whole):
