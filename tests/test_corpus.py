@@ -175,7 +175,7 @@ def test_what_a_folder_held_and_was_not_read_is_counted_and_named(tmp_path, caps
     files |= {"x.png": b"\x89PNG\r\n\0", "g.txt": gzip.compress(b"x"), "u.md": b"u\0\n\0"}
     files |= {"y.PNG": b"\x89PNG\r\n\0", "t.tgz.gz": gzip.compress(bytes(257) + b"ustar\0")}
     files |= {"package.json": b'{"text": 5}', "list.json": b"[1]", "z\x1b[31m.dat": bytes(9)}
-    files |= {"z.\x1b[31m": bytes(9), "0.dat": bytes(9), "core": bytes(9)}
+    files |= {"z.\x1b[31m": bytes(9), "0.DAT": bytes(9), "core": bytes(9)}
     for name, content in files.items():
         (folder / name).write_bytes(content)
     for name, target in {"linked": "more", "gone": "nowhere", "self": "self"}.items():
@@ -187,7 +187,7 @@ def test_what_a_folder_held_and_was_not_read_is_counted_and_named(tmp_path, caps
         "1 empty file (e.txt), 1 file holding a tar archive (t.tgz.gz), "
         "1 file holding gzip (g.txt), 1 file holding probably text in UTF-16LE (u.md), "
         "1 link to folders (linked), 1 special file (pipe), "
-        "2 .dat binary files (0.dat, z [31m.dat), "
+        "2 .dat binary files (0.DAT, z [31m.dat), "
         "2 .json files without rows of text (list.json, package.json), "
         "2 broken links (gone, self), 2 files holding a PNG image (x.png, y.PNG), "
         "2 hidden files or folders (.git, .hidden)\n"

@@ -458,7 +458,7 @@ def test_the_command_takes_the_text_from_the_field_that_is_named(run, tmp_path):
 
 def test_data_sets_stand_where_the_environment_says(text, tmp_path):
     sets = tmp_path / "elsewhere" / "sets"
-    program = partial(subprocess.run, capture_output=True, text=True)
+    program = partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path)
     words = [sys.executable, str(ROOT / "data" / "prepare.py"), str(text), "tokenizer=byte"]
     told = os.environ | {"ROOTLLAMA_DATA": str(sets)}
     done = program(words, env=told)
