@@ -83,6 +83,10 @@ class Log:
                 starts = val_starts(len(split), T, config.eval_iters)
                 measured = bytes_per_predicted_token(run.data, "val", starts, T)
         self.records = self.ranks.from_main(self.records)
+        self.evaluated = max((r["step"] for r in self.records if "val_loss" in r), default=0)
+        # The losses of the steps since the evaluation before, as far as they are known: of the
+        # steps before a resume, only those that became records are.
+        self.losses = {r["step"]: r["loss"] for r in self.records if "loss" in r}
         self.bytes_per_token, withheld = self.ranks.from_main(measured)
         self.bar = tqdm(
             total=self.last_step,
@@ -175,6 +179,7 @@ class Log:
         """Called after each optimizer step. If the step is due, it becomes a record, with the mean
         time of the steps since the last record."""
         self.recent.append(seconds)
+        self.losses[step] = loss
         self.bar.update(1)
         if not self.is_due(step):
             return
@@ -206,18 +211,29 @@ class Log:
         )
 
     def evaluation(self, step: int, val_loss: float) -> None:
-        """val_loss is in nats per token. Bits per byte do not depend on the tokenizer; they are
-        left out if the tokens do not spell their text."""
+        """val_loss is in nats per token. Beside it stands the mean training loss of the steps since
+        the evaluation before; it is left out if one of them is not known. Bits per byte do not
+        depend on the tokenizer; they are left out if the tokens do not spell their text."""
         check_lock(self.run)
-        record, shown = {"step": step, "val_loss": val_loss}, ""
+        record, shown = {"step": step}, f"step {step}/{self.last_step}"
+        if losses := self._take_losses(step):
+            record["train_loss"] = sum(losses) / len(losses)
+            shown += f" | train loss {record['train_loss']:.4f}"
+        record["val_loss"] = val_loss
+        shown += f" | val loss {val_loss:.4f}"
         if self.bytes_per_token:
             record["val_bpb"] = val_loss / math.log(2) / self.bytes_per_token
-            shown = f" | {record['val_bpb']:.4f} bits per byte"
-        self.line(
-            f"step {step}/{self.last_step} | val loss {val_loss:.4f}{shown} | "
-            f"perplexity {math.exp(min(val_loss, 700)):.2f}"
-        )
+            shown += f" | {record['val_bpb']:.4f} bits per byte"
+        self.line(shown)
         self.write(record)
+
+    def _take_losses(self, step: int) -> list[float]:
+        """The training losses of the steps since the evaluation before, up to `step`: of all of
+        them, or none. They are forgotten then."""
+        steps = range(self.evaluated + 1, step + 1)
+        losses = [self.losses[s] for s in steps if s in self.losses]
+        self.evaluated, self.losses = step, {}
+        return losses if len(losses) == len(steps) else []
 
     def watch(self, step: int, scales: dict[str, list[float]]) -> None:
         """Records what run/watch.py measured just before optimizer step `step`; only main does."""

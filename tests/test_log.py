@@ -77,7 +77,66 @@ def test_bits_per_byte_by_hand(tmp_path, capsys):
     with log_in(tmp_path) as log:
         log.evaluation(2, 4 * math.log(2))  # 4 bits per token of 2 bytes
     assert read_metrics(tmp_path) == [{"step": 2, "val_loss": 4 * math.log(2), "val_bpb": 2.0}]
-    assert "val loss 2.7726 | 2.0000 bits per byte | perplexity 16.00" in capsys.readouterr().out
+    assert "step 2/10 | val loss 2.7726 | 2.0000 bits per byte\n" in capsys.readouterr().out
+
+
+def train(log, losses):
+    """Tells the log of one step for each of {step: loss}."""
+    for step, loss in losses.items():
+        log.training(step, loss, 1e-3, 0.5, 0.1)
+
+
+def test_an_evaluation_tells_the_mean_training_loss_since_the_one_before(tmp_path, capsys):
+    with log_in(tmp_path) as log:
+        train(log, {1: 3.0, 2: 2.0, 3: 1.0})
+        log.evaluation(3, 2.5)
+        train(log, {4: 0.5, 5: 0.25})
+        log.evaluation(5, 2.25)
+    means = [r["train_loss"] for r in read_metrics(tmp_path) if "val_loss" in r]
+    assert means == [2.0, 0.375]  # although step 3 and 5 have no records of their own
+    assert "step 5/10 | train loss 0.3750 | val loss 2.2500 | " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "recorded, resumed_at, mean",
+    [
+        ({1: 3.0, 2: 2.0}, 2, 2.0),  # all that is missing comes now
+        ({1: 3.0, 2: 9.0, 3: 9.0}, 1, 2.0),  # the steps after the checkpoint are done again
+        ({1: 3.0}, 2, None),  # step 2 was done, but not recorded
+        ({1: 3.0, 4: 9.0}, 2, None),
+    ],
+)
+def test_after_a_resume_the_mean_training_loss_is_that_of_all_steps_or_is_left_out(
+    tmp_path, recorded, resumed_at, mean
+):
+    text = "".join(json.dumps({"step": s, "loss": loss}) + "\n" for s, loss in recorded.items())
+    (tmp_path / METRICS_FILE).write_text(text)
+    with log_in(tmp_path, resumed_at) as log:
+        train(log, {s: 4.0 - s for s in range(resumed_at + 1, 4)})
+        log.evaluation(3, 2.5)
+        train(log, {4: 1.5})
+        log.evaluation(4, 2.5)
+    evaluations = [r for r in read_metrics(tmp_path) if "val_loss" in r]
+    assert [r.get("train_loss") for r in evaluations] == [mean, 1.5]
+
+
+def test_the_steps_before_the_evaluation_that_a_resumed_run_knows_do_not_count(tmp_path):
+    records = [{"step": 1, "loss": 9.0}, {"step": 1, "val_loss": 9.0}, {"step": 2, "loss": 3.0}]
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(r) + "\n" for r in records))
+    with log_in(tmp_path, 2) as log:
+        train(log, {3: 1.0})
+        log.evaluation(3, 2.5)
+    assert read_metrics(tmp_path)[-1]["train_loss"] == 2.0
+
+
+def test_the_line_of_an_evaluation_fits_80_columns(tmp_path, capsys):
+    run = run_in(tmp_path)
+    run.config = replace(run.config, max_iters=20000)
+    with Log(run, None, SimpleNamespace(came=0)) as log:
+        log.losses = dict.fromkeys(range(1, 20001), 10.25)
+        log.evaluation(20000, 9.75)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "train loss 10.2500 | val loss 9.7500 | 7." in line and len(line) <= 80
 
 
 def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path):
