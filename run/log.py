@@ -24,6 +24,7 @@ from run.evaluate import bytes_per_predicted_token
 from run.folder import check_lock
 from run.machine import flops_per_token, matmul_rate, memory_estimate, peak_memory
 from run.metrics import METRICS_FILE, has_evaluation, read_metrics, training_seconds
+from run.profile import Profiler
 from run.setup import Run
 from run.signals import Interrupts
 from weights import checkpoint
@@ -100,6 +101,7 @@ class Log:
             self.line(summary(run))
             if withheld:
                 self.line(f"warning: bits per byte are withheld: {withheld}")
+        self.profiler = Profiler(run, self.line)
 
     def _tell_of_missing_records(self) -> None:
         """A warning if a resumed run finds no record of its first step, or of the last one before
@@ -123,7 +125,9 @@ class Log:
     def __enter__(self) -> "Log":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
+        if kind is None:  # else a second signal ends the process at once
+            self.profiler.stop()
         self.bar.close()
 
     def line(self, text: str, stream: TextIO | None = None) -> None:
@@ -181,6 +185,7 @@ class Log:
         self.recent.append(seconds)
         self.losses[step] = loss
         self.bar.update(1)
+        self.profiler.step()
         if not self.is_due(step):
             return
         check_lock(self.run)

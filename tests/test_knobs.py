@@ -42,7 +42,7 @@ ROUNDS = (("micro_batch_size=2", ""), ("norm_impl=fused", "norm=layernorm"))
 KEEPS = (  # sharded does nothing with one rank
     "resume=auto eval_interval=2 eval_iters=2 log_interval=3 watch=true save_interval=3 keep=9 "
     "keep_every=3 sample_prompt=the sample_tokens=3 sample_interval=2 tracker=wandb "
-    "sharded=false activation_checkpointing=true"
+    "profile=2 sharded=false activation_checkpointing=true"
 ).split()
 # test_train.py, test_parallel.py, test_minutes.py, test_branch.py
 ELSEWHERE = ("out_dir", "device", "compile", "parallel", "minutes", "branch")
