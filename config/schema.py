@@ -110,7 +110,7 @@ class RunKnobs:
     sample_prompt: str = knob("", "beginning of the sample that is printed at the end")
     sample_tokens: int = knob(200, "tokens of the sample that is printed at the end; 0 = none")
     sample_interval: int = knob(0, "steps between more such samples before the end; 0 = none")
-    tracker: Literal["none", "tensorboard", "wandb"] = knob(
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = knob(
         "none", "program to send the metrics to, beside metrics.jsonl"
     )
 

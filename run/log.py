@@ -9,9 +9,11 @@ import shutil
 import signal
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from types import ModuleType
+from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
@@ -31,9 +33,15 @@ from weights import checkpoint
 from weights.lock import FolderLost
 from weights.lora import adapter_count
 
-Tracker = Callable[[dict[str, Any]], None]
 # Short enough that a bar is left on a terminal of 80 columns.
 BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
+
+
+class Tracker(NamedTuple):
+    """Where main sends its records, beside metrics.jsonl."""
+
+    send: Callable[[dict[str, Any]], object]
+    finish: Callable[[], object]  # waits until all has arrived
 
 
 def is_finished(run: Run) -> bool:
@@ -128,6 +136,8 @@ class Log:
     def __exit__(self, kind: type | None, *_) -> None:
         if kind is None:  # else a second signal ends the process at once
             self.profiler.stop()
+            if self.tracker is not None:
+                self._try_tracker(self.tracker.finish)
         self.bar.close()
 
     def line(self, text: str, stream: TextIO | None = None) -> None:
@@ -258,11 +268,14 @@ class Log:
         except OSError as error:  # a full disk is no reason to lose the training
             warn(f"metrics.jsonl failed, this record is not in it: {error}")
         if self.tracker is not None:
-            try:
-                self.tracker(flat_numbers(record))
-            except Exception as error:  # each tracker has errors of its own
-                warn(f"tracker failed and is left alone from here on: {error}")
-                self.tracker = None
+            self._try_tracker(lambda: self.tracker.send(flat_numbers(record)))
+
+    def _try_tracker(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as error:  # each tracker has errors of its own
+            warn(f"tracker failed and is left alone from here on: {error}")
+            self.tracker = None
 
     def _append(self, record: dict[str, Any]) -> None:
         """Appends a whole line or nothing. If the file has vanished or is another one's, too, or
@@ -377,7 +390,7 @@ def disk_warning(run: Run, parameters: int) -> str:
 
 
 def open_tracker(run: Run) -> Tracker | None:
-    """The function to which main sends each record; None on other ranks and with tracker=none.
+    """The tracker that the knob names; None on other ranks than main and with tracker=none.
 
     Trackers are optional packages. ValueError says how to install one, or why it does not start.
     """
@@ -405,25 +418,50 @@ def tensorboard(folder: Path, knobs: dict[str, Any]) -> Tracker:
             writer.add_scalar(name, value, record["step"])
         writer.flush()
 
-    return send
+    return Tracker(send, writer.close)
 
 
 def wandb(folder: Path, knobs: dict[str, Any]) -> Tracker:
     import wandb as package
 
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "wandb.id"  # with it, a resumed run is the same run for wandb
+    with lasting_id(folder / "wandb.id") as known:
+        package.init(
+            project="rootllama",
+            name=folder.name,
+            dir=str(folder),
+            config=knobs,
+            id=known,
+            resume="allow",
+        )
+    return tracker_of(package)
+
+
+def trackio(folder: Path, knobs: dict[str, Any]) -> Tracker:
+    import trackio as package
+
+    with lasting_id(folder / "trackio.id") as known:  # a run is known by its name alone
+        name = f"{folder.name}-{known[:8]}"
+        package.init(project="rootllama", name=name, config=knobs, resume="allow")
+    return tracker_of(package)
+
+
+@contextmanager
+def lasting_id(file: Path) -> Iterator[str]:
+    """An id by which a resumed run is the same run for a tracker. It is in the file, or a new one
+    comes there if nothing fails inside the `with`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     known = file.read_text() if file.exists() else uuid.uuid4().hex
-    run = package.init(
-        project="rootllama",
-        name=folder.name,
-        dir=str(folder),
-        config=knobs,
-        id=known,
-        resume="allow",
-    )
+    yield known
     write_atomically(file, lambda new: new.write(known.encode()))
-    return lambda record: run.log(record, step=record["step"])
 
 
-TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
+def tracker_of(package: ModuleType) -> Tracker:
+    """A tracker with the functions of wandb, whose steps are no metric but an argument."""
+
+    def send(record: dict[str, Any]) -> None:
+        package.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    return Tracker(send, package.finish)
+
+
+TRACKERS = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}

@@ -5,7 +5,7 @@ A knob that is forgotten somewhere on its way from the command line into the tra
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, prepare_words
+from conftest import ROOT, SMALL, prepare_words, tracker_to
 
 import train
 from config.schema import Config, knobs_of
@@ -123,7 +123,7 @@ def test_knobs_of_what_surrounds_the_training_change_not_one_bit_of_it(
     start, tmp_path, monkeypatch
 ):
     sent, states = [], []
-    monkeypatch.setitem(log.TRACKERS, "wandb", lambda folder, knobs: sent.append)
+    monkeypatch.setitem(log.TRACKERS, "wandb", lambda folder, knobs: tracker_to(sent))
     for out, knobs in (("run", []), ("other", KEEPS)):
         assert start("dropout=0.1", "max_iters=7", *knobs, out=out)[0] == 0
         state = checkpoint.load_newest(tmp_path / out)

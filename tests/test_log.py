@@ -29,7 +29,7 @@ def run_in(folder, step=0, **knobs):
     given = dict(device="cpu", dtype="float32", parallel="ddp", compile=False, micro_batch_size=1)
     given |= dict(batch_size=10, max_iters=10, warmup_iters=0, log_interval=2)
     if not (folder / "data").exists():
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "data.txt").write_text("\u00e4\u00f6\u00fc" * 100, encoding="utf-8")
         prepare([str(folder / "data.txt")], folder / "data", "char")
     return SimpleNamespace(
@@ -303,16 +303,29 @@ def test_clock():
     assert [clock(s) for s in (0, 59.6, 93, 7265)] == ["0:00", "1:00", "1:33", "2:01:05"]
 
 
-def test_a_resumed_run_is_the_same_run_for_wandb(tmp_path, monkeypatch):
-    begun, fake = [], type(sys)("wandb")
-    fake.init = lambda **knobs: begun.append(knobs) or fake
-    fake.log = lambda record, step: begun.append(step)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    for folder in ("one", "one", "other"):
-        open_tracker(run_in(tmp_path / folder, tracker="wandb", seed=1))({"step": 3})
-    first, _, again, _, other, last = begun
-    assert first == again and first["resume"] == "allow" and last == 3
-    assert first["config"]["seed"] == 1 and other["id"] != first["id"]
+@pytest.mark.parametrize("name, key", [("wandb", "id"), ("trackio", "name")])
+def test_a_resumed_run_is_the_same_run_for_a_tracker(tmp_path, monkeypatch, name, key):
+    begun, told, fake = [], [], type(sys)(name)
+    fake.init = lambda **knobs: begun.append(knobs)
+    fake.log = lambda record, step: told.append((record, step))
+    fake.finish = lambda: told.append("finish")
+    monkeypatch.setitem(sys.modules, name, fake)
+    for folder in ("one/run", "one/run", "other/run"):
+        tracker = open_tracker(run_in(tmp_path / folder, tracker=name, seed=1))
+        tracker.send({"step": 3, "loss": 2.0})
+        tracker.finish()
+    first, again, other = begun
+    assert first == again and first["resume"] == "allow" and first["name"].startswith("run")
+    assert first["config"]["seed"] == 1 and other[key] != first[key]
+    assert told == [({"loss": 2.0}, 3), "finish"] * 3
+
+
+def test_a_tracker_that_does_not_start_leaves_no_id(tmp_path, monkeypatch):
+    fake = type(sys)("trackio")
+    monkeypatch.setitem(sys.modules, "trackio", fake)  # which has no init
+    with pytest.raises(ValueError, match="tracker=trackio could not be started: "):
+        open_tracker(run_in(tmp_path, tracker="trackio"))
+    assert not (tmp_path / "trackio.id").exists()
 
 
 def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
@@ -328,11 +341,16 @@ def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
         def flush(self):
             pass
 
+        def close(self):
+            sent.append("closed")
+
     fake = type(sys)("torch.utils.tensorboard")
     fake.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    open_tracker(run_in(tmp_path, tracker="tensorboard"))({"step": 3, "loss": 2.0})
-    assert sent == [("step", 3, 3), ("loss", 2.0, 3)]
+    tracker = open_tracker(run_in(tmp_path, tracker="tensorboard"))
+    tracker.send({"step": 3, "loss": 2.0})
+    tracker.finish()
+    assert sent == [("step", 3, 3), ("loss", 2.0, 3), "closed"]
 
 
 def test_the_plot_is_a_picture_and_needs_matplotlib(tmp_path, monkeypatch):
