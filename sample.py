@@ -10,6 +10,7 @@ import codecs
 import dataclasses
 import functools
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Set
@@ -79,7 +80,7 @@ FOR_EVAL = "dataset eval_iters block_size micro_batch_size"
 NEEDS = (  # as in config/schema.py: options that count only beside others
     (FOR_EVAL, "eval=val or eval=train", lambda k: k["eval"] != "none"),
     (
-        f"{' '.join(FOR_GENERATE)} prompt special interactive chat raw",
+        f"{' '.join(FOR_GENERATE)} stop prompt special interactive chat raw",
         "eval=none",
         lambda k: k["eval"] == "none",
     ),
@@ -114,6 +115,7 @@ class SampleOptions:
     )
     checkpoint: str = knob("latest", "latest, best or a step")
     max_new_tokens: int = knob(200, "tokens to generate")
+    stop: str = knob("", "a continuation ends before this text, which is not printed; '' = no text")
     num_samples: int = knob(1, "texts to generate, all at once")
     temperature: float = knob(
         0.8, "divides the logits: below 1 safer, above 1 wilder, 0 = always the likeliest token"
@@ -175,6 +177,7 @@ class SampleOptions:
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
             "repetition_penalty": (0.01 <= penalty <= 100, "between 0.01 and 100"),
             "seed": (0 <= self.seed < 2**63, "0 or more, and below 2**63"),
+            "stop": (not re.search("[\ud800-\udfff]", self.stop), "text in UTF-8"),
         }
         for name in ("eval_iters", "block_size", "micro_batch_size"):
             rules[name] = (getattr(self, name) >= 0, "0 (automatic) or more")
@@ -222,8 +225,11 @@ def sample_or_evaluate(argv: list[str]) -> None:
     with ExitStack() as stack:
         with user_errors():
             folder, options = parse_arguments(argv)
-            if "\\n" in options.prompt:
-                warn("prompt has the two signs \\ and n; a new line is written prompt=$'...\\n'")
+            for name in ("prompt", "stop"):
+                if "\\n" in getattr(options, name):
+                    warn(
+                        f"{name} has the two signs \\ and n; a new line is written {name}=$'...\\n'"
+                    )
             prompt = prompt_text(options.prompt)  # '' with eval and with interactive
             model, tokenizer, known = load_model(
                 folder, options.checkpoint, options.device, options.block_size
@@ -343,8 +349,8 @@ def print_samples(
     """Prints the prompt, the first continuation of `ids` as it comes, then the other ones; and on
     stderr the speed. Returns the first continuation.
 
-    A continuation ends where the model ends its text, or with an id of `ends`. The work stops when
-    all have ended.
+    A continuation ends where the model ends its text, with an id of `ends`, or before options.stop.
+    The work stops when all have ended.
     """
     ends = ends or tokenizer.end_ids
     block_size = model.config.block_size
@@ -354,10 +360,9 @@ def print_samples(
             f"at once: the first {left_out:,} are left out",
             file=sys.stderr,
         )
-    texts: list[list[int]] = [[] for _ in range(options.num_samples)]
+    texts = [Continuation(options.stop) for _ in range(options.num_samples)]
     going = set(range(options.num_samples))  # the samples that have not ended
     count = 0  # of new tokens
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # waits for the rest of a character
     arguments = {name: getattr(options, name) for name in FOR_GENERATE}
     print_safely(prompt, options.raw)
     start = time.perf_counter()
@@ -365,23 +370,51 @@ def print_samples(
         for new_ids in generate(model, ids, vocab_size=tokenizer.vocab_size, **arguments):
             count += len(going)
             going = {i for i in going if new_ids[i] not in ends}
-            for i in going:
-                texts[i].append(new_ids[i])
-            if 0 in going:
-                print_safely(utf8.decode(tokenizer.decode_bytes(new_ids[:1])), options.raw)
+            new = {i: texts[i].add(tokenizer.decode_bytes([new_ids[i]])) for i in going}
+            print_safely(new.get(0, ""), options.raw)
+            going = {i for i in going if not texts[i].stopped}
             if not going or reader_left(sys.stdout):
                 break
-    first = tokenizer.decode_bytes(texts[0]).decode(errors="replace")
     if reader_left(sys.stdout):
-        return first
+        return texts[0].shown
     seconds = time.perf_counter() - start
-    print_safely(utf8.decode(b"", final=True) + "\n", options.raw)
+    print_safely(texts[0].add(b"", last=True) + "\n", options.raw)
     for text in texts[1:]:
-        continuation = tokenizer.decode_bytes(text).decode(errors="replace")
-        print_safely(f"---\n{prompt}{continuation}\n", options.raw)
+        text.add(b"", last=True)
+        print_safely(f"---\n{prompt}{text.shown}\n", options.raw)
     rate = f"{count:,} tokens in {seconds:.2f} s: {count / seconds:,.0f} tokens/s"
     print(f"{rate} {options.arithmetic}", file=sys.stderr)
-    return first
+    return texts[0].shown
+
+
+class Continuation:
+    """A text that grows by the bytes of one token after another, up to the first `stop` in it."""
+
+    def __init__(self, stop: str = ""):
+        self.stop, self.stopped = stop, False
+        self.shown, self.waiting = "", ""  # what add has returned, and what it holds back
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, content: bytes, last: bool = False) -> str:
+        """Returns what can be printed now. The rest of a character is still to come, and so may be
+        that of `stop`, so their beginnings are held back, but not after the last bytes."""
+        if self.stopped:
+            return ""
+        text = self.waiting + self.utf8.decode(content, last)
+        if self.stop and self.stop in text:
+            new, self.waiting, self.stopped = text.partition(self.stop)[0], "", True
+        else:
+            keep = len(text) - (0 if last else beginning_at_the_end(text, self.stop))
+            new, self.waiting = text[:keep], text[keep:]
+        self.shown += new
+        return new
+
+
+def beginning_at_the_end(text: str, whole: str) -> int:
+    """The length of the longest beginning of `whole`, but not all of it, with which `text` ends:
+    ('a cat s', 'so') -> 1."""
+    lengths = range(min(len(text), len(whole) - 1), 0, -1)
+    return next((n for n in lengths if text.endswith(whole[:n])), 0)
 
 
 def sample_of(run: Run) -> str:

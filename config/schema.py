@@ -114,10 +114,15 @@ class RunKnobs:
         "with each log line, record how large activations and gradients are in each layer; costs "
         "one micro-batch more",
     )
+    profile: int = knob(
+        0,
+        "steps whose operators are timed, after the first three: the log lists the costliest, and "
+        "trace.json.gz has all; 0 = none",
+    )
     sample_prompt: str = knob("", "beginning of the sample that is printed at the end")
     sample_tokens: int = knob(200, "tokens of the sample that is printed at the end; 0 = none")
     sample_interval: int = knob(0, "steps between more such samples before the end; 0 = none")
-    tracker: Literal["none", "tensorboard", "wandb"] = knob(
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = knob(
         "none", "program to send the metrics to, beside metrics.jsonl"
     )
 
@@ -169,11 +174,12 @@ BOUNDS = (  # a bound in words, as a test, and the knobs that it holds for
     ("0 or more", lambda v: v >= 0, "min_lr warmup_iters weight_decay grad_clip skip_spikes seed"),
     ("0 or more", lambda v: v >= 0, "eval_interval eval_iters save_interval keep_every"),
     ("0 or more", lambda v: v >= 0, "max_iters minutes micro_batch_size lora_rank"),
-    ("0 or more", lambda v: v >= 0, "sample_tokens sample_interval"),
+    ("0 or more", lambda v: v >= 0, "sample_tokens sample_interval profile"),
     ("above 0", lambda v: v > 0, "learning_rate embed_lr lora_alpha"),
     ("in [0, 1)", lambda v: 0 <= v < 1, "beta1 beta2 muon_momentum"),
     ("in (0, 1]", lambda v: 0 < v <= 1, "decay_fraction"),
     ("below 2**43", lambda v: v < 2**43, "seed"),  # times a million it fits into 64 bits
+    ("at most 100", lambda v: v <= 100, "profile"),  # a trace of more is hard to open
     ("at most 1,000,000", lambda v: v <= 1_000_000, "batch_size micro_batch_size minutes"),
 )
 # Knobs that count only beside others: they, the others in words, and as a test of all knobs and of

@@ -6,6 +6,7 @@ with it. Order: what the options ask for; what is timed; the timing; the table t
 
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -352,5 +353,7 @@ def report_norms(
         f"copies of 256 MiB read and write {copy_rate(device) / 1e9:.1f} GB/s; GB/s of a norm: "
         f"what it must at least read and write, divided by its time; medians of {steps}"
     )
+    if any(impl == "compile" for _, _, impl in names):
+        print("compiling for each shape and dtype, which takes a while", file=sys.stderr)
     for shape, dtype in product(shapes, dtypes):
         print("\n" + table_text(measure_norms(device, shape, dtype, names, steps)), flush=True)

@@ -86,6 +86,7 @@ NOT_FOR_A_COMPARISON = {
     "sample_prompt": "whose cells print no sample",
     "sample_tokens": "whose cells print no sample",
     "sample_interval": "whose cells print no sample",
+    "profile": "whose cells must not be slowed down: train.py profiles one of them",
 }
 # Decided once and then given to every cell, so that no two cells can differ in them.
 AUTOMATIC = ("device", "dtype", "compile")

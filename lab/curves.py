@@ -35,7 +35,7 @@ out=, the picture is curves.png in the first folder."""
 BY = ("step", "tokens", "seconds")
 PANELS = (  # from top to bottom: key of a record, label and scale of the vertical axis
     ("loss", "training loss (nats per token)", "linear"),
-    ("val_loss", "validation loss (nats per token)", "linear"),
+    ("val_loss", "validation loss (dashed: training)", "linear"),
     ("lr", "learning rate", "linear"),
     ("grad_norm", "gradient norm", "log"),
 )
@@ -110,20 +110,28 @@ def horizontal(folder: Path, records: list[dict[str, Any]], by: str) -> np.ndarr
 def draw_run(
     axes: Any, at: np.ndarray, records: list[dict[str, Any]], key: str, name: str, colour: str
 ) -> None:
-    """One run in one panel."""
-    has = np.array([key in record for record in records])
-    if not has.any():
+    """One run in one panel. Beside its validation loss stands the mean training loss since the
+    evaluation before: where one falls and the other rises, the run overfits."""
+    where, values = points(at, records, key)
+    if not len(values):
         return
-    where, values = at[has], np.array([r[key] for r in records if key in r], dtype=float)
     label = f"{name}: {values[-1]:.4f}"
-    if key != SMOOTHED:
-        marker = "o" if key == "val_loss" else ""
-        axes.plot(
-            where, values, marker=marker, markersize=3, linewidth=1, color=colour, label=label
-        )
+    if key == SMOOTHED:
+        axes.plot(where, values, linewidth=0.5, alpha=0.4, color=colour)
+        axes.plot(where, running_mean(values), linewidth=1.2, color=colour, label=label)
         return
-    axes.plot(where, values, linewidth=0.5, alpha=0.4, color=colour)
-    axes.plot(where, running_mean(values), linewidth=1.2, color=colour, label=label)
+    marker = "o" if key == "val_loss" else ""
+    axes.plot(where, values, marker=marker, markersize=3, linewidth=1, color=colour, label=label)
+    if key == "val_loss":
+        axes.plot(*points(at, records, "train_loss"), linestyle="--", linewidth=1, color=colour)
+
+
+def points(
+    at: np.ndarray, records: list[dict[str, Any]], key: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the records that have this key stand, and its values."""
+    has = np.array([key in record for record in records])
+    return at[has], np.array([r[key] for r in records if key in r], dtype=float)
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from run import sharded
 from run.machine import versions
 from run.metrics import METRICS_FILE
 from run.parallel import gather_on_main
+from run.profile import TRACE_FILE
 from run.setup import Run
 from weights import checkpoint
 from weights.lock import Lock
@@ -25,7 +26,8 @@ from weights.lock import Lock
 def refuse_foreign(folder: Path) -> None:
     """ValueError if a run in this folder would replace a file that is not of a run."""
     begun = [*folder.glob("ckpt_*"), *folder.glob("best*")]  # run/setup.py says what is done then
-    names = ("config.json", METRICS_FILE, "tokenizer.json", "tokenizer.model", "loss.png")
+    written = ("tokenizer.json", "tokenizer.model", "loss.png", TRACE_FILE)
+    names = ("config.json", METRICS_FILE, *written)
     there = [name for name in names if os.path.lexists(folder / name)]
     if begun or not there:
         return

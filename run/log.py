@@ -9,9 +9,11 @@ import shutil
 import signal
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from types import ModuleType
+from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
@@ -24,15 +26,22 @@ from run.evaluate import bytes_per_predicted_token
 from run.folder import check_lock
 from run.machine import flops_per_token, matmul_rate, memory_estimate, peak_memory
 from run.metrics import METRICS_FILE, has_evaluation, read_metrics, training_seconds
+from run.profile import Profiler
 from run.setup import Run
 from run.signals import Interrupts
 from weights import checkpoint
 from weights.lock import FolderLost
 from weights.lora import adapter_count
 
-Tracker = Callable[[dict[str, Any]], None]
 # Short enough that a bar is left on a terminal of 80 columns.
 BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
+
+
+class Tracker(NamedTuple):
+    """Where main sends its records, beside metrics.jsonl."""
+
+    send: Callable[[dict[str, Any]], object]
+    finish: Callable[[], object]  # waits until all has arrived
 
 
 def is_finished(run: Run) -> bool:
@@ -81,6 +90,10 @@ class Log:
             if self.ranks.is_main:
                 measured = bytes_per_token_of(run)
         self.records = self.ranks.from_main(self.records)
+        self.evaluated = max((r["step"] for r in self.records if "val_loss" in r), default=0)
+        # The losses of the steps since the evaluation before, as far as they are known: of the
+        # steps before a resume, only those that became records are.
+        self.losses = {r["step"]: r["loss"] for r in self.records if "loss" in r}
         self.bytes_per_token, withheld = self.ranks.from_main(measured)
         self.bar = tqdm(
             total=self.last_step,
@@ -94,6 +107,7 @@ class Log:
             self.line(summary(run))
             if withheld:
                 self.line(f"warning: bits per byte are withheld: {withheld}")
+        self.profiler = Profiler(run, self.line)
 
     def _tell_of_missing_records(self) -> None:
         """A warning if a resumed run finds no record of its first step, or of the last one before
@@ -117,7 +131,11 @@ class Log:
     def __enter__(self) -> "Log":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
+        if kind is None:  # else a second signal ends the process at once
+            self.profiler.stop()
+            if self.tracker is not None:
+                self._try_tracker(self.tracker.finish)
         self.bar.close()
 
     def line(self, text: str, stream: TextIO | None = None) -> None:
@@ -173,7 +191,9 @@ class Log:
         """Called after each optimizer step. If the step is due, it becomes a record, with the mean
         time of the steps since the last record."""
         self.recent.append(seconds)
+        self.losses[step] = loss
         self.bar.update(1)
+        self.profiler.step()
         if not self.is_due(step):
             return
         check_lock(self.run)
@@ -204,24 +224,35 @@ class Log:
         )
 
     def evaluation(self, step: int, losses: Sequence[float]) -> None:
-        """The losses of the data's sources are in nats per token. Bits per byte do not depend on
-        the tokenizer; they are left out if the tokens do not spell their text."""
+        """`losses` are those of the data's sources, in nats per token. Beside their mean stands the
+        mean training loss of the steps since the evaluation before; it is left out if one of them
+        is not known. Bits per byte do not depend on the tokenizer; they are left out if the tokens
+        do not spell their text."""
         check_lock(self.run)
-        val_loss = self.run.data.mean(losses)
-        record, shown = {"step": step, "val_loss": val_loss}, ""
+        record, shown = {"step": step}, f"step {step}/{self.last_step}"
+        if trained := self._take_losses(step):
+            record["train_loss"] = sum(trained) / len(trained)
+            shown += f" | train loss {record['train_loss']:.4f}"
+        record["val_loss"] = val_loss = self.run.data.mean(losses)
+        shown += f" | val loss {val_loss:.4f}"
         if self.bytes_per_token:
             record["val_bpb"] = val_loss / math.log(2) / self.bytes_per_token
-            shown = f" | {record['val_bpb']:.4f} bits per byte"
-        self.line(
-            f"step {step}/{self.last_step} | val loss {val_loss:.4f}{shown} | "
-            f"perplexity {math.exp(min(val_loss, 700)):.2f}"
-        )
+            shown += f" | {record['val_bpb']:.4f} bits per byte"
+        self.line(shown)
         if len(losses) > 1:
             names = [source.name for source in self.run.data.sources]
             each = dict(zip(names, losses, strict=True))
             self.line("  " + " | ".join(f"{name} {loss:.4f}" for name, loss in each.items()))
             record |= {f"val_loss {name}": loss for name, loss in each.items()}
         self.write(record)
+
+    def _take_losses(self, step: int) -> list[float]:
+        """The training losses of the steps since the evaluation before, up to `step`: of all of
+        them, or none. They are forgotten then."""
+        steps = range(self.evaluated + 1, step + 1)
+        losses = [self.losses[s] for s in steps if s in self.losses]
+        self.evaluated, self.losses = step, {}
+        return losses if len(losses) == len(steps) else []
 
     def watch(self, step: int, scales: dict[str, list[float]]) -> None:
         """Records what run/watch.py measured just before optimizer step `step`; only main does."""
@@ -241,11 +272,14 @@ class Log:
         except OSError as error:  # a full disk is no reason to lose the training
             warn(f"metrics.jsonl failed, this record is not in it: {error}")
         if self.tracker is not None:
-            try:
-                self.tracker(flat_numbers(record))
-            except Exception as error:  # each tracker has errors of its own
-                warn(f"tracker failed and is left alone from here on: {error}")
-                self.tracker = None
+            self._try_tracker(lambda: self.tracker.send(flat_numbers(record)))
+
+    def _try_tracker(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as error:  # each tracker has errors of its own
+            warn(f"tracker failed and is left alone from here on: {error}")
+            self.tracker = None
 
     def _append(self, record: dict[str, Any]) -> None:
         """Appends a whole line or nothing. If the file has vanished or is another one's, too, or
@@ -395,7 +429,7 @@ def disk_warning(run: Run, parameters: int) -> str:
 
 
 def open_tracker(run: Run) -> Tracker | None:
-    """The function to which main sends each record; None on other ranks and with tracker=none.
+    """The tracker that the knob names; None on other ranks than main and with tracker=none.
 
     Trackers are optional packages. ValueError says how to install one, or why it does not start.
     """
@@ -423,25 +457,50 @@ def tensorboard(folder: Path, knobs: dict[str, Any]) -> Tracker:
             writer.add_scalar(name, value, record["step"])
         writer.flush()
 
-    return send
+    return Tracker(send, writer.close)
 
 
 def wandb(folder: Path, knobs: dict[str, Any]) -> Tracker:
     import wandb as package
 
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "wandb.id"  # with it, a resumed run is the same run for wandb
+    with lasting_id(folder / "wandb.id") as known:
+        package.init(
+            project="rootllama",
+            name=folder.name,
+            dir=str(folder),
+            config=knobs,
+            id=known,
+            resume="allow",
+        )
+    return tracker_of(package)
+
+
+def trackio(folder: Path, knobs: dict[str, Any]) -> Tracker:
+    import trackio as package
+
+    with lasting_id(folder / "trackio.id") as known:  # a run is known by its name alone
+        name = f"{folder.name}-{known[:8]}"
+        package.init(project="rootllama", name=name, config=knobs, resume="allow")
+    return tracker_of(package)
+
+
+@contextmanager
+def lasting_id(file: Path) -> Iterator[str]:
+    """An id by which a resumed run is the same run for a tracker. It is in the file, or a new one
+    comes there if nothing fails inside the `with`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     known = file.read_text() if file.exists() else uuid.uuid4().hex
-    run = package.init(
-        project="rootllama",
-        name=folder.name,
-        dir=str(folder),
-        config=knobs,
-        id=known,
-        resume="allow",
-    )
+    yield known
     write_atomically(file, lambda new: new.write(known.encode()))
-    return lambda record: run.log(record, step=record["step"])
 
 
-TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
+def tracker_of(package: ModuleType) -> Tracker:
+    """A tracker with the functions of wandb, whose steps are no metric but an argument."""
+
+    def send(record: dict[str, Any]) -> None:
+        package.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    return Tracker(send, package.finish)
+
+
+TRACKERS = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}

@@ -15,6 +15,7 @@ import torch
 import train
 from data.prepare import prepare
 from lab import bench
+from run.log import Tracker
 
 torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
 
@@ -85,6 +86,11 @@ def launch_here(command, threads):
         send_signal=lambda number: None,
         terminate=lambda: None,
     )
+
+
+def tracker_to(sent):
+    """A tracker whose records end in the list `sent`."""
+    return Tracker(sent.append, finish=lambda: None)
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,8 @@ def test_bench_norm_prints_a_table_for_each_shape_and_dtype_with_a_row_for_each_
     measure,
 ):
     options = "shapes=8x16,4x32 dtypes=float32,bfloat16 impls=eager,fused steps=1 device=cpu"
-    code, out, _ = measure("norm", *options.split())
-    assert code == 0
+    code, out, err = measure("norm", *options.split())
+    assert code == 0 and err == ""
     head, *tables = out.split("\n\n")
     assert head.startswith(f"cpu ({processor('cpu')}), 1 threads, torch ") and "commit" in head
     assert "copies of 256 MiB" in head
@@ -47,7 +47,8 @@ def test_bench_norm_prints_a_table_for_each_shape_and_dtype_with_a_row_for_each_
 
 def test_all_of_what_runs_here_is_timed_and_the_rest_is_told(measure):
     options = "shapes=4x8 dtypes=float32 steps=1 device=cpu".split()
-    code, out, _ = measure("norm", *options)
+    code, out, err = measure("norm", *options)
+    assert err == "compiling for each shape and dtype, which takes a while\n"
     assert code == 0 and "without liger: it needs a CUDA device" in out
     assert set(names_in(out.split("\n\n")[1])) == {*NAMES, *COMPILED}
 

@@ -33,7 +33,7 @@ def save_run(folder, records, **config):
 RECORDS = [
     {"step": 1, "loss": 4.0, "lr": 1e-3, "grad_norm": 2.0, "step_ms": 500.0},
     {"step": 5, "loss": 3.0, "lr": 2e-3, "grad_norm": 1.0, "step_ms": 250.0},
-    {"step": 5, "val_loss": 3.5, "val_bpb": 1.0},
+    {"step": 5, "train_loss": 3.25, "val_loss": 3.5, "val_bpb": 1.0},
 ]
 
 
@@ -72,7 +72,10 @@ def test_each_panel_has_the_values_of_its_own_records():
         curves.draw_run(axes, np.array([1, 5, 5]), RECORDS, key, "run", "C0")
         scale = 1000 if key == "lr" else 1
         assert axes.lines[0][:2] == (x, [v / scale for v in y])
-        assert axes.lines[-1][2] == f"run: {y[-1] / scale:.4f}"
+        labels = [label for _, _, label in axes.lines if label]
+        assert labels == [f"run: {y[-1] / scale:.4f}"]
+        beside = ([5], [3.25], None)  # the mean training loss stands beside the validation loss
+        assert (beside in axes.lines) == (key == "val_loss")
     axes = Axes()
     curves.draw_run(axes, np.array([1]), RECORDS[:1], "val_loss", "run", "C0")
     assert axes.lines == []

@@ -5,7 +5,7 @@ A knob that is forgotten somewhere on its way from the command line into the tra
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, prepare_words
+from conftest import ROOT, SMALL, prepare_words, tracker_to
 
 import train
 from config.schema import Config, knobs_of
@@ -42,7 +42,7 @@ ROUNDS = (("micro_batch_size=2", ""), ("norm_impl=fused", "norm=layernorm"))
 KEEPS = (  # sharded does nothing with one rank
     "resume=auto eval_interval=2 eval_iters=2 log_interval=3 watch=true save_interval=3 keep=9 "
     "keep_every=3 sample_prompt=the sample_tokens=3 sample_interval=2 tracker=wandb "
-    "sharded=false activation_checkpointing=true"
+    "profile=2 sharded=false activation_checkpointing=true"
 ).split()
 # test_train.py, test_parallel.py, test_minutes.py, test_branch.py, test_documents.py, test_chat.py
 ELSEWHERE = (
@@ -125,7 +125,7 @@ def test_knobs_of_what_surrounds_the_training_change_not_one_bit_of_it(
     start, tmp_path, monkeypatch
 ):
     sent, states = [], []
-    monkeypatch.setitem(log.TRACKERS, "wandb", lambda folder, knobs: sent.append)
+    monkeypatch.setitem(log.TRACKERS, "wandb", lambda folder, knobs: tracker_to(sent))
     for out, knobs in (("run", []), ("other", KEEPS)):
         assert start("dropout=0.1", "max_iters=7", *knobs, out=out)[0] == 0
         state = checkpoint.load_newest(tmp_path / out)

@@ -29,7 +29,7 @@ def run_in(folder, step=0, **knobs):
     given = dict(device="cpu", dtype="float32", parallel="ddp", compile=False, micro_batch_size=1)
     given |= dict(batch_size=10, max_iters=10, warmup_iters=0, log_interval=2)
     if not (folder / "data").exists():
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "data.txt").write_text("\u00e4\u00f6\u00fc" * 100, encoding="utf-8")
         prepare([str(folder / "data.txt")], folder / "data", "char")
     return SimpleNamespace(
@@ -77,7 +77,66 @@ def test_bits_per_byte_by_hand(tmp_path, capsys):
     with log_in(tmp_path) as log:
         log.evaluation(2, [4 * math.log(2)])  # 4 bits per token of 2 bytes
     assert read_metrics(tmp_path) == [{"step": 2, "val_loss": 4 * math.log(2), "val_bpb": 2.0}]
-    assert "val loss 2.7726 | 2.0000 bits per byte | perplexity 16.00" in capsys.readouterr().out
+    assert "step 2/10 | val loss 2.7726 | 2.0000 bits per byte\n" in capsys.readouterr().out
+
+
+def train(log, losses):
+    """Tells the log of one step for each of {step: loss}."""
+    for step, loss in losses.items():
+        log.training(step, loss, 1e-3, 0.5, 0.1)
+
+
+def test_an_evaluation_tells_the_mean_training_loss_since_the_one_before(tmp_path, capsys):
+    with log_in(tmp_path) as log:
+        train(log, {1: 3.0, 2: 2.0, 3: 1.0})
+        log.evaluation(3, 2.5)
+        train(log, {4: 0.5, 5: 0.25})
+        log.evaluation(5, 2.25)
+    means = [r["train_loss"] for r in read_metrics(tmp_path) if "val_loss" in r]
+    assert means == [2.0, 0.375]  # although step 3 and 5 have no records of their own
+    assert "step 5/10 | train loss 0.3750 | val loss 2.2500 | " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "recorded, resumed_at, mean",
+    [
+        ({1: 3.0, 2: 2.0}, 2, 2.0),  # all that is missing comes now
+        ({1: 3.0, 2: 9.0, 3: 9.0}, 1, 2.0),  # the steps after the checkpoint are done again
+        ({1: 3.0}, 2, None),  # step 2 was done, but not recorded
+        ({1: 3.0, 4: 9.0}, 2, None),
+    ],
+)
+def test_after_a_resume_the_mean_training_loss_is_that_of_all_steps_or_is_left_out(
+    tmp_path, recorded, resumed_at, mean
+):
+    text = "".join(json.dumps({"step": s, "loss": loss}) + "\n" for s, loss in recorded.items())
+    (tmp_path / METRICS_FILE).write_text(text)
+    with log_in(tmp_path, resumed_at) as log:
+        train(log, {s: 4.0 - s for s in range(resumed_at + 1, 4)})
+        log.evaluation(3, 2.5)
+        train(log, {4: 1.5})
+        log.evaluation(4, 2.5)
+    evaluations = [r for r in read_metrics(tmp_path) if "val_loss" in r]
+    assert [r.get("train_loss") for r in evaluations] == [mean, 1.5]
+
+
+def test_the_steps_before_the_evaluation_that_a_resumed_run_knows_do_not_count(tmp_path):
+    records = [{"step": 1, "loss": 9.0}, {"step": 1, "val_loss": 9.0}, {"step": 2, "loss": 3.0}]
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(r) + "\n" for r in records))
+    with log_in(tmp_path, 2) as log:
+        train(log, {3: 1.0})
+        log.evaluation(3, 2.5)
+    assert read_metrics(tmp_path)[-1]["train_loss"] == 2.0
+
+
+def test_the_line_of_an_evaluation_fits_80_columns(tmp_path, capsys):
+    run = run_in(tmp_path)
+    run.config = replace(run.config, max_iters=20000)
+    with Log(run, None, SimpleNamespace(came=0)) as log:
+        log.losses = dict.fromkeys(range(1, 20001), 10.25)
+        log.evaluation(20000, 9.75)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "train loss 10.2500 | val loss 9.7500 | 7." in line and len(line) <= 80
 
 
 def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path):
@@ -244,16 +303,29 @@ def test_clock():
     assert [clock(s) for s in (0, 59.6, 93, 7265)] == ["0:00", "1:00", "1:33", "2:01:05"]
 
 
-def test_a_resumed_run_is_the_same_run_for_wandb(tmp_path, monkeypatch):
-    begun, fake = [], type(sys)("wandb")
-    fake.init = lambda **knobs: begun.append(knobs) or fake
-    fake.log = lambda record, step: begun.append(step)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    for folder in ("one", "one", "other"):
-        open_tracker(run_in(tmp_path / folder, tracker="wandb", seed=1))({"step": 3})
-    first, _, again, _, other, last = begun
-    assert first == again and first["resume"] == "allow" and last == 3
-    assert first["config"]["seed"] == 1 and other["id"] != first["id"]
+@pytest.mark.parametrize("name, key", [("wandb", "id"), ("trackio", "name")])
+def test_a_resumed_run_is_the_same_run_for_a_tracker(tmp_path, monkeypatch, name, key):
+    begun, told, fake = [], [], type(sys)(name)
+    fake.init = lambda **knobs: begun.append(knobs)
+    fake.log = lambda record, step: told.append((record, step))
+    fake.finish = lambda: told.append("finish")
+    monkeypatch.setitem(sys.modules, name, fake)
+    for folder in ("one/run", "one/run", "other/run"):
+        tracker = open_tracker(run_in(tmp_path / folder, tracker=name, seed=1))
+        tracker.send({"step": 3, "loss": 2.0})
+        tracker.finish()
+    first, again, other = begun
+    assert first == again and first["resume"] == "allow" and first["name"].startswith("run")
+    assert first["config"]["seed"] == 1 and other[key] != first[key]
+    assert told == [({"loss": 2.0}, 3), "finish"] * 3
+
+
+def test_a_tracker_that_does_not_start_leaves_no_id(tmp_path, monkeypatch):
+    fake = type(sys)("trackio")
+    monkeypatch.setitem(sys.modules, "trackio", fake)  # which has no init
+    with pytest.raises(ValueError, match="tracker=trackio could not be started: "):
+        open_tracker(run_in(tmp_path, tracker="trackio"))
+    assert not (tmp_path / "trackio.id").exists()
 
 
 def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
@@ -269,11 +341,16 @@ def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
         def flush(self):
             pass
 
+        def close(self):
+            sent.append("closed")
+
     fake = type(sys)("torch.utils.tensorboard")
     fake.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    open_tracker(run_in(tmp_path, tracker="tensorboard"))({"step": 3, "loss": 2.0})
-    assert sent == [("step", 3, 3), ("loss", 2.0, 3)]
+    tracker = open_tracker(run_in(tmp_path, tracker="tensorboard"))
+    tracker.send({"step": 3, "loss": 2.0})
+    tracker.finish()
+    assert sent == [("step", 3, 3), ("loss", 2.0, 3), "closed"]
 
 
 def test_the_plot_is_a_picture_and_needs_matplotlib(tmp_path, monkeypatch):

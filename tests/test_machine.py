@@ -160,6 +160,7 @@ DECIDES_NO_LOSS = {
     "run/folder.py": "writes files",
     "run/log.py": "reports",
     "run/metrics.py": "reports",
+    "run/profile.py": "looks, and changes nothing (test_profile.py)",
     "run/sharded.py": "stores tensors and gives them back",
     "run/signals.py": "stops between steps, or throws the step away",
     "run/watch.py": "looks, and changes nothing (test_watch.py)",

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -282,6 +283,57 @@ def test_a_text_ends_where_the_model_ends_it(text, shown, tmp_path, capsys):
     assert out == f"{shown}\n" and err.startswith(f"{len(text) + 1} tokens in ")
 
 
+@pytest.mark.parametrize("stop", ["a", "ab", "aab", "abab", "ba\n", ""])
+def test_a_continuation_ends_before_its_stop_however_it_comes_in_pieces(stop):
+    for letters in itertools.product("ab\n", repeat=6):
+        text = "".join(letters)
+        wanted = text.partition(stop)[0] if stop else text
+        for size in (1, 2, 5):
+            growing = sample.Continuation(stop)
+            pieces = [text[i : i + size].encode() for i in range(0, len(text), size)]
+            printed = []
+            for piece in pieces:
+                printed.append(growing.add(piece))
+                assert growing.stopped or stop.startswith(growing.waiting)  # nothing else waits
+            printed.append(growing.add(b"", last=True))
+            assert "".join(printed) == growing.shown == wanted, (text, size)
+            assert growing.stopped == bool(stop and stop in text)
+
+
+def test_a_stop_of_several_tokens_is_not_printed_and_ends_the_work(tmp_path, capsys, monkeypatch):
+    run = save_text(tmp_path / "run", "abé\ncde".encode(), prompt=b">")
+    assert written(run, "prompt=>", "stop=bx") == [">", "a", "bé", "\n", "c", "d", "e", "\n"]
+    capsys.readouterr()
+    assert written(run, "prompt=>", "stop=é\nc") == [">", "a", "b", "\n"]
+    assert capsys.readouterr().err.startswith("6 tokens in ")  # é has two
+    give_input(monkeypatch, b">\n>\n")
+    assert sampled(capsys, run, "interactive=true", "stop=\n")[0] == "abé\nabé\n"
+    assert sampled(capsys, run, "prompt=>", "stop=>")[0] == ">abé\ncde\n"  # the prompt stays
+
+
+def test_each_sample_ends_at_its_own_stop(tmp_path, capsys):
+    following = [*b"abc", END]
+    run = save_table(tmp_path / "run", {token: following for token in following})
+    words = ("prompt=a", "num_samples=6", "temperature=1", "seed=3")
+    whole = sampled(capsys, run, *words)[0].split("---\n")
+    out, err = sampled(capsys, run, *words, "stop=bc")
+    ends = [text.find("bc") for text in whole]
+    assert max(ends) > 0 and min(ends) == -1  # some of them stop there, others do not
+    texts = [text[:end] + "\n" if end >= 0 else text for text, end in zip(whole, ends, strict=True)]
+    assert out == "---\n".join(texts)
+    # A text is the prompt, its tokens and a newline; then came "bc", or the model's own end.
+    tokens = [len(text) - 2 + (2 if end >= 0 else 1) for text, end in zip(texts, ends, strict=True)]
+    assert err.startswith(f"{sum(tokens)} tokens in ")
+
+
+@pytest.mark.parametrize("name", ["prompt", "stop"])
+def test_a_backslash_and_an_n_are_told(run, capsys, name):
+    with contextlib.suppress(SystemExit):  # CHARS has no backslash
+        sample.main([str(run), f"{name}=a\\nb", "max_new_tokens=1"])
+    said = f"warning: {name} has the two signs \\ and n; a new line is written {name}=$'...\\n'"
+    assert said in capsys.readouterr().err
+
+
 class Written(list):
     """A standard output that notes what arrives with each flush, up to `most` times: then somebody
     presses Ctrl-C.
@@ -456,6 +508,8 @@ def test_help_lists_every_option_with_its_meaning(capsys):
         (["temperature=0", "top_k=9"], "top_k=9 has no effect without a temperature above 0"),
         (["temperature=0", "num_samples=2"], "num_samples=2 has no effect without a temperature"),
         (["top_k=1", "seed=3"], "seed=3 has no effect without a temperature above 0 and a top_k"),
+        (["eval=val", "stop=a"], "stop=a has no effect without eval=none"),
+        (["stop=\udcff"], "stop must be text in UTF-8"),
         (["eval=val", "special=true"], "special=True has no effect without eval=none"),
         (["quantize=int8", "dtype=float16"], "would overflow in float16"),
         (["device=cuda:99"], "device=cuda:99 is not on this machine"),

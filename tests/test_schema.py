@@ -126,6 +126,7 @@ def test_knobs_are_checked_together():
         ("grad_clip=-1", "grad_clip must be 0 or more"),
         ("eval_interval=-1", "eval_interval must be 0 or more"),
         ("log_interval=0", "log_interval must be 1 or more"),
+        ("profile=101", "profile must be at most 100"),
         ("lr_schedule=wsd decay_fraction=0", "decay_fraction must be in (0, 1]"),
         ("seed=8796093022208", "seed must be below 2**43"),
         # knobs without effect

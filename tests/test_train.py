@@ -707,12 +707,26 @@ def test_a_tracker_that_fails_does_not_stop_the_training(start, tmp_path, monkey
             if len(sent) == 3:
                 raise ConnectionError("server is down")
 
-        return send
+        return log.Tracker(send, finish=pytest.fail)  # of what has failed
 
     monkeypatch.setitem(log.TRACKERS, "wandb", server)
     code, _, err = start("tracker=wandb")
     assert code == 0 and "tracker failed and is left alone" in err and len(sent) == 3
     assert len(read_metrics(tmp_path / "run")) == 15
+
+
+def test_a_tracker_gets_all_records_before_the_run_ends_and_may_fail_then(start, monkeypatch):
+    told = []
+
+    def finish():
+        told.append("finish")
+        raise ConnectionError("server is down")
+
+    tracker = log.Tracker(lambda record: told.append(record["step"]), finish)
+    monkeypatch.setitem(log.TRACKERS, "wandb", lambda folder, knobs: tracker)
+    code, _, err = start("tracker=wandb", "max_iters=2", "warmup_iters=0")
+    assert code == 0 and told == [1, 2, 2, "finish"]
+    assert "tracker failed and is left alone from here on: server is down" in err
 
 
 def test_a_tracker_that_is_not_installed_is_named(start, tmp_path, monkeypatch):

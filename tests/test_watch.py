@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import tracker_to
 from test_train import during_step
 
 import train
@@ -378,7 +379,7 @@ def test_trackers_get_numbers_alone(start, monkeypatch):
         "watch/rms/2": 5.0,
     }
     sent = []
-    monkeypatch.setitem(metrics.TRACKERS, "tensorboard", lambda folder, knobs: sent.append)
+    monkeypatch.setitem(metrics.TRACKERS, "tensorboard", lambda folder, knobs: tracker_to(sent))
     assert start("watch=true", "tracker=tensorboard", "max_iters=2")[0] == 0
     assert any("watch/residual_rms/2" in record for record in sent)
     assert all(isinstance(value, (int, float)) for record in sent for value in record.values())

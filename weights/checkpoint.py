@@ -96,6 +96,7 @@ NEVER_COMPARED = (
     "sharded",
     "tracker",
     "watch",
+    "profile",
 )
 
 

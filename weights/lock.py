@@ -23,7 +23,7 @@ CHECKPOINT_IN_PARTS = r"(ckpt|best)_\d{8,15}\.shards"
 # killed meanwhile, it leaves that one behind. A file that somebody else calls so stays.
 ATOMIC_FILES = re.compile(
     rf"{CHECKPOINT_IN_PARTS}|ckpt_\d{{8,15}}\.pt|best\.pt|(config|tokenizer|timing)\.json|"
-    r"tokenizer\.model|(metrics|results)\.jsonl|report\.md|wandb\.id|"
+    r"tokenizer\.model|(metrics|results)\.jsonl|report\.md|(wandb|trackio)\.id|trace\.json\.gz|"
     r"(loss|loss_curves|step_time|learning_rate)\.png"
 )
 NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)  # open's errors: a link, a folder, a socket

@@ -258,6 +258,7 @@ RESULT = json.loads((ROOT / "docs/small-norms/results.jsonl").read_text().splitl
 METRICS = {
     "step": 3,
     "loss": 2.5,
+    "train_loss": 2.3,
     "val_loss": 2.4,
     "val_bpb": 1.2,
     "step_ms": 9.5,
