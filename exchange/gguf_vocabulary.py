@@ -123,7 +123,7 @@ def sentencepiece_vocabulary(tokenizer: SentencePieceTokenizer, size: int) -> di
             "this SentencePiece model drops spaces or has no bytes for unknown characters, and "
             "llama.cpp needs both: data/prepare.py trains such a model with tokenizer=sentencepiece"
         )
-    check_same_ids(tokenizer, from_sentencepiece(tokenizer))  # no Unigram, no normalisation
+    check_same_ids(tokenizer, from_sentencepiece(tokenizer), "llama.cpp")  # no Unigram, no NFKC
     model, every = tokenizer.first, range(tokenizer.vocab_size)
     tests = {UNKNOWN: model.is_unknown, CONTROL: model.is_control, BYTE: model.is_byte}
     types = {i: next((t for t, test in tests.items() if test(i)), NORMAL) for i in every}
@@ -172,10 +172,11 @@ def name_of_cut(tokenizer: Tokenizer, made: dict) -> str:
     if False not in known:
         names = sorted({name for names in CUTS.values() for name in names.values()})
         raise ValueError(
-            f"this tokenizer cuts a text by {' and then '.join(patterns) or 'nothing'!r:.200}, "
-            f"which is none of the cuts of llama.cpp that are known here: {', '.join(names)}"
+            f"this tokenizer cuts a text by {' and then '.join(map(repr, patterns)) or 'nothing'}, "
+            f"which is none of llama.cpp's ways that are known here: {', '.join(names)}"
         )
-    check_same_ids(tokenizer, made | {"model": model | {"ignore_merges": False}})
+    by_merges = made | {"model": model | {"ignore_merges": False}}
+    check_same_ids(tokenizer, by_merges, "llama.cpp")
     return known[False]
 
 
