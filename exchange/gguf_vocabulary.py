@@ -82,10 +82,17 @@ def roles(tokenizer: Tokenizer) -> dict[str, Any]:
             f"this tokenizer puts the ids {tokenizer.before} before a text, and llama.cpp puts "
             f"only bos there, {tokenizer.bos_id}: change the post_processor of its tokenizer.json"
         )
+    pad = generation_config(tokenizer).get("pad_token_id")
+    template = tokenizer.config.get("chat_template")
+    if not isinstance(template, str | None):
+        raise ValueError(
+            "this tokenizer has several chat templates, and llama.cpp uses one: leave one text as "
+            "chat_template in tokenizer_config.json"
+        )
     found = {
         "bos_token_id": tokenizer.bos_id,
-        "pad_token_id": generation_config(tokenizer).get("pad_token_id"),
-        "chat_template": tokenizer.config.get("chat_template"),
+        "pad_token_id": pad if pad in range(tokenizer.vocab_size) else None,  # -1 means none, too
+        "chat_template": template,
     } | dict(zip(END_KEYS, ends_of_text(tokenizer), strict=False))
     added = {"add_bos_token": bool(tokenizer.before), "add_eos_token": False}
     return {name: value for name, value in found.items() if value is not None} | added
@@ -186,7 +193,7 @@ def cut_patterns(made: dict) -> tuple[str, ...]:
     """
     steps = flattened(made.get("pre_tokenizer"))
     kinds = [step["type"] for step in steps]
-    if made["model"]["type"] != "BPE" or kinds[-1:] != ["ByteLevel"] or "ByteLevel" in kinds[:-1]:
+    if made["model"]["type"] != "BPE" or kinds[-1:] != ["ByteLevel"]:
         raise ValueError(
             "this tokenizer.json is not byte-level BPE, which llama.cpp could take: put the "
             "tokenizer.model of SentencePiece beside it, if the model has one"

@@ -221,6 +221,7 @@ def test_the_cut_of_a_byte_level_tokenizer_has_llama_cpps_name(cut):
     assert all(left + right in ids for left, right in merges) and len(merges) > 100
     assert [found["token_types"][i] for i in (1, 2, 600)] == [3, 3, 4]
     assert found["token_list"][600] == "<th\u00e9>"
+    assert found["add_bos_token"] is False  # nothing stands before a text there
 
 
 def test_a_sentencepiece_vocabulary_keeps_pieces_scores_and_kinds(tmp_path):
@@ -250,6 +251,8 @@ def test_text_ends_where_ours_does_and_a_chat_template_goes_along(tmp_path):
     found = gguf_vocabulary(chat, 601)
     assert (found["eos_token_id"], found["eot_token_id"], found["pad_token_id"]) == (2, 0, 0)
     assert found["chat_template"] == "{{ messages }}" and found["add_bos_token"]
+    none = HuggingFaceTokenizer(byte_level_json(), said, 1, [2], {"pad_token_id": -1})
+    assert "pad_token_id" not in gguf_vocabulary(none, 601)
     assert "chat_template" not in gguf_vocabulary(tokenizer, 500)
 
 
@@ -283,6 +286,17 @@ def added_token(**flags):
 
 
 SPLIT = {"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Isolated", "invert": False}
+LEVEL_WITH_PREFIX = {
+    "type": "ByteLevel",
+    "add_prefix_space": True,
+    "trim_offsets": False,
+    "use_regex": True,
+}
+WORDS = {
+    "type": "WordLevel",
+    "vocab": {"<unk>": 0, "<s>": 1, "</s>": 2} | {chr(i): i for i in range(3, 1000)},
+    "unk_token": "<unk>",
+}
 REFUSED = {
     "char": (lambda: CharTokenizer(TEXT), "no vocabulary like char: .*=sentencepiece, byte or"),
     "no bytes": (lambda: sentencepiece_model(byte_fallback=False), "drops spaces or has no bytes"),
@@ -299,6 +313,27 @@ REFUSED = {
     "removed": (
         lambda: changed(pre_tokenizer=level_and(SPLIT | {"behavior": "MergedWithNext"})),
         "steps that llama.cpp does not take as it does: Split",
+    ),
+    "inverted": (lambda: changed(pre_tokenizer=level_and(SPLIT | {"invert": True})), ": Split"),
+    "prefix": (
+        lambda: changed(pre_tokenizer=level_and() | {"pretokenizers": [LEVEL_WITH_PREFIX]}),
+        "as it does: ByteLevel",
+    ),
+    "whole pieces": (
+        lambda: tiktoken_of(vocabulary.GPT2_BY_TIKTOKEN.replace(r"\z", "$"), [b"abc"]),
+        "no exact form for llama.cpp: of '.*' it would make other ids",
+    ),
+    "WordLevel": (
+        lambda: changed(model=WORDS, added_tokens=byte_level_json()["added_tokens"][:3]),
+        "not byte-level BPE",
+    ),
+    "four ends": (
+        lambda: HuggingFaceTokenizer(byte_level_json(), {}, 1, [0, 2], {"eos_token_id": 4 * [2]}),
+        r"ends a text at \[2, 2, 2, 2\], and llama.cpp wants one id to 3",
+    ),
+    "templates": (
+        lambda: HuggingFaceTokenizer(byte_level_json(), {"chat_template": [{}]}, 1, [2]),
+        "has several chat templates",
     ),
     "lowercase": (lambda: changed(normalizer={"type": "Lowercase"}), "as it does: Lowercase"),
     "no byte level": (
