@@ -318,11 +318,11 @@ def texts_to_try(tokenizer: Tokenizer, made: dict) -> Iterator[str]:
     yield from probe_texts(tokenizer.pieces)
 
 
-def check_same_ids(tokenizer: Tokenizer, made: dict) -> None:
+def check_same_ids(tokenizer: Tokenizer, made: dict, program: str = "Hugging Face") -> None:
     """ValueError if, for one of the probes, the library makes other ids of the tokenizer.json
-    `made` than we do, or makes another text of the ids.
+    `made` than we do, or makes another text of the ids. The error names the program it is for.
     """
-    refusal = f"this {tokenizer.kind} tokenizer has no exact form for Hugging Face"
+    refusal = f"this {tokenizer.kind} tokenizer has no exact form for {program}"
     try:
         library = run_by_library(made)
     except ValueError as error:

@@ -17,7 +17,7 @@ from test_weights import save_hf
 import data.prepare
 import sample
 import train
-from exchange import hf
+from exchange import gguf, hf
 from lab import bench, compare, curves, watch
 from run import sharded
 
@@ -34,6 +34,7 @@ COMMANDS = {
     "-m lab.curves": curves.main,
     "-m lab.watch": watch.main,
     "-m exchange.hf": hf.main,
+    "-m exchange.gguf": gguf.main,
     "-m run.sharded": sharded.main,
 }
 
