@@ -40,9 +40,6 @@ from config.command import (
 )
 from config.help import help_text
 from config.schema import knobs_of, read_arguments, refuse_without_effect, without_effect
-from data.chat import Chat, template_source
-from data.prompt import prompt_ids, prompt_text
-from data.tokenizer import Tokenizer, load_tokenizer
 from model import Decoder, ModelConfig, knob
 from run.evaluate import evaluate, open_known_dataset
 from run.machine import (
@@ -55,6 +52,9 @@ from run.machine import (
 )
 from run.parallel import uncompiled, uses_fsdp
 from run.setup import Run
+from text.chat import Chat, template_source
+from text.prompt import prompt_ids, prompt_text
+from text.tokenizer import Tokenizer, load_tokenizer
 from weights.open import load_model
 from weights.quantize import (
     can_pack_matrices,

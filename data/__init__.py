@@ -4,10 +4,8 @@ loader.py    opens a data set and gives the batch of a step
 prepare.py   the command that makes a data set: text to tokens
 corpus.py    where its text comes from
 rows.py      the rows of JSON, tables and parquet
-formats.py   compressed files, and what a file holds that is not text in UTF-8
+mixture.py   several data sets in one run
 overlap.py   how much of the validation text stands in the training text, too
-tokenizer.py, then tokenizer_json.py   text to ids and back, and the files of Hugging Face
-tokenizer_export.py   our tokenizers as files of Hugging Face
 files.py     files and folders that appear whole or not at all
 """
 

@@ -26,7 +26,8 @@ from typing import BinaryIO, NamedTuple
 
 from config.command import counted, expand_home, one_line, shell_path, warn
 from data import SPLITS
-from data.formats import (
+from data.rows import ROWS, row_suffix, rows_in, text_in, texts_in
+from text.formats import (
     BINARY,
     BYTE_ORDER_MARK,
     DROP_NUL,
@@ -39,8 +40,7 @@ from data.formats import (
     unpacked_name,
     unpacked_size,
 )
-from data.messages import Messages, conversation_in, is_conversation
-from data.rows import ROWS, row_suffix, rows_in, text_in, texts_in
+from text.messages import Messages, conversation_in, is_conversation
 
 CHUNK = 2**20  # bytes: a longer file comes in pieces of this size; a row is always one piece
 SHAKESPEARE = (

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from data import PART_TOKENS, SPLITS, checksum, places_file
-from data.tokenizer import tokenizer_sha256
 from model import IGNORED
+from text.tokenizer import tokenizer_sha256
 
 FULL_SCAN = 200_000_000  # tokens; of a larger file only so many are checked, in spread parts
 UNCHANGED = ("st_size", "st_mtime_ns", "st_ctime_ns")  # of a file with the same content

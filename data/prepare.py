@@ -39,11 +39,11 @@ from config.command import (
     warn,
 )
 from data import DATA, PART_TOKENS, SPLITS, checksum, places_file
-from data.chat import ChatTemplate, encode_conversation, template_of
 from data.corpus import CHUNK, Corpus, Piece, open_corpus
 from data.files import new_folder, sync, write_atomically
 from data.overlap import overlap_of
-from data.tokenizer import (
+from text.chat import ChatTemplate, encode_conversation, template_of
+from text.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     SentencePieceTokenizer,
@@ -54,7 +54,7 @@ from data.tokenizer import (
     tokenizer_sha256,
     train_sentencepiece,
 )
-from data.tokenizer_export import tokenizer_files
+from text.tokenizer_export import tokenizer_files
 
 USAGE = """\
 python data/prepare.py python                     the standard library of the Python that runs

@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 
 from config.command import counted, shell_path
-from data.formats import DROP_NUL, HEAD, not_utf8, open_unpacked, unpacked_name
+from text.formats import DROP_NUL, HEAD, not_utf8, open_unpacked, unpacked_name
 
 Row = tuple[str, dict]  # "line 3", and what is there: name of a field -> value
 # Characters in a cell of a table. A quote that is never closed makes one cell of all that follows.

@@ -10,22 +10,22 @@ Reading order: gguf_vocabulary; roles; the two kinds; the cut.
 from typing import Any
 
 from config.command import warn
-from data.tokenizer import (
+from exchange.hf import generation_config
+from text.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     TiktokenTokenizer,
     Tokenizer,
 )
-from data.tokenizer_export import (
+from text.tokenizer_export import (
     CONVERSIONS,
     END,
     check_same_ids,
     from_sentencepiece,
     names_only,
 )
-from data.tokenizer_json import MATCHING, flattened, json_ids, kinds_of
-from exchange.hf import generation_config
+from text.tokenizer_json import MATCHING, flattened, json_ids, kinds_of
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # GGUF's types of a token
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")  # a text ends at each of them

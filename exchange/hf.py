@@ -29,14 +29,14 @@ from torch import Tensor
 from config.command import counted, run_command, shell_path, split_arguments, user_errors, warn
 from config.help import help_text
 from config.schema import knobs_of, parse_knobs
-from data.chat import plain_template, template_source
 from data.files import new_folder, write_atomically
-from data.tokenizer import Tokenizer, load_tokenizer
-from data.tokenizer_export import json_bytes, tokenizer_files
-from data.tokenizer_json import ID_NAMES
 from model import ModelConfig, knob, parameter_count
 from run.machine import versions
 from run.metrics import METRICS_FILE, read_metrics
+from text.chat import plain_template, template_source
+from text.tokenizer import Tokenizer, load_tokenizer
+from text.tokenizer_export import json_bytes, tokenizer_files
+from text.tokenizer_json import ID_NAMES
 from weights import checkpoint
 from weights.hf_folder import hf_name, is_hf_folder, read_hf, weight_shapes
 from weights.lock import Lock

@@ -31,7 +31,6 @@ from config.command import user_errors
 from config.schema import Config
 from data.loader import Dataset, batch, open_dataset
 from data.prepare import prepare
-from data.tokenizer import ByteTokenizer
 from exchange.hf import config_to_hf
 from lab.measure import (
     as_arguments,
@@ -53,6 +52,7 @@ from run.machine import (
 )
 from run.metrics import read_metrics
 from run.setup import find_dataset, read_config
+from text.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 

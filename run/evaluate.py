@@ -20,12 +20,12 @@ from config.command import shell_path
 from data import DATA
 from data.loader import Dataset, open_dataset, val_starts
 from data.mixture import read_shares
-from data.tokenizer import load_tokenizer
 from model import IGNORED, Decoder
 from run.machine import autocast, to_device
 from run.ranks import ALONE, Ranks
 from run.setup import dataset_folder, find_same_data
 from run.signals import Interrupts
+from text.tokenizer import load_tokenizer
 from weights.open import LONGEST_WINDOW, refuse_longer_than_context
 
 # If no batch is given, about this many logits are computed at once: 64 MB in fp32. A CPU gains

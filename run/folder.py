@@ -11,7 +11,6 @@ from pathlib import Path
 from config.command import warn
 from config.preset import load_json
 from data.files import open_regular, write_atomically
-from data.tokenizer import tokenizer_file
 from model import parameter_count
 from run import sharded
 from run.machine import versions
@@ -19,6 +18,7 @@ from run.metrics import METRICS_FILE
 from run.parallel import gather_on_main
 from run.profile import TRACE_FILE
 from run.setup import Run
+from text.tokenizer import tokenizer_file
 from weights import checkpoint
 from weights.lock import Lock
 

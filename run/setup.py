@@ -29,8 +29,6 @@ from data.corpus import Corpus, open_corpus
 from data.loader import Dataset, check_length, open_dataset, read_meta, val_starts
 from data.mixture import Mixture, mix, read_shares
 from data.prepare import prepare
-from data.tokenizer import FILES as TOKENIZER_FILES
-from data.tokenizer import tokenizer_file, tokenizer_sha256
 from model import Decoder, parameter_count
 from run import sharded
 from run.machine import (
@@ -55,6 +53,8 @@ from run.parallel import (
     wrap,
 )
 from run.ranks import ALONE, Ranks
+from text.tokenizer import FILES as TOKENIZER_FILES
+from text.tokenizer import tokenizer_file, tokenizer_sha256
 from weights import checkpoint
 from weights.hf_folder import is_hf_folder
 from weights.lock import Lock

@@ -10,17 +10,17 @@ from test_tokenizer import BYTE_LEVEL, LLAMA, NAMES, save_hugging_face
 from test_weights import save_hf
 from transformers import AutoTokenizer
 
-import data.chat
 import sample
+import text.chat
 import train
-from data.chat import Chat, ChatTemplate, encode_conversation, plain_template, template_of
 from data.loader import batch, open_dataset
-from data.messages import conversation_in
 from data.prepare import prepare
-from data.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer
 from exchange import hf
 from model import IGNORED
 from run.setup import read_config, set_up
+from text.chat import Chat, ChatTemplate, encode_conversation, plain_template, template_of
+from text.messages import conversation_in
+from text.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer
 
 TALK = [
     {"role": "user", "content": "What is wrapped?"},
@@ -175,7 +175,7 @@ def test_a_template_that_fails_says_why(source, said):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no kill of a busy child there")
 def test_a_template_that_never_ends_is_stopped(monkeypatch):
-    monkeypatch.setattr(data.chat, "SECONDS", 1.0)
+    monkeypatch.setattr(text.chat, "SECONDS", 1.0)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(ValueError, match="takes more than 1 s or too much memory"):
         with ChatTemplate(endless, {}, []) as template:

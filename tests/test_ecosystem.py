@@ -17,8 +17,8 @@ import pytest
 import torch
 from test_hf import LLAMA3, model_of, run_hf, save_run
 
-from data.tokenizer import train_sentencepiece
 from sample import generate
+from text.tokenizer import train_sentencepiece
 from weights.open import load_model
 
 TEXT = Path(json.__file__).read_text(encoding="utf-8")

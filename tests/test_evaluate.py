@@ -22,12 +22,12 @@ import sample
 from data import checksum
 from data.loader import open_dataset
 from data.prepare import prepare
-from data.tokenizer import load_tokenizer
 from model import Decoder, ModelConfig
 from run import evaluate
 from run.evaluate import Evaluation, bytes_per_predicted_token, mean_loss, open_known_dataset
 from run.metrics import read_metrics
 from run.setup import find_dataset
+from text.tokenizer import load_tokenizer
 from weights.hf_folder import hf_name
 
 

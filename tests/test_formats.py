@@ -14,8 +14,8 @@ import pytest
 from test_corpus import in_one_line
 
 from data.corpus import CHUNK, open_corpus
-from data.formats import PACKED
 from data.prepare import prepare
+from text.formats import PACKED
 
 TEXT = ("one\r\ntwo \u4f60\U0001f600\n" * 3000).encode()
 

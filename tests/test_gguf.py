@@ -25,18 +25,18 @@ from test_tokenizer import (
 )
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from data.tokenizer import (
+from exchange import gguf as command
+from exchange import gguf_vocabulary as vocabulary
+from exchange.gguf_vocabulary import gguf_vocabulary
+from model import rope_frequencies
+from sample import generate
+from text.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     train_sentencepiece,
 )
-from exchange import gguf as command
-from exchange import gguf_vocabulary as vocabulary
-from exchange.gguf_vocabulary import gguf_vocabulary
-from model import rope_frequencies
-from sample import generate
 from weights import checkpoint
 from weights.open import load_model, open_weights
 

@@ -22,11 +22,11 @@ import sample
 import train
 from config.schema import Config
 from data.prepare import prepare
-from data.tokenizer import ByteTokenizer, CharTokenizer, train_sentencepiece
-from data.tokenizer_export import tokenizer_files
-from data.tokenizer_json import ID_NAMES
 from exchange import hf
 from model import Decoder, ModelConfig
+from text.tokenizer import ByteTokenizer, CharTokenizer, train_sentencepiece
+from text.tokenizer_export import tokenizer_files
+from text.tokenizer_json import ID_NAMES
 from weights import checkpoint
 from weights.open import load_model, open_weights
 

@@ -1,4 +1,4 @@
-"""What data/tokenizer_export.py writes gives our tokenizers' ids in transformers."""
+"""What text/tokenizer_export.py writes gives our tokenizers' ids in transformers."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_tokenizer import TRICKY, byte_level_json, llama_json, random_texts
 from transformers import AutoTokenizer
 
-from data.tokenizer import (
+from text.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     HuggingFaceTokenizer,
@@ -22,7 +22,7 @@ from data.tokenizer import (
     load_tokenizer,
     train_sentencepiece,
 )
-from data.tokenizer_export import CONVERSIONS, check_same_ids, merges_of, tokenizer_files
+from text.tokenizer_export import CONVERSIONS, check_same_ids, merges_of, tokenizer_files
 
 SOURCES = [
     path.read_text(encoding="utf-8") for path in sorted(Path(os.__file__).parent.glob("*.py"))[:12]

@@ -11,7 +11,7 @@ import data.loader as loader
 from data import PART_TOKENS, checksum
 from data.loader import batch, open_dataset, read_windows, val_starts
 from data.loader import train_starts as starts_of
-from data.tokenizer import ByteTokenizer, tokenizer_sha256
+from text.tokenizer import ByteTokenizer, tokenizer_sha256
 
 
 def write(folder, train=range(100), val=range(40), kind="uint16", **changes):

@@ -10,7 +10,7 @@ import pytest
 from data.loader import open_dataset
 from data.overlap import WINDOW, overlap_of
 from data.prepare import prepare, spread_text
-from data.tokenizer import ByteTokenizer
+from text.tokenizer import ByteTokenizer
 
 
 def noise(size, seed=0):

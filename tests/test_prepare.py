@@ -27,8 +27,8 @@ from data.prepare import (
     train_tokenizer,
     xz_bits_per_byte,
 )
-from data.tokenizer import ByteTokenizer, load_tokenizer, train_sentencepiece
-from data.tokenizer_export import tokenizer_files
+from text.tokenizer import ByteTokenizer, load_tokenizer, train_sentencepiece
+from text.tokenizer_export import tokenizer_files
 
 PROSE = "".join(
     f"line {i}: the quick brown fox\n    jumps over {i * 7} lazy dogs\n\n" for i in range(300)

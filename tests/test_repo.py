@@ -24,7 +24,21 @@ from run import sharded
 ROOT = Path(__file__).parent.parent
 PROGRAMS = ("train", "sample", "model", "norm")  # the whole of the root
 # From the ground up: a file may import from lower rooms and from its own, never from a higher one.
-ROOMS = ("norm", "model", "config", "data", "weights", "run", "sample", "train", "lab exchange")
+ROOMS = (
+    *("norm", "model", "config", "text", "data", "weights", "run", "sample", "train"),
+    "lab exchange",
+)
+    "norm",
+    "model",
+    "config",
+    "text",
+    "data",
+    "weights",
+    "run",
+    "sample",
+    "train",
+    "lab exchange",
+)
 COMMANDS = {
     "train.py": train.main,
     "sample.py": sample.main,

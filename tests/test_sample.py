@@ -20,15 +20,15 @@ from test_generate import tiny
 import sample
 from config.command import printable
 from config.schema import Config
-from data.prompt import read_prompt
-from data.tokenizer import (
+from model import Decoder, ModelConfig
+from sample import SampleOptions, generate, prepare_for_inference, prompt_ids
+from text.prompt import read_prompt
+from text.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     SentencePieceTokenizer,
     tokenizer_sha256,
 )
-from model import Decoder, ModelConfig
-from sample import SampleOptions, generate, prepare_for_inference, prompt_ids
 from weights import checkpoint
 from weights.open import load_model
 

@@ -14,9 +14,10 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-import data.tokenizer as tokenizer_module
+import text.tokenizer as tokenizer_module
 from data.prepare import named_tiktoken
-from data.tokenizer import (
+from sample import prompt_ids
+from text.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     HuggingFaceTokenizer,
@@ -27,9 +28,8 @@ from data.tokenizer import (
     tokenizer_sha256,
     train_sentencepiece,
 )
-from data.tokenizer_export import tokenizer_files
-from data.tokenizer_json import LARGEST_FILE, SPACE
-from sample import prompt_ids
+from text.tokenizer_export import tokenizer_files
+from text.tokenizer_json import LARGEST_FILE, SPACE
 
 TRICKY = ["", " ", "x", "  two  spaces  ", "\t tab\t\t", "a\r\nb\rc\n\n\nd", "\0nul\0", "\ufeffbom"]
 TRICKY += ["na\u00efve caf\u00e9 e\u0301", "\u2581", "a\u2581b \u2581\u2581 \u2581", "\u2585\u2047"]
@@ -869,7 +869,7 @@ LONG = {"<s>": {"id": "<s>", "ids": [1] * 20_000, "tokens": ["<s>"] * 20_000}}
 def test_a_tokenizer_json_that_would_fill_any_memory_or_take_for_ever_is_one_error_line(
     part, match, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("data.tokenizer_json.LONGEST_TRY", 0.3)
+    monkeypatch.setattr("text.tokenizer_json.LONGEST_TRY", 0.3)
     save_hugging_face(tmp_path, BYTE_LEVEL | part)
     refused(tmp_path, match)
 

@@ -3,7 +3,7 @@ import json
 import pytest
 import tokenizers
 
-from data.tokenizer_json import (
+from text.tokenizer_json import (
     byte_alphabet,
     flattened,
     json_ids,

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
 from config.command import one_line
-from data.tokenizer import ByteTokenizer, train_sentencepiece
 from model import Decoder, ModelConfig
+from text.tokenizer import ByteTokenizer, train_sentencepiece
 from weights.checkpoint import build_model
 from weights.hf_folder import config_from_hf, hf_name, read_hf, weight_shapes
 from weights.open import load_model, open_weights, read_architecture

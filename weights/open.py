@@ -20,8 +20,8 @@ from torch import Tensor
 
 from config.preset import load_json
 from config.schema import Config, knobs_of, parse_knobs
-from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from model import Decoder, ModelConfig
+from text.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from weights import checkpoint
 from weights.hf_folder import config_from_hf, is_hf_folder, read_hf
 from weights.lora import merge_adapters

@@ -25,14 +25,14 @@ from config.preset import make_config, read_knobs
 from config.schema import SYNONYMS, Config, knobs_of
 from data import checksum
 from data.loader import open_dataset
-from data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from data.tokenizer_export import tokenizer_files
 from exchange.hf import config_to_hf
 from lab.compare import read_results
 from model import Decoder, ModelConfig
 from run import sharded
 from run.metrics import METRICS_FILE, read_metrics
 from run.ranks import ALONE
+from text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from text.tokenizer_export import tokenizer_files
 from weights import checkpoint
 from weights.hf_folder import hf_name, read_hf
 

@@ -39,9 +39,9 @@ import lab.compare
 import sample
 import train
 from data.corpus import Corpus, Piece
-from data.tokenizer import PROBE, train_sentencepiece
-from data.tokenizer_json import STEPS_PROBE
 from model import Decoder, ModelConfig
+from text.tokenizer import PROBE, train_sentencepiece
+from text.tokenizer_json import STEPS_PROBE
 from weights import checkpoint
 
 from .harness import Child, Report, command, fault, uncut, words

@@ -1,4 +1,4 @@
-"""Renders conversations with a chat template. A process of its own, started by data/chat.py.
+"""Renders conversations with a chat template. A process of its own, started by text/chat.py.
 
 A chat template is a program of whoever made the model. So it runs in jinja2's sandbox, which keeps
 it from Python's attributes, and here, where too much memory or time ends this process alone.

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.messages import Messages
-from data.prompt import refuse_other_encodings
-from data.tokenizer import Tokenizer
+from text.messages import Messages
+from text.prompt import refuse_other_encodings
+from text.tokenizer import Tokenizer
 
 SECONDS = 20.0  # that a template may take for one conversation
 LARGEST_TEMPLATE = 1_000_000  # characters
@@ -29,7 +29,7 @@ PLAIN = (
 
 
 class ChatTemplate:
-    """A chat template at work, in a process of its own (data/render.py) while the context lasts.
+    """A chat template at work, in a process of its own (text/render.py) while the context lasts.
 
     ValueError if the template cannot be used at all; later, if it cannot render a conversation.
     """

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from data.tokenizer import (
+from text.tokenizer import (
     END,
     ByteTokenizer,
     CharTokenizer,
@@ -23,7 +23,7 @@ from data.tokenizer import (
     TiktokenTokenizer,
     Tokenizer,
 )
-from data.tokenizer_json import (
+from text.tokenizer_json import (
     SPACE,
     byte_alphabet,
     probe_texts,

@@ -25,7 +25,7 @@ import sentencepiece
 import tiktoken
 
 from config.command import warn
-from data.tokenizer_json import (
+from text.tokenizer_json import (
     FOREIGN_TOKEN,
     ID_NAMES,
     PATTERN_PROBE,

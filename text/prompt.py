@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from config.command import expand_home, warn
-from data.formats import BYTE_ORDER_MARK, HEAD, not_text, not_utf8
-from data.tokenizer import Tokenizer
+from text.formats import BYTE_ORDER_MARK, HEAD, not_text, not_utf8
+from text.tokenizer import Tokenizer
 
 LARGEST_PROMPT = 1_000_000  # bytes of a file or of standard input; far more than any context
 
