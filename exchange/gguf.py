@@ -35,6 +35,7 @@ from data.files import new_folder, sync
 from exchange.gguf_vocabulary import gguf_vocabulary
 from exchange.hf import check_llama_can_be, describe_model, llama_tensors
 from model import ModelConfig, knob, rope_frequencies
+from text.chat import template_learned
 from weights.hf_folder import hf_name
 from weights.open import Weights, open_weights
 
@@ -86,7 +87,10 @@ def export_gguf(place: Path, out: Path, options: GGUFOptions) -> None:
     weights = open_weights(place, options.checkpoint)
     config = replace(weights.config, block_size=weights.context)
     check_llama_cpp_can_be(config)
-    settings = gguf_settings(config) | gguf_vocabulary(weights.tokenizer(), config.vocab_size)
+    tokenizer = weights.tokenizer()
+    settings = gguf_settings(config) | gguf_vocabulary(tokenizer, config.vocab_size)
+    if template := template_learned(tokenizer, weights.data):
+        settings["chat_template"] = template
     settings |= {
         "name": weights.folder.resolve().name,
         "file_type": FILE_TYPES[options.dtype],

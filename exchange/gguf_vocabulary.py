@@ -83,16 +83,9 @@ def roles(tokenizer: Tokenizer) -> dict[str, Any]:
             f"only bos there, {tokenizer.bos_id}: change the post_processor of its tokenizer.json"
         )
     pad = generation_config(tokenizer).get("pad_token_id")
-    template = tokenizer.config.get("chat_template")
-    if not isinstance(template, str | None):
-        raise ValueError(
-            "this tokenizer has several chat templates, and llama.cpp uses one: leave one text as "
-            "chat_template in tokenizer_config.json"
-        )
     found = {
         "bos_token_id": tokenizer.bos_id,
         "pad_token_id": pad if pad in range(tokenizer.vocab_size) else None,  # -1 means none, too
-        "chat_template": template,
     } | dict(zip(END_KEYS, ends_of_text(tokenizer), strict=False))
     added = {"add_bos_token": bool(tokenizer.before), "add_eos_token": False}
     return {name: value for name, value in found.items() if value is not None} | added

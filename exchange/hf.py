@@ -33,7 +33,7 @@ from data.files import new_folder, write_atomically
 from model import ModelConfig, knob, parameter_count
 from run.machine import versions
 from run.metrics import METRICS_FILE, read_metrics
-from text.chat import plain_template, template_source
+from text.chat import template_learned
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.tokenizer_export import json_bytes, tokenizer_files
 from text.tokenizer_json import ID_NAMES
@@ -178,15 +178,12 @@ def export_run(run: Path, out: Path, options: ExportOptions) -> None:
     weights = open_weights(run, options.checkpoint)
     check_llama_can_be(weights.config)
     tokenizer = weights.tokenizer()
-    chat = ""
-    if weights.data.get("answers") and not template_source(tokenizer):
-        chat = plain_template(tokenizer)  # with which it was trained
     tensors = {hf_name(name): tensor for name, tensor in llama_tensors(weights).items()}
     config = replace(weights.config, block_size=weights.context)
     with new_folder(out) as folder:
         write_safetensors(folder, tensors, options)
         about = config_to_hf(config, tokenizer, options.dtype)
-        files = tokenizer_files(tokenizer, chat) | {
+        files = tokenizer_files(tokenizer, template_learned(tokenizer, weights.data)) | {
             "config.json": json_bytes(about, indent=2),
             "generation_config.json": json_bytes(generation_config(tokenizer), indent=2),
             "README.md": model_card(weights, config, tokenizer, options).encode(),

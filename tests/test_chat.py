@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from test_tokenizer import BYTE_LEVEL, LLAMA, NAMES, save_hugging_face
 from test_weights import save_hf
 from transformers import AutoTokenizer
@@ -15,7 +16,7 @@ import text.chat
 import train
 from data.loader import batch, open_dataset
 from data.prepare import prepare
-from exchange import hf
+from exchange import gguf, hf
 from model import IGNORED
 from run.setup import read_config, set_up
 from text.chat import Chat, ChatTemplate, encode_conversation, plain_template, template_of
@@ -432,6 +433,9 @@ def test_a_model_of_the_plain_template_takes_it_along(start, tmp_path, chats):
     theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
     talk = encoded(ByteTokenizer(), [SYSTEM, *TALK])
     assert theirs.apply_chat_template([SYSTEM, *TALK])["input_ids"] == talk.ids
+    assert gguf.main([str(tmp_path / "run"), str(tmp_path / "x.gguf")]) == 0
+    said = GGUFReader(tmp_path / "x.gguf").fields["tokenizer.chat_template"].contents()
+    assert said == theirs.chat_template == plain_template(ByteTokenizer())
     again = load_tokenizer(tmp_path / "exported")
     with Chat(again, SYSTEM["content"]) as theirs, Chat(ByteTokenizer(), "Be short.") as ours:
         assert theirs.ask("one") == ours.ask("one") and theirs.ends == ours.ends

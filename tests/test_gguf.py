@@ -241,19 +241,33 @@ def test_a_sentencepiece_vocabulary_keeps_pieces_scores_and_kinds(tmp_path):
     assert gguf_vocabulary(sentencepiece_model(), 700)["add_space_prefix"] is True
 
 
-def test_text_ends_where_ours_does_and_a_chat_template_goes_along(tmp_path):
+def test_text_ends_where_ours_does():
     tokenizer = train_sentencepiece([TEXT], 500)
     found = gguf_vocabulary(tokenizer, 500)
     assert (found["bos_token_id"], found["eos_token_id"], found["eot_token_id"]) == (1, 2, 1)
-    said = {"eos_token": "</s>", "chat_template": "{{ messages }}"}
+    said = {"eos_token": "</s>"}
     generation = {"eos_token_id": [0, 2], "pad_token_id": 0}
     chat = HuggingFaceTokenizer(byte_level_json(), said, 1, [0, 2], generation)
     found = gguf_vocabulary(chat, 601)
     assert (found["eos_token_id"], found["eot_token_id"], found["pad_token_id"]) == (2, 0, 0)
-    assert found["chat_template"] == "{{ messages }}" and found["add_bos_token"]
+    assert found["add_bos_token"]
     none = HuggingFaceTokenizer(byte_level_json(), said, 1, [2], {"pad_token_id": -1})
     assert "pad_token_id" not in gguf_vocabulary(none, 601)
-    assert "chat_template" not in gguf_vocabulary(tokenizer, 500)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"chat_template": "{{ messages }}"},
+        {"chat_template": [{"name": "default", "template": "{{ messages }}"}, {"name": "tools"}]},
+        {},
+    ],
+)
+def test_the_chat_template_goes_along(tmp_path, said):
+    tokenizer = HuggingFaceTokenizer(byte_level_json(), {"eos_token": "</s>"} | said, 1, [2])
+    _, file = written(tmp_path, model_of(vocab_size=601), tokenizer)
+    found = settings_of(file).get("tokenizer.chat_template")
+    assert found == ("{{ messages }}" if said else None)
 
 
 def test_a_tokenizer_json_with_a_model_of_sentencepiece_beside_it_is_written_as_that_model(
@@ -266,7 +280,7 @@ def test_a_tokenizer_json_with_a_model_of_sentencepiece_beside_it_is_written_as_
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "{{ x }}"}))
     theirs = open_weights(tmp_path / "hf").tokenizer()
     assert isinstance(theirs, HuggingFaceTokenizer) and theirs.sentencepiece
-    wanted = gguf_vocabulary(model, 700) | {"chat_template": "{{ x }}"}
+    wanted = gguf_vocabulary(model, 700)
     found = gguf_vocabulary(theirs, 700)
     assert {name: found[name] for name in wanted} == wanted
 
@@ -330,10 +344,6 @@ REFUSED = {
     "four ends": (
         lambda: HuggingFaceTokenizer(byte_level_json(), {}, 1, [0, 2], {"eos_token_id": 4 * [2]}),
         r"ends a text at \[2, 2, 2, 2\], and llama.cpp wants one id to 3",
-    ),
-    "templates": (
-        lambda: HuggingFaceTokenizer(byte_level_json(), {"chat_template": [{}]}, 1, [2]),
-        "has several chat templates",
     ),
     "lowercase": (lambda: changed(normalizer={"type": "Lowercase"}), "as it does: Lowercase"),
     "no byte level": (

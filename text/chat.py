@@ -118,6 +118,13 @@ def plain_template(tokenizer: Tokenizer) -> str:
     return PLAIN.replace("BOS", json.dumps(bos)).replace("EOS", json.dumps(names[ends[0]]))
 
 
+def template_learned(tokenizer: Tokenizer, data: dict[str, Any]) -> str | None:
+    """The chat template that an export takes along: that of the tokenizer, or the plain one if the
+    model was trained on conversations. `data` is what is known of its training data."""
+    own = template_source(tokenizer)
+    return plain_template(tokenizer) if data.get("answers") and not own else own
+
+
 def template_source(tokenizer: Tokenizer) -> str | None:
     """The chat template that came with a tokenizer: the only one, or that of the name default."""
     said = tokenizer.config.get("chat_template")

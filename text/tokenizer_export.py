@@ -34,7 +34,7 @@ from text.tokenizer_json import (
 LONGEST_PIECE = 1000  # a piece is cut at every place; the longest that is known, of spaces, has 128
 
 
-def tokenizer_files(tokenizer: Tokenizer, chat_template: str = "") -> dict[str, bytes]:
+def tokenizer_files(tokenizer: Tokenizer, chat_template: str | None = None) -> dict[str, bytes]:
     """Name -> content of the files from which transformers.AutoTokenizer.from_pretrained makes this
     tokenizer; with a chat template, if one is given.
 
@@ -67,7 +67,7 @@ def json_bytes(content: dict[str, Any], indent: int) -> bytes:
     return (json.dumps(content, ensure_ascii=False, indent=indent) + "\n").encode()
 
 
-def tokenizer_config(tokenizer: Tokenizer, made: dict, chat_template: str) -> dict:
+def tokenizer_config(tokenizer: Tokenizer, made: dict, chat_template: str | None) -> dict:
     """The content of tokenizer_config.json, for the tokenizer.json `made`."""
     # This class takes tokenizer.json as it is. LlamaTokenizer would replace the steps in it by its
     # own, which are others.
@@ -77,7 +77,7 @@ def tokenizer_config(tokenizer: Tokenizer, made: dict, chat_template: str) -> di
         for name, value in tokenizer.config.items()
         if name != "auto_map"
     }
-    if chat_template:
+    if chat_template and "chat_template" not in theirs:
         config["chat_template"] = chat_template
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return theirs | config
