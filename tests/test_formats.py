@@ -139,6 +139,7 @@ def tar():
         ("a.txt.gz", gzip.compress(b"x" * 9 + b"\xe9" + b"y" * 9), "byte 9 is not UTF-8"),
         ("a.csv.gz", gzip.compress(b"text\n\xe9\n"), "line 2: byte 0 is not UTF-8"),
     ],
+    ids=["not so called", "twice", "another", "tar", "parquet", "no UTF-8", "table, no UTF-8"],
 )
 def test_what_a_compressed_file_holds_is_named(tmp_path, name, content, match):
     (tmp_path / name).write_bytes(content)
