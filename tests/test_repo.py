@@ -2,6 +2,7 @@
 visible, what is never called, and that every command of the README runs."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -321,6 +322,8 @@ def test_readme_commands_run_one_after_the_other(
     (tmp_path / "my_folder").mkdir()
     for name in ("my.txt", *(f"my_folder/{i}.md" for i in range(20))):
         (tmp_path / name).write_text(f"some text of mine, {name}\n" * 200)
+    talks = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(30)]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(t) + "\n" for t in talks))
     save_hf(tmp_path / "my_llama", "GQA, llama3 scaling")
     prepare([str(tmp_path / "my.txt")], tmp_path / "my_llama" / "data", vocab_size=280)
     tokenizer = tmp_path / "my_llama" / "data" / "tokenizer.model"
@@ -347,8 +350,12 @@ def test_readme_commands_run_one_after_the_other(
         ran.append(command)
     assert set(ran) == COMMANDS.keys()
 
-    (block,) = re.findall(r"^```python\n(.*?)^```", readme(), re.M | re.S)
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     found = {}
     exec(block, found)
-    assert len(found["hidden"]) == found["model"].config.n_layer
+    config = found["model"].config
+    assert len(found["hidden"]) == len(found["attention"]) == config.n_layer
+    assert torch.allclose(found["attention"][0].sum(-1), torch.tensor(1.0))
     assert torch.equal(found["logits"], found["model"](found["ids"]))
+    assert len(found["gains"]) == 2 * config.n_layer + 1
