@@ -14,10 +14,11 @@ from transformers import AutoTokenizer
 import sample
 import text.chat
 import train
-from data.loader import batch, open_dataset
+from data.loader import batch, open_dataset, val_starts
 from data.prepare import prepare
 from exchange import gguf, hf
 from model import IGNORED
+from run.evaluate import mean_loss
 from run.setup import read_config, set_up
 from text.chat import Chat, ChatTemplate, encode_conversation, plain_template, template_of
 from text.messages import conversation_in
@@ -306,6 +307,17 @@ def test_every_token_of_an_answer_counts_the_same_in_whichever_micro_batch(chats
         assert loss == pytest.approx(expected.item(), rel=1e-5)
         for ours, first in zip(gradients, found[0][1], strict=True):
             assert torch.allclose(ours, first, atol=1e-6)
+
+
+def test_the_validation_loss_is_the_mean_over_the_tokens_of_answers(chats, tmp_path):
+    run = run_of(chats, tmp_path)
+    starts = val_starts(len(run.data.val), 32, 0)
+    x, y = run.data.windows("val", starts, 32)
+    logits = run.model.eval()(x).flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, y.flatten(), ignore_index=IGNORED)
+    for batch_size in (1, 3, 8):
+        found = mean_loss(run.model, run.data, "val", starts, 32, batch_size, "cpu", "float32")
+        assert found == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_all_tokens_can_count_in_training_and_answers_alone_in_evaluation(chats, tmp_path):

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from test_tokenizer import BYTE_LEVEL, save_hugging_face
 from transformers import LlamaForCausalLM
 
 import model as model_module
@@ -50,6 +51,20 @@ def test_each_document_begins_where_its_text_does(texts):
             assert tokens[start] == 256  # bos
             found.append(bytes(tokens[start + 1 : end].tolist()).decode())
     assert sorted(found) == sorted(texts[1])
+
+
+def test_the_end_token_between_two_documents_belongs_to_the_first_one(tmp_path):
+    save_hugging_face(
+        tmp_path, BYTE_LEVEL | {"post_processor": None}, tokenizer_config={"eos_token": "</s>"}
+    )
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"{name} text of many words " * 9)
+    texts = [str(tmp_path / f"{name}.txt") for name in "abc"]
+    prepare(texts, tmp_path / "set", str(tmp_path))
+    data = open_dataset(tmp_path / "set", doc_mask=True)
+    starts, tokens = data.documents["train"], data.train
+    assert len(starts) == 3 and (tokens[starts[1:] - 1] == 2).all()
+    assert (tokens[starts] != 2).all() and (tokens == 2).sum() == 2
 
 
 def test_documents_without_a_token_between_them_are_known_too(tmp_path):
