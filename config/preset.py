@@ -119,8 +119,8 @@ def find_preset(path: Path) -> Path:
         return FOLDER / f"{name}.py"
     near = ["finetune"] if name.startswith("finetune_") else []  # nanoGPT's names
     near += get_close_matches(name.removeprefix("train_"), PRESETS, 1)
-    known = ", ".join(f"config/{preset}.py" for preset in PRESETS)
-    hint = f"did you mean config/{near[0]}.py?" if near else f"presets are {known}"
+    known = f"presets of config/ are {', '.join(PRESETS)}"
+    hint = f"did you mean config/{near[0]}.py?" if near else known
     raise ValueError(f"{path} is neither a file nor a run's folder; {hint}")
 
 

@@ -56,6 +56,11 @@ class Dataset:
         return self.folder.resolve().name
 
     @property
+    def place(self) -> str:
+        """For messages: where these data are."""
+        return str(self.folder)
+
+    @property
     def fingerprint(self) -> dict:
         """What must stay the same between a run and its resumption."""
         keys = ("dtype", "vocab_size", "tokens", "content_sha256", "tokenizer_sha256")

@@ -34,6 +34,10 @@ class Mixture:
     rows_of_cycle: tuple[int, ...]
 
     @property
+    def place(self) -> str:
+        return self.name
+
+    @property
     def folder(self) -> Path:
         """Of the first source; the tokenizer there is that of all."""
         return self.sources[0].folder

@@ -217,7 +217,7 @@ def open_known_dataset(name: str, known: dict[str, Any], place: Path) -> Dataset
             f"{folder} is not prepared: make a data set of it with python data/prepare.py "
             f"{shell_path(folder)} tokenizer={shell_path(place)} name=NAME, then dataset=NAME"
         )
-    data = open_dataset(folder, doc_mask=known.get("doc_mask") is True)
+    data = open_dataset(folder, doc_mask="doc_mask" in known)
     if data.meta["tokenizer_sha256"] != known["tokenizer_sha256"]:
         raise ValueError(
             f"{data.folder} was not made with the tokenizer of {place}: python data/prepare.py "

@@ -38,6 +38,7 @@ CODE_THAT_TRAINS = (
     "run/machine.py",
     "run/ranks.py",
     "data/loader.py",
+    "data/mixture.py",
     "weights/hf_folder.py",
     "weights/lora.py",
 )

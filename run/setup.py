@@ -288,9 +288,7 @@ def refuse_other_data(saved: dict[str, Any], data: Data) -> None:
     before, run = saved["data"], saved["folder"]
     if all(before.get(key) == now for key, now in data.fingerprint.items() if key != "name"):
         return
-    name, place = before.get("name"), data.name
-    if len(data.sources) == 1:
-        place = data.sources[0].folder
+    name, place = before.get("name"), data.place
     if name == data.name:
         raise ValueError(
             f"this is not the run in out_dir: {place} does not hold the data any more with "
@@ -657,7 +655,7 @@ def open_same_data(folders: Sequence[Path], fingerprint: dict[str, Any], config:
         data = open_source(folders[0], config)
     if data.fingerprint != fingerprint:
         raise ValueError(
-            f"{data.name} on {socket.gethostname()} is not the data set that rank 0 has there: "
+            f"{data.place} on {socket.gethostname()} is not the data set that rank 0 has there: "
             f"copy it"
         )
     return data

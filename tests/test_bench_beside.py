@@ -203,7 +203,7 @@ def test_ours_as_long_has_the_steps_of_the_time_that_is_left():
 
 
 def test_a_text_that_both_do_not_read_alike_is_refused(measure, nanogpt_folder, tmp_path):
-    (tmp_path / "text").write_bytes(b"a line\r\nand another\r\n" * 500)
+    (tmp_path / "text").write_bytes(b"".join(b"%d\r\n" % i for i in range(2000)))
     code, _, err = measure("nanogpt", str(nanogpt_folder), str(tmp_path / "text"), *OURS)
     assert code == 2 and "nanoGPT's validation tokens are not ours" in err and err.count("\n") == 1
 

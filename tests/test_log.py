@@ -89,9 +89,9 @@ def train(log, losses):
 def test_an_evaluation_tells_the_mean_training_loss_since_the_one_before(tmp_path, capsys):
     with log_in(tmp_path) as log:
         train(log, {1: 3.0, 2: 2.0, 3: 1.0})
-        log.evaluation(3, 2.5)
+        log.evaluation(3, [2.5])
         train(log, {4: 0.5, 5: 0.25})
-        log.evaluation(5, 2.25)
+        log.evaluation(5, [2.25])
     means = [r["train_loss"] for r in read_metrics(tmp_path) if "val_loss" in r]
     assert means == [2.0, 0.375]  # although step 3 and 5 have no records of their own
     assert "step 5/10 | train loss 0.3750 | val loss 2.2500 | " in capsys.readouterr().out
@@ -113,9 +113,9 @@ def test_after_a_resume_the_mean_training_loss_is_that_of_all_steps_or_is_left_o
     (tmp_path / METRICS_FILE).write_text(text)
     with log_in(tmp_path, resumed_at) as log:
         train(log, {s: 4.0 - s for s in range(resumed_at + 1, 4)})
-        log.evaluation(3, 2.5)
+        log.evaluation(3, [2.5])
         train(log, {4: 1.5})
-        log.evaluation(4, 2.5)
+        log.evaluation(4, [2.5])
     evaluations = [r for r in read_metrics(tmp_path) if "val_loss" in r]
     assert [r.get("train_loss") for r in evaluations] == [mean, 1.5]
 
@@ -125,7 +125,7 @@ def test_the_steps_before_the_evaluation_that_a_resumed_run_knows_do_not_count(t
     (tmp_path / METRICS_FILE).write_text("".join(json.dumps(r) + "\n" for r in records))
     with log_in(tmp_path, 2) as log:
         train(log, {3: 1.0})
-        log.evaluation(3, 2.5)
+        log.evaluation(3, [2.5])
     assert read_metrics(tmp_path)[-1]["train_loss"] == 2.0
 
 
@@ -134,7 +134,7 @@ def test_the_line_of_an_evaluation_fits_80_columns(tmp_path, capsys):
     run.config = replace(run.config, max_iters=20000)
     with Log(run, None, SimpleNamespace(came=0)) as log:
         log.losses = dict.fromkeys(range(1, 20001), 10.25)
-        log.evaluation(20000, 9.75)
+        log.evaluation(20000, [9.75])
     line = capsys.readouterr().out.splitlines()[-1]
     assert "train loss 10.2500 | val loss 9.7500 | 7." in line and len(line) <= 80
 

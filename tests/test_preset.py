@@ -93,11 +93,11 @@ def test_a_preset_of_ours_is_found_from_any_folder_unless_there_is_another(
 
 @pytest.mark.parametrize(
     "name",
-    ["elsewhere/tiny.py", "tiny.txt", "none", "", "..", "config", "schema", "preset", "~nobody/x"],
+    ["elsewhere/tiny.py", "tiny.txt", "none", "", "..", "config", "knobs", "preset", "~nobody/x"],
 )
 def test_what_is_no_preset_is_refused_with_the_nearest_or_all_presets(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    hint = f"presets are {', '.join(f'config/{preset}.py' for preset in PRESETS)}"
+    hint = f"presets of config/ are {', '.join(PRESETS)}"
     if "tiny" in name:
         hint = "did you mean config/tiny.py?"
     with pytest.raises(ValueError) as error:

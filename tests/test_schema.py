@@ -99,7 +99,7 @@ def test_knobs_are_checked_together():
         # words
         ("--n_layer", "--n_layer has no value: write n_layer=VALUE"),
         ("n_layer=2 n_layer=3", "n_layer is given twice"),
-        ("config/none.py", "config/none.py is neither a file nor a run's folder; presets are"),
+        ("config/none.py", "config/none.py is neither a file nor a run's folder; presets of"),
         ("config", "config is neither a file nor"),
         ("config/train_shakespeare_char.py", "did you mean config/shakespeare_char.py?"),
         ("config/finetune_shakespeare.py", "did you mean config/finetune.py?"),

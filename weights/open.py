@@ -76,10 +76,11 @@ class Weights:
 
     @property
     def data(self) -> dict[str, Any]:
-        """What is known of the training data: at least the SHA-256 of the tokenizer, and whether
-        attention stayed within a document."""
+        """What is known of the training data: at least the SHA-256 of the tokenizer; and doc_mask,
+        if attention stayed within a document."""
         known = self.state.get("data", {})
-        known = known | {"doc_mask": self.state.get("config", {}).get("doc_mask", False)}
+        if self.state.get("config", {}).get("doc_mask") is True:
+            known = known | {"doc_mask": True}
         if "tokenizer_sha256" not in known:
             known = known | {"tokenizer_sha256": tokenizer_sha256(self.folder)}
         return known

@@ -277,6 +277,6 @@ def own_data(folder: Path, change_in: int | None) -> None:
     1."""
     if os.environ["RANK"] == "1":
         opened = run.setup.open_dataset
-        run.setup.open_dataset = lambda _: opened(folder)
+        run.setup.open_dataset = lambda _, *options: opened(folder, *options)
         if change_in:
             at_batch(change_in - 1, partial(change_a_byte, folder / "train.bin"))

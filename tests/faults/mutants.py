@@ -214,7 +214,7 @@ config/preset.py
 
 a field of meta.json is not tested | fuzz of meta.json | 400
 data/loader.py
-- if not good(meta.get(field)):
+- if not good(meta.get(name)):
 + if False:
 
 what a checkpoint unfolds to is not counted | fuzz of a checkpoint | 400
