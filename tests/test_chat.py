@@ -175,7 +175,6 @@ def test_a_template_that_fails_says_why(source, said):
             template.prompt(TALK)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no kill of a busy child there")
 def test_a_template_that_never_ends_is_stopped(monkeypatch):
     monkeypatch.setattr(text.chat, "SECONDS", 1.0)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class ChatTemplate:
         if len(source) > LARGEST_TEMPLATE:
             raise ValueError(f"the chat template has more than {LARGEST_TEMPLATE:,} characters")
         self.about = {"template": source, "variables": variables, "special": special}
+        self.about["seconds"] = SECONDS
         self.process: subprocess.Popen | None = None
         self.turn = threading.Lock()  # one request at a time, whichever thread has it
 
@@ -62,18 +64,12 @@ class ChatTemplate:
         self.process.communicate()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        with self.turn:
-            late = threading.Timer(SECONDS, self.process.kill)
-            late.start()
-            try:
-                self.process.stdin.write(json.dumps(request).encode() + b"\n")
-                self.process.stdin.flush()
-                answer = self.process.stdout.readline()
-            except BrokenPipeError:
-                answer = b""
-            finally:
-                late.cancel()
-        if not answer:
+        answer = b""
+        with self.turn, suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        if not answer:  # it has ended itself
             raise ValueError(
                 f"the chat template was stopped, for it takes more than {SECONDS:g} s or too much "
                 f"memory"

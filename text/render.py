@@ -3,15 +3,16 @@
 A chat template is a program of whoever made the model. So it runs in jinja2's sandbox, which keeps
 it from Python's attributes, and here, where too much memory or time ends this process alone.
 
-The first line of the input is {"template", "variables", "special"}. Each line after it is a request
-{"messages", "reply"}, and gets a line for an answer: {"text", "answers"} or {"error"}.
+The first line of the input is {"template", "variables", "special", "seconds"}. Each line after it
+is a request {"messages", "reply"}, and gets a line for an answer: {"text", "answers"} or {"error"}.
 """
 
+import faulthandler
 import json
 import re
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from os.path import commonprefix
 from typing import Any
@@ -65,10 +66,13 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 class Renderer:
     """One chat template. `variables` are what it knows beside the messages, such as bos_token;
-    `special` are the special tokens, one of which ends an answer."""
+    `special` are the special tokens, one of which ends an answer. This process ends if a
+    conversation takes more than so many seconds."""
 
-    def __init__(self, template: str, variables: dict[str, Any], special: list[str]):
-        self.environment = environment()
+    def __init__(
+        self, template: str, variables: dict[str, Any], special: list[str], seconds: float
+    ):
+        self.environment, self.seconds = environment(), seconds
         self.template, self.variables = self.environment.from_string(template), variables
         names = sorted(special, key=len, reverse=True)
         self.end = re.compile(rf"\s*(?:{'|'.join(map(re.escape, names))})" if names else r"(?!)")
@@ -115,13 +119,25 @@ class Renderer:
 
     def respond(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
-            text = self.render(request["messages"], request["reply"])
-            answers = [] if request["reply"] else self.answers(request["messages"], text)
+            with at_most(self.seconds):
+                text = self.render(request["messages"], request["reply"])
+                answers = [] if request["reply"] else self.answers(request["messages"], text)
             return {"text": text, "answers": answers}
         except MemoryError:
             return {"error": "it takes too much memory"}
         except Exception as error:  # a template can fail like any program
             return {"error": f"{error!s:.200}" or type(error).__name__}
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Ends this process if what is done meanwhile takes longer. The parent could not be trusted
+    with that: if it is killed, a template that never ends would go on for ever."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def main() -> None:
@@ -130,7 +146,9 @@ def main() -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     try:
-        renderer = Renderer(**json.loads(sys.stdin.readline()))
+        about = json.loads(sys.stdin.readline())
+        with at_most(about["seconds"]):
+            renderer = Renderer(**about)
         print(json.dumps({}), flush=True)
     except Exception as error:
         print(json.dumps({"error": f"{error!s:.200}"}), flush=True)
