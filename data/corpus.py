@@ -367,10 +367,10 @@ def documents(paths: list[Path], field: str | None = None) -> Corpus:
 
 
 def conversations(name: str, of: str, rows: dict[str, Path]) -> Corpus:
-    """Files of conversations, of which a tenth is val: by a hash of the row's name, or, if these
-    are few, each tenth row."""
+    """Files of conversations, of which a tenth is val: by a hash of the row's name, or, if that is
+    far from a tenth because they are few, each tenth row, but at least the last one."""
 
-    def pieces() -> Iterator[Piece]:
+    def pieces(each: int = 0) -> Iterator[Piece]:
         number = 0
         for file, path in rows.items():
             for row, (place, messages) in enumerate(conversations_in(path)):
@@ -381,14 +381,11 @@ def conversations(name: str, of: str, rows: dict[str, Path]) -> Corpus:
                 yield Piece(split, True, text, messages, f"{path}: {place}")
                 number += 1
 
-    each = 0  # every so many conversations one is val; 0 = by the hash
-    sizes = Counter()
-    for piece in pieces():
-        sizes[piece.split] += 1
-    if not 0.05 * sizes.total() <= sizes["val"] <= 0.2 * sizes.total():
-        each = min(10, sizes.total())
-    source = f"{counted(sizes.total(), 'conversation*')} of {of}"
-    return Corpus(name, source, pieces, chat=True)
+    sizes = Counter(piece.split for piece in pieces())
+    total = sizes.total()
+    by_hash = 0.05 * total <= sizes["val"] <= 0.2 * total
+    source = f"{counted(total, 'conversation*')} of {of}"
+    return Corpus(name, source, partial(pieces, 0 if by_hash else min(10, total)), chat=True)
 
 
 def holds_conversations(path: Path) -> bool:

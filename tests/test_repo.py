@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 PROGRAMS = ("train", "sample", "model", "norm")  # the whole of the root
 # From the ground up: a file may import from lower rooms and from its own, never from a higher one.
 ROOMS = "norm model config text data weights run sample train lab/exchange".split()
+INSTALLED = ("py-modules", "packages")
 COMMANDS = {
     "train.py": train.main,
     "sample.py": sample.main,
@@ -70,6 +71,12 @@ def imported(tree):
 def test_four_programs_stand_at_the_root():
     there = {name for name in tracked() if name.endswith(".py") and "/" not in name}
     assert there == {f"{name}.py" for name in PROGRAMS}
+
+
+def test_an_installation_in_place_finds_every_room():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = (ast.literal_eval(re.search(rf"^{n} = (.*)$", text, re.M)[1]) for n in INSTALLED)
+    assert {name for names in listed for name in names} == {n for r in ROOMS for n in r.split("/")}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
