@@ -126,6 +126,15 @@ def test_without_tags_the_answers_are_found_all_the_same(family, tmp_path):
     assert found[0] == found[1]
 
 
+def test_what_a_template_marks_is_the_answer_whatever_stands_around_it():
+    source = """{% for m in messages %}{{ m.role + ':' }}
+{%- if m.role == 'assistant' %}{% generation %}{{ m.content[:6] }}{% endgeneration %}
+{{- m.content[6:] }}{% else %}{{ m.content }}{% endif %}{{ '</s>' }}{% endfor %}"""
+    with ChatTemplate(source, {}, ["</s>"]) as template:
+        text, answers = template.render(TALK)
+    assert [text[begin:end] for begin, end in answers] == ["A text", "It sta"]
+
+
 def test_a_template_of_several_is_the_default_one(tmp_path):
     several = [
         {"name": "tool_use", "template": "no"},
