@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ from transformers import AutoTokenizer
 import sample
 import text.chat
 import train
+from data.corpus import open_corpus
 from data.loader import batch, open_dataset, val_starts
 from data.prepare import prepare
 from exchange import gguf, hf
 from model import IGNORED
 from run.evaluate import mean_loss
-from run.setup import read_config, set_up
+from run.setup import read_config, set_up, text_dataset
 from text.chat import Chat, ChatTemplate, encode_conversation, plain_template, template_of
 from text.messages import conversation_in
 from text.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer
@@ -293,6 +295,25 @@ def test_few_conversations_are_split_whole(tmp_path):
     (tmp_path / "few.jsonl").write_text(lines.splitlines()[0])
     with pytest.raises(ValueError, match="too little text, none is left for train"):
         prepare([str(tmp_path / "few.jsonl")], tmp_path / "one", "byte")
+
+
+def test_other_answers_or_other_roles_are_other_data(tmp_path, monkeypatch):
+    names, path = [], tmp_path / "talks.jsonl"
+    for role in ("user", "system"):
+        lines = [{"messages": [talk[0] | {"role": role}, talk[1]]} for talk in talks(9)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        names.append(text_dataset(path, open_corpus([str(path)]), None).name)
+    assert names[0] != names[1]
+
+    def without_answers(*arguments):
+        return replace(encode_conversation(*arguments), answers=[(0, 1)])
+
+    prepare([str(path)], tmp_path / "one", "byte")
+    monkeypatch.setattr("data.prepare.encode_conversation", without_answers)
+    prepare([str(path)], tmp_path / "other", "byte")
+    one, other = (open_dataset(tmp_path / name) for name in ("one", "other"))
+    assert np.array_equal(one.train, other.train)
+    assert one.fingerprint["content_sha256"] != other.fingerprint["content_sha256"]
 
 
 def run_of(chats, tmp_path, *knobs):
