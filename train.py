@@ -210,10 +210,11 @@ def accumulate_gradients(run: Run, interrupts: Interrupts | None = None) -> Tens
     with ranks.all_or_none():  # if one rank alone stopped here, the others would wait for it
         windows = batch(data, run.step, config.batch_size, T, config.seed, ranks.rank, ranks.size)
     count = len(windows[0]) // config.micro_batch_size
-    # Every token counts the same in the mean. Where only answers count, parts have more or fewer.
+    # Every token that counts has the same weight. Of conversations only answers do, and one
+    # micro-batch or rank has more of them than another.
     tokens_per_rank = counted_tokens(windows[1])
     if any(source.answers for source in data.sources):
-        tokens_per_rank = ranks.sum(tokens_per_rank) / ranks.size
+        tokens_per_rank = max(1, ranks.sum(tokens_per_rank)) / ranks.size
     mean = torch.zeros((), device=config.device)
     for i, part in enumerate(zip(*(tensor.chunk(count) for tensor in windows), strict=True)):
         if i and interrupts is not None and interrupts.agreed():
@@ -221,7 +222,7 @@ def accumulate_gradients(run: Run, interrupts: Interrupts | None = None) -> Tens
         parallel.average_gradients_in_backward(run.forward, now=i == count - 1)
         with autocast(config.device, config.dtype):
             loss = run.forward(*(to_device(tensor, config.device) for tensor in part))
-            loss = loss / (tokens_per_rank / counted_tokens(part[1]))
+            loss = loss / (tokens_per_rank / max(1, counted_tokens(part[1])))
         run.scaler.scale(loss).backward()
         mean += loss.detach()
     parallel.average_what_fsdp_skips(run.model, config, ranks)
@@ -229,8 +230,8 @@ def accumulate_gradients(run: Run, interrupts: Interrupts | None = None) -> Tens
 
 
 def counted_tokens(targets: Tensor) -> int:
-    """How many of the targets count in the loss, but at least 1, so that it can divide."""
-    return max(1, int((targets != IGNORED).sum()))
+    """How many of the targets count in the loss."""
+    return int((targets != IGNORED).sum())
 
 
 def learning_rate_at(step: int, config: Config) -> float:

@@ -312,7 +312,8 @@ def why_left_out(path: Path, root: Path, field: str) -> str:
         return f"{kind} file*" if found[0] == BINARY else f"file* holding {found[0]}"
     if row_suffix(path) == ".json":
         try:
-            holds_conversations(path) or next(texts_in(path, field), None)
+            if not holds_conversations(path):
+                next(texts_in(path, field), None)
         except ValueError:
             return ".json file* without rows of text"
     return ""

@@ -72,6 +72,11 @@ class Dataset:
         """The data sets of which this one is made: itself alone. A Mixture has several."""
         return (self,)
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of each source, its share of the rows."""
+        return (1.0,)
+
     def mean(self, values: Sequence[float]) -> float:
         """The mean of one value for each source."""
         return values[0]

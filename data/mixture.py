@@ -63,9 +63,14 @@ class Mixture:
         for source in self.sources:
             source.check_unchanged()
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of each source, its share of the rows."""
+        return tuple(rows / CYCLE for rows in self.rows_of_cycle)
+
     def mean(self, values: Sequence[float]) -> float:
         """The mean of one value for each source, weighted by the shares."""
-        return float(np.dot(values, self.rows_of_cycle)) / CYCLE
+        return float(np.dot(values, self.shares))
 
 
 def sources_of_rows(

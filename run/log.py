@@ -339,8 +339,7 @@ def about_data(run: Run) -> str:
     """Of each data set: its size, its share of a mixture, and how often the run will read it."""
     config, lines = run.config, []
     read = config.max_iters * config.batch_size * config.model.block_size
-    for i, source in enumerate(run.data.sources):
-        share = run.data.mean([float(j == i) for j in range(len(run.data.sources))])
+    for source, share in zip(run.data.sources, run.data.shares, strict=True):
         of_rows = f"{share:.1%} of the rows, " if len(run.data.sources) > 1 else ""
         learned = ""
         if source.answers and config.answers_only:

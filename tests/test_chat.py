@@ -338,6 +338,15 @@ def test_every_token_of_an_answer_counts_the_same_in_whichever_micro_batch(chats
             assert torch.allclose(ours, first, atol=1e-6)
 
 
+def test_a_batch_without_answers_counts_for_nothing(chats, tmp_path, monkeypatch):
+    run, told = run_of(chats, tmp_path), []
+    monkeypatch.setattr(type(run.ranks), "sum", lambda self, value: told.append(value) or value)
+    x, y = batch(run.data, 0, 8, 32, run.config.seed)
+    monkeypatch.setattr(train, "batch", lambda *_: (x, torch.full_like(y, IGNORED)))
+    assert train.accumulate_gradients(run) == 0 and told == [0]
+    assert all((p.grad == 0).all() for p in run.model.parameters())
+
+
 def test_the_validation_loss_is_the_mean_over_the_tokens_of_answers(chats, tmp_path):
     run = run_of(chats, tmp_path)
     starts = val_starts(len(run.data.val), 32, 0)
