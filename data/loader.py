@@ -100,8 +100,8 @@ class Dataset:
 
     def windows(self, split: str, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, ...]:
         """(x, y) of read_windows(), with IGNORED in y where a token does not count in the loss.
-        With doc_mask also the position of each token of x in its document, int64 [B, T]; that of a
-        document which has begun before the window counts from the window's start.
+        With doc_mask also the position of each token of x in its document, int64 [B, T]. Of a
+        document that has begun before the window, it is the position in the window.
 
         OSError if a file was changed, even at this moment.
         """
