@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from config.command import expand_home, split_arguments
@@ -331,6 +332,7 @@ BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "
 LONGEST_NUMBER = 100  # characters; int() of a very long text takes seconds
 
 
+@cache  # the types are read from the text of the annotations, which takes milliseconds
 def knobs_of(*classes: type) -> dict[str, tuple[Any, dataclasses.Field]]:
     """name -> (type, field) of every knob of the dataclasses."""
     return {

@@ -16,6 +16,7 @@ import train
 from data.prepare import prepare
 from lab import bench
 from run.log import Tracker
+from run.metrics import plot_losses
 
 torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
 
@@ -58,6 +59,18 @@ def data_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     prepare_words(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """No run draws its loss.png, which would take longer than a run of a model as small as here."""
+    monkeypatch.setattr(train, "plot_losses", lambda folder: None)
+
+
+@pytest.fixture
+def drawn(undrawn, monkeypatch):
+    """Runs draw their loss.png after all."""
+    monkeypatch.setattr(train, "plot_losses", plot_losses)
 
 
 @contextlib.contextmanager

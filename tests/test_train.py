@@ -259,7 +259,7 @@ def test_compiled_training_is_the_same_training_and_the_same_bits_each_time(
     assert_same_run(tmp_path / "compiled", tmp_path / "again")
 
 
-def test_what_a_run_leaves_behind(start, tmp_path):
+def test_what_a_run_leaves_behind(start, drawn, tmp_path):
     code, out, err = start()
     run = tmp_path / "run"
     assert code == 0 and err == ""
@@ -788,7 +788,9 @@ def test_folders_above_out_dir_that_a_refused_command_made_are_removed(start, tm
     assert not (tmp_path / "deep").exists()
 
 
-def test_what_comes_after_the_last_save_does_not_change_the_exit_code(start, tmp_path, monkeypatch):
+def test_what_comes_after_the_last_save_does_not_change_the_exit_code(
+    start, drawn, tmp_path, monkeypatch
+):
     def damage():
         (tmp_path / "run" / "loss.png").mkdir()
         replaced_by_a_folder(tmp_path / "run" / "tokenizer.json")
@@ -985,7 +987,7 @@ def test_a_run_whose_folder_another_one_has_taken_ends(start, tmp_path, monkeypa
     assert (run / "config.json").read_text() == "another run's"
 
 
-def test_foreign_files_are_neither_replaced_nor_removed(start, tmp_path):
+def test_foreign_files_are_neither_replaced_nor_removed(start, drawn, tmp_path):
     run = tmp_path / "run"
     for name in ("config.json", "metrics.jsonl", "tokenizer.json", "loss.png"):
         run.mkdir()
@@ -999,7 +1001,7 @@ def test_foreign_files_are_neither_replaced_nor_removed(start, tmp_path):
         shutil.rmtree(run)
 
 
-def test_nothing_is_written_through_a_link_in_the_folder_of_a_run(start, tmp_path):
+def test_nothing_is_written_through_a_link_in_the_folder_of_a_run(start, drawn, tmp_path):
     start("max_iters=4", "keep=1")
     run, outside = tmp_path / "run", tmp_path / "outside"
     outside.mkdir()

@@ -52,8 +52,8 @@ from .harness import (
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 KNOBS = dict(micro_batch_size=2, eval_interval=3, dropout=0.1)  # 48 micro-batches, 4 evaluations
-PATIENCE = 5.0  # seconds for a step, a save and the end of a process, on a busy machine
-AT_ONCE = 1.0  # seconds that a second signal may take
+PATIENCE = 20.0  # seconds for a step, a save and the end of a process, on a very busy machine
+AT_ONCE = 10.0  # seconds that a second signal may take, in a place that takes a minute
 COMPILERS = {"c++", "g++", "cc1plus", "clang", "clang++", "as", "ld", "collect2"}
 RUNS: list[run.setup.Run] = []  # in a child: its run, once it is built
 
@@ -387,7 +387,7 @@ def stopped_prepare(report: Report, tries: int, folder: Path) -> None:
         shutil.copy(path, data_sets)
     shutil.copytree(ROOT / "config", data_sets.parent / "config")
     text, pick = folder / "text.txt", random.Random(0)
-    text.write_text("".join(pick.choices(("the cat ", "sat on ", "a mat.\n"), k=400_000)))
+    text.write_text("".join(pick.choices(("the cat ", "sat on ", "a mat.\n"), k=100_000)))
     for i in range(tries):
         number, tokenizer = SIGNALS[i % 2], ("byte", "sentencepiece")[i // 2 % 2]
         script = [sys.executable, data_sets / "prepare.py", text, f"tokenizer={tokenizer}"]
@@ -419,11 +419,12 @@ def stop_prepare(script: list, data_sets: Path, number: int, delay: float) -> tu
         process.wait(delay)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, number)
+    at_its_end = made.exists()  # so it may end by itself
     begin = time.monotonic()
-    ended = Ended(process.wait(), printed.read_text())
+    code = process.wait()
+    ended = Ended(code, printed.read_text())
     seconds = time.monotonic() - begin
-    # If the data set is there, the script was at its end and may have ended by itself.
-    at_its_end = made.exists() and ended.code in (0, -number)
+    at_its_end = at_its_end and code in (0, -number)
     failure = bad_end(ended, ended.code if at_its_end else 128 + number)
     failure = failure or half_prepared(data_sets, "words") or too_slow(seconds)
     shutil.rmtree(made, ignore_errors=True)
