@@ -1,6 +1,7 @@
 """What the tests share: a small text, a data set made of it, and a way to train on it."""
 
 import contextlib
+import gc
 import io
 import random
 import resource
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import sentencepiece
 import torch
+import torch._dynamo  # every optimizer imports it
 
 import train
 from data.prepare import prepare
@@ -59,6 +61,11 @@ def data_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     prepare_words(folder)
     return folder
+
+
+def pytest_collection_finish(session):
+    """What has been imported stays to the end, so the garbage collector need not look at it."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
