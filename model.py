@@ -511,10 +511,7 @@ class Decoder(nn.Module):
         The loss is part of forward, so a compiled or wrapped model is called once.
         """
         x = self.features(ids, positions=positions)
-        if targets is None:
-            return self.logits(x)
-        weight = self.embed.weight if self.head is None else self.head.weight
-        return head_loss(x.flatten(0, 1), targets.flatten(), self.logits, weight)
+        return self.logits(x) if targets is None else self.loss(x, targets)
 
     def features(self, ids: Tensor, cache: Any = None, positions: Tensor | None = None) -> Tensor:
         """ids [B, T] -> what the head reads, [B, T, C].
@@ -546,6 +543,11 @@ class Decoder(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Features [..., C] -> logits [..., V]."""
         return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Features [B, T, C] and targets [B, T] -> the mean cross-entropy, nats per token, fp32."""
+        weight = self.embed.weight if self.head is None else self.head.weight
+        return head_loss(x.flatten(0, 1), targets.flatten(), self.logits, weight)
 
 
 # -- The weights at the start, and their number ----------------------------------------------------

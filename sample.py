@@ -437,9 +437,8 @@ def sample_of(run: Run) -> str:
         note = f"the sample starts from nothing, not with sample_prompt: {reason}\n"
         prompt, ids = "", prompt_ids(tokenizer, "")
     disable_cudnn_attention(config.device)
-    model, vocab_size = uncompiled(run.model), tokenizer.vocab_size
-    arguments = {"seed": config.seed, "vocab_size": vocab_size} | SAMPLE_OF_A_RUN
-    with autocast(config.device, config.dtype):
+    arguments = {"seed": config.seed, "vocab_size": tokenizer.vocab_size} | SAMPLE_OF_A_RUN
+    with uncompiled(run.model) as model, autocast(config.device, config.dtype):
         new = [i for (i,) in generate(model, ids, config.sample_tokens, **arguments)]
     text = tokenizer.decode(takewhile(lambda i: i not in tokenizer.end_ids, new))
     return f"{note}--- sample ---\n{prompt}{text}\n"

@@ -13,8 +13,8 @@ Reading order: building the model; what a step needs; moving tensors between one
 of many ranks; Muon on several ranks.
 """
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -116,13 +116,17 @@ def wrap(model: Decoder, config: Config, ranks: Ranks) -> nn.Module:
     """What a step calls: the model, compiled if config.compile says so, and with DDP around it if
     there are several ranks with ddp.
 
-    On several ranks the Blocks are compiled one by one, so that the ranks can exchange gradients
-    while the rest of backward runs.
+    On several ranks the Blocks and the loss are compiled one by one, so that the ranks can exchange
+    gradients while the rest of backward runs.
     """
     if ranks.size == 1:
         return torch.compile(model, dynamic=False) if config.compile else model
-    for block in model.blocks if config.compile else ():
-        block.forward = torch.compile(block.forward, dynamic=False)
+    if config.compile:
+        for block in model.blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)
+        model.loss = torch.compile(model.loss, dynamic=False)
+        # Else a Block would be cut again where its gradients fill one of DDP's buckets.
+        torch._dynamo.config.optimize_ddp = False
     if config.parallel == "fsdp":
         return model
     ddp = nn.parallel.DistributedDataParallel
@@ -130,11 +134,17 @@ def wrap(model: Decoder, config: Config, ranks: Ranks) -> nn.Module:
     return ddp(model, gradient_as_bucket_view=True)
 
 
-def uncompiled(model: Decoder) -> Decoder:
-    """Undoes `wrap`'s compiling of Blocks, in place: they were compiled for one shape of batch."""
-    for block in model.blocks:
-        vars(block).pop("forward", None)
-    return model
+@contextmanager
+def uncompiled(model: Decoder) -> Iterator[Decoder]:
+    """A context in which the parts that `wrap` compiled in place run as they are written: the
+    compiled code is for the shapes of a training batch alone."""
+    places = [*((block, "forward") for block in model.blocks), (model, "loss")]
+    compiled = [(part, name, vars(part).pop(name)) for part, name in places if name in vars(part)]
+    try:
+        yield model
+    finally:
+        for part, name, function in compiled:
+            setattr(part, name, function)
 
 
 # What a step needs.

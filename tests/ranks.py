@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults.harness import after_call, at_batch, before_call
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -136,6 +137,20 @@ def save_the_start(folder: Path) -> None:
         save_checkpoint(replace(begun, config=config, lock=None), required=True)
 
     before_call(train, "train", save_there)
+
+
+def count_graphs() -> None:
+    """The compiler finds its graphs, but makes no code of them, which would take a minute. At the
+    end the rank says how many there were, and how many parts of the model are compiled."""
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.compile = partial(torch.compile, backend=counter)
+
+    def tell(_, begun, tracker):
+        parts = [(block, "forward") for block in begun.model.blocks] + [(begun.model, "loss")]
+        compiled = sum(name in vars(part) for part, name in parts)
+        print(f"graphs: {counter.frame_count}, compiled: {compiled}", file=sys.stderr)
+
+    after_call(train, "train", tell)
 
 
 def never_look_into(out: Path) -> None:

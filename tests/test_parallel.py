@@ -120,6 +120,19 @@ def test_in_bfloat16_both_ways_are_the_same(whole):
     assert_same_training(ddp, fsdp)
 
 
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_compiled_ranks_train_the_same_with_a_graph_for_all_blocks_and_one_for_the_loss(
+    whole, tmp_path, way
+):
+    out, drawn = tmp_path / "run", {"sample_interval": 3, "sample_tokens": 2}
+    knobs = SHORT | drawn | {"parallel": way, "compile": True}
+    codes, texts = train_ranks(2, out, ranks.count_graphs, **knobs)
+    assert codes == [0, 0], texts
+    assert_same_training(out, whole(2, parallel=way))
+    # Of each there is one with a gradient and one without; a sample leaves all compiled.
+    assert all("graphs: 4, compiled: 3" in text for text in texts), texts
+
+
 def test_a_launcher_of_one_rank_changes_nothing(whole, tmp_path):
     codes, texts = train_ranks(1, tmp_path / "run", parallel="fsdp", **SHORT)
     assert codes == [0] and difference(whole(1), tmp_path / "run") == "", texts
