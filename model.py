@@ -634,6 +634,8 @@ def parameter_count(config: ModelConfig) -> int:
 
 IGNORED = -100  # the target of a row that does not count
 LOGITS_PER_PIECE = 2**25  # 128 MB in fp32
+LOGITS_ON_CUDA = 2**28  # 1 GB: only thousands of rows keep a GPU busy
+TILE = 128  # rows of a product that a GPU works on together
 MOST_PIECES = 8  # because each piece is compiled; with very many rows the pieces are larger instead
 
 
@@ -645,7 +647,7 @@ def head_loss(
     x [N, C], weight [V, C], targets [N] int64; rows whose target is IGNORED do not count. Without
     gradients only head(x) is used, not the weight, so the head may be any function (int8, say).
     """
-    rows = rows_at_once(len(x), len(weight))
+    rows = rows_at_once(len(x), len(weight), x.is_cuda)
     if torch.is_grad_enabled() and x.requires_grad:
         return HeadLoss.apply(x, weight, targets, rows)
     sums = []
@@ -660,9 +662,11 @@ def counted_rows(targets: Tensor) -> Tensor:
     return (targets != IGNORED).sum().clamp(min=1)
 
 
-def rows_at_once(rows: int, vocab: int) -> int:
+def rows_at_once(rows: int, vocab: int, on_cuda: bool = False) -> int:
     """How many of the rows are one piece, at most."""
-    return -(-max(LOGITS_PER_PIECE, rows * vocab // MOST_PIECES) // vocab)
+    logits = max(LOGITS_ON_CUDA if on_cuda else LOGITS_PER_PIECE, rows * vocab // MOST_PIECES)
+    most = -(-logits // vocab)
+    return -(-most // TILE) * TILE if on_cuda else most
 
 
 class HeadLoss(torch.autograd.Function):

@@ -18,8 +18,8 @@ rope_theta = 500_000.0
 vocab_size = 50_304  # GPT-2's 50,257, padded to a multiple of 64
 tie_embeddings = True
 
-batch_size = 512  # 1,048,576 tokens per step
-max_iters = 20_000  # about 20 billion tokens: twenty per parameter
+batch_size = 480  # 983,040 tokens per step; many divisors, so that a micro-batch fits each GPU
+max_iters = 21_000  # about 20 billion tokens: twenty per parameter
 learning_rate = 3e-4
 min_lr = 3e-5
 warmup_iters = 1000

@@ -13,8 +13,8 @@ block_size = 2048
 vocab_size = 50_304  # GPT-2's 50,257, padded to a multiple of 64
 tie_embeddings = True
 
-batch_size = 256  # 524,288 tokens per step
-max_iters = 19_000  # about 10 billion tokens
+batch_size = 240  # 491,520 tokens per step; many divisors, so that a micro-batch fits each GPU
+max_iters = 20_000  # about 10 billion tokens
 learning_rate = 3e-4
 min_lr = 3e-5
 warmup_iters = 700

@@ -77,13 +77,17 @@ def choose_device(wanted: str, local_rank: int = 0, local_size: int = 1) -> str:
 
 def choose_dtype(wanted: str, device: str) -> str:
     """The dtype of matrix products; auto = bfloat16 if the hardware of `device` can multiply it,
-    else float32. ValueError if `device` does not support `wanted`."""
+    float16 on an older GPU that can multiply that, else float32. ValueError if `device` does not
+    support `wanted`."""
+    narrow = "float32"  # the fastest that is native
     if device.startswith("cuda"):  # not torch's own test: it also accepts emulated bfloat16
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        capability = torch.cuda.get_device_capability(device)
+        native = capability >= (8, 0)
+        narrow = "float16" if capability >= (7, 0) else "float32"
     else:
         native = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if wanted == "auto":
-        return "bfloat16" if native else "float32"
+        return "bfloat16" if native else narrow
     if wanted == "float16" and not device.startswith("cuda"):
         raise ValueError(
             f"dtype=float16 needs a CUDA device, this is {device}; use dtype=bfloat16 or float32"
@@ -262,34 +266,46 @@ def memory_estimate(config: Config, micro_batch: int, shards: int = 1) -> tuple[
     """About how many bytes training needs on a device: (for weights, gradient and two moments in
     fp32; for the activations of one micro-batch).
 
-    The activations are what each operation keeps for backward. Compiled and fused operations keep
-    less. With adapters, only the adapters have a gradient and moments. If `shards` devices share
-    the weights, each has its part of everything. Besides that, it holds whole weights and gradients
-    of the embedding, the head and two Blocks (one computes while the next is being gathered).
+    The activations are what each operation keeps for backward. Compiled code keeps less, and on
+    CUDA that is taken for granted unless compile=false; there the estimate was a tenth above what
+    nine simulated steps held (docs/cuda.md). With adapters, only the adapters have a gradient and
+    moments. If `shards` devices share the weights, each has its part of everything. Besides that,
+    it holds whole weights and gradients of the embedding, the head and two Blocks (one computes
+    while the next is being gathered).
     """
     model = config.model
     C, F, T, V = model.n_embd, model.hidden_size, model.block_size, model.vocab_size
     s = 4 if config.dtype == "float32" else 2  # bytes of a number in a matrix product
+    on_cuda = config.device.startswith("cuda")
+    compiled = on_cuda and config.compile is not False
 
-    block = 4 * 8 * C  # residual stream and norms, in fp32
-    block += s * (8 * C + 4 * F)  # inputs of the matrix products
+    if compiled:
+        block = 4 * 2 * C + s * (8 * C + 3 * F)  # residual stream, inputs of the matrix products
+    else:
+        block = 4 * 8 * C + s * (8 * C + 4 * F)  # the norms keep theirs, too
     if config.device == "cpu" and config.dtype == "bfloat16" and T <= UNFUSED_UP_TO:
         block += s * model.n_head * T  # the scores, which model.unfused_attention keeps
     per_token = block * model.n_layer
     if config.activation_checkpointing:
         per_token = block + 4 * C * model.n_layer
     tokens = micro_batch * T
-    rows = min(tokens, rows_at_once(tokens, V))
-    logits = rows * V * (4 + 2 * s)  # as computed; in fp32; their gradient
+    rows = min(tokens, rows_at_once(tokens, V, on_cuda))
+    if compiled:  # the gradient of the head is kept for each piece, and summed at the end
+        pieces = -(-tokens // rows)
+        head = 4 * rows * V + (4 + (2 + pieces) * s) * V * C
+    else:
+        head = rows * V * (4 + 2 * s)  # logits as computed; in fp32; their gradient
 
     whole, adapters = parameter_count(model), adapter_count(model, config.lora_rank)
     fixed = 4.0 * whole + 16.0 * adapters if config.lora_rank else 16.0 * whole
+    if on_cuda and s == 2 and shards == 1:
+        fixed += 2 * whole  # autocast's copy of the weights
     if shards > 1:
         ends = V * C * (1 if model.tie_embeddings else 2)
         two_blocks = 2 * (whole - ends) / model.n_layer
         gradient = 0 if config.lora_rank else 4
         fixed = fixed / shards + (4 + gradient) * ends + (s + gradient) * two_blocks
-    return fixed, float(tokens * per_token + logits)
+    return fixed, float(tokens * per_token + head)
 
 
 def pays_to_compile(config: Config) -> bool:

@@ -188,13 +188,15 @@ def resolve(
     check_batch(config, ranks.size)
 
     room = total_memory(device) / (ranks.local_size if device == "cpu" else 1)
+    # How much of it is used, and what is hopeless: on CUDA the estimate is a good one.
+    usable, hopeless = (0.9, 1.05) if device.startswith("cuda") else (0.8, 1.5)
     parallel = config.parallel
     if parallel == "auto":
-        fits_whole = sum(memory_estimate(config, micro_batch=1)) < 0.8 * room
+        fits_whole = sum(memory_estimate(config, micro_batch=1)) < usable * room
         parallel = "ddp" if ranks.size == 1 or fits_whole else "fsdp"
     shards = ranks.size if parallel == "fsdp" else 1
     least = sum(memory_estimate(config, 1, shards))
-    if least > 1.5 * room:
+    if least > hopeless * room:
         raise ValueError(
             f"{parameter_count(config.model) / 1e9:.1f} billion parameters need about "
             f"{least / 1e9:,.0f} GB to train, {device} has {room / 1e9:,.0f} GB: lower n_embd, "
@@ -209,7 +211,7 @@ def resolve(
     if not micro_batch_size:
         share = config.batch_size // ranks.size
         divisors = [m for m in range(1, share + 1) if share % m == 0]
-        fit = [m for m in divisors if sum(memory_estimate(config, m, shards)) < 0.8 * room]
+        fit = [m for m in divisors if sum(memory_estimate(config, m, shards)) < usable * room]
         micro_batch_size = max(fit, default=1)
     return replace(
         config,

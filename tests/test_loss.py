@@ -148,6 +148,8 @@ def test_rows_are_few_enough_for_memory_and_pieces_few_enough_for_a_compiler():
     assert rows_at_once(2048, 4096) >= 2048  # one piece
     assert rows_at_once(4096, 32000) == math.ceil(2**25 / 32000)
     assert rows_at_once(2**16, 128000) == 2**16 // 8
+    assert rows_at_once(4096, 32000, on_cuda=True) == 66 * 128  # the next above 2^28 / 32000
+    assert rows_at_once(2**19, 32000, on_cuda=True) == 2**19 // 8
 
 
 class LikeCuda(torch.Tensor):

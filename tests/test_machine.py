@@ -4,6 +4,7 @@ parameters are counted in test_model.py.
 
 import ast
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from run.machine import (
     to_device,
     total_memory,
 )
+from run.setup import read_config
 
 
 def has_devices(monkeypatch, gpus=0, mps=False):
@@ -56,13 +58,14 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "capability, auto", [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")]
+    "capability, auto",
+    [((6, 1), "float32"), ((7, 0), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16")],
 )
-def test_bfloat16_needs_the_hardware_on_cuda(monkeypatch, capability, auto):
+def test_auto_is_the_narrowest_that_the_hardware_multiplies_on_cuda(monkeypatch, capability, auto):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert choose_dtype("auto", "cuda:0") == auto
     assert choose_dtype("float16", "cuda:0") == "float16"
-    if auto == "float32":
+    if auto != "bfloat16":
         with pytest.raises(ValueError, match="compute capability 8.0"):
             choose_dtype("bfloat16", "cuda:0")
 
@@ -239,12 +242,24 @@ def test_memory_for_logits_is_bounded_and_a_cpu_keeps_its_scores_in_bfloat16():
     large = config(vocab_size=50_000, block_size=1024)
     few, many = (estimate(large, micro)[1] for micro in (1, 8))
     assert many < 8 * few - 7 * 2**25 * 4 * 2  # logits of 671 tokens, of 1,024 or of 8,192
-    plain, fused = (estimate(large, 2, "bfloat16", device)[1] for device in ("cpu", "cuda"))
+    plain, fused = (estimate(large, 2, "bfloat16", device)[1] for device in ("cpu", "mps"))
     scores = 2 * large.n_layer * large.n_head * 1024 * 1024  # T x T for each head of two rows
     assert plain - fused == 2 * scores  # bytes
     for dtype, block_size in (("float32", 1024), ("bfloat16", 1025)):
         c = config(block_size=block_size)
-        assert estimate(c, 2, dtype, "cpu") == estimate(c, 2, dtype, "cuda")
+        assert estimate(c, 2, dtype, "cpu") == estimate(c, 2, dtype, "mps")
+
+
+def test_compiled_code_on_cuda_needs_less_than_the_same_uncompiled():
+    preset = read_config([str(ROOT / "config" / "llama_124m.py")])
+    gpu = replace(preset, device="cuda:0", dtype="bfloat16")
+    fixed, activations = memory_estimate(gpu, 16)
+    P, V, C, F, tokens = 123_587_328, 50_304, 768, 2048, 16 * 1024
+    assert fixed == 18 * P  # as below, and a copy in bfloat16
+    kept = 12 * (2 * 4 * C + 2 * (8 * C + 3 * F))  # 12 Blocks
+    rows = 5376  # 128 times 42: 2^28 logits, in 4 pieces
+    assert activations == tokens * kept + 4 * rows * V + (4 + 2 * (2 + 4)) * V * C
+    assert sum(memory_estimate(replace(gpu, compile=False), 16)) > fixed + activations
 
 
 @pytest.mark.parametrize(
