@@ -11,7 +11,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-from config.command import reader_left, shell_path, split_arguments, user_errors
+from config.command import (
+    exit_on_signal,
+    reader_left,
+    shell_path,
+    split_arguments,
+    user_errors,
+)
 from run.metrics import read_metrics
 from run.setup import dataset_folder, text_meant
 from run.signals import Interrupts
@@ -72,6 +78,7 @@ def test_a_second_ctrl_c_ends_a_run_where_there_is_no_sighup(monkeypatch):
 def test_a_terminal_that_is_closed_ends_a_program_as_on_linux(monkeypatch):
     monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
     with pytest.raises(SystemExit, match=str(128 + signal.SIGUSR1)), user_errors():
+        assert signal.getsignal(signal.SIGUSR1) is exit_on_signal
         os.kill(os.getpid(), signal.SIGUSR1)
 
 
