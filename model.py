@@ -695,7 +695,7 @@ class HeadLoss(torch.autograd.Function):
                 logits = at_least_fp32(some_x @ narrow_weight.T)  # [R, V]
                 loss, error = loss_and_error(logits, some_targets, factor)
                 total, error = total + loss, error.to(dtype)
-                dx.append(error @ narrow_weight)  # [R, C]
+                dx.append(times_long_matrix(error, narrow_weight))  # [R, C]
                 if weight_learns:
                     dweight += error.T @ some_x
         count = counted_rows(targets)
@@ -708,6 +708,17 @@ class HeadLoss(torch.autograd.Function):
         dx, dweight, divisor = ctx.saved_tensors
         scale = dloss / divisor
         return dx.to(ctx.dtype) * scale, None if dweight is None else dweight * scale, None, None
+
+
+def times_long_matrix(x: Tensor, weight: Tensor) -> Tensor:
+    """x [R, V] @ weight [V, C].
+
+    On MPS it is the sum of several products: the GPUs of Apple's M1 and M2 get one wrong that adds
+    up 32,767 numbers or more (https://github.com/pytorch/pytorch/issues/195163).
+    """
+    if not x.is_mps:
+        return x @ weight
+    return sum(map(torch.mm, x.split(2**14, dim=1), weight.split(2**14)))
 
 
 def loss_and_error(logits: Tensor, targets: Tensor, factor: float) -> tuple[Tensor, Tensor]:

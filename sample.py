@@ -719,7 +719,7 @@ def draw_ids(probabilities: Tensor, uniform: Tensor) -> Tensor:
     torch.multinomial would draw a number for every entry, one after the other. That took a third of
     the time of a small model's step.
     """
-    wide = torch.float32 if probabilities.device.type == "mps" else torch.float64  # not on MPS
+    wide = torch.float32 if probabilities.is_mps else torch.float64  # which MPS does not have
     sums = probabilities.cumsum(-1, dtype=wide)
     below = sums[:, -1:] * (1 - 2**-23)  # however it is rounded, the last sum stays above
     return torch.searchsorted(sums, uniform * below, right=True).flatten()

@@ -41,16 +41,16 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     """The words of a command line, and its key=value pairs.
 
     ['config/x.py', 'a=1', '--b=2'] -> (['config/x.py'], {'a': '1', 'b': '2'}). A value may contain
-    '='. An argument with a '/' before its first '=' is a word: a path such as out/lr=1. A word's ~
-    becomes the user's home. Raises ValueError for an option without a value, and for a key that is
-    given twice.
+    '='. An argument with a '/' before its first '=' (or a backslash, on Windows) is a word: a path
+    such as out/lr=1. A word's ~ becomes the user's home. Raises ValueError for an option without a
+    value, and for a key that is given twice.
     """
     words, pairs = [], {}
     for argument in argv:
         key, equals, value = argument.partition("=")
         if not equals and argument.startswith("-"):
             raise ValueError(f"{argument} has no value: write {key.lstrip('-')}=VALUE")
-        if not equals or "/" in key:
+        if not equals or names_folder(key):
             words.append(expand_home(argument))
             continue
         key = key.lstrip("-")
@@ -61,6 +61,11 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str]]:
             )
         pairs[key] = value
     return words, pairs
+
+
+def names_folder(text: str) -> bool:
+    """Whether a text has what ends a folder in a path: '/', or on Windows also a backslash."""
+    return "/" in text or os.sep in text
 
 
 def expand_home(path: str) -> str:
@@ -76,7 +81,7 @@ def shell_path(path: Path) -> str:
     """A path as the user can type it after a command: quoted for the shell, and with a '/' in it
     and no '-' before it, so that it cannot look like a knob, an option or the name of a preset.
     """
-    as_typed = str(path)
+    as_typed = path.as_posix()  # Windows reads a '/', too; a backslash would be quoted
     ambiguous = "/" not in as_typed or as_typed.startswith("-")
     return shlex.quote(f"./{as_typed}" if ambiguous else as_typed)
 
@@ -116,7 +121,8 @@ class Output(io.TextIOWrapper):
 def reader_left(stream: TextIO) -> bool:
     """Whether whoever read the stream has gone: `| head` has ended, or the terminal is closed."""
     fault = getattr(stream, "fault", None)
-    return fault is not None and fault.errno in (errno.EPIPE, errno.EIO)
+    # Windows says EINVAL of a pipe that nobody reads.
+    return fault is not None and fault.errno in (errno.EPIPE, errno.EIO, errno.EINVAL)
 
 
 def start() -> None:
@@ -146,7 +152,8 @@ def start() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    if not os.path.isabs(place := os.environ.get("ROOTLLAMA_DATA", os.sep)):
+    place = os.environ.get("ROOTLLAMA_DATA")
+    if place is not None and not os.path.isabs(place):
         told = f"error: ROOTLLAMA_DATA is {place!r}: make it the absolute path of a folder"
         print(one_line(told), file=sys.stderr)
         sys.exit(2)
@@ -253,12 +260,13 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 def catch_signals(handler: Callable) -> dict[int, Any]:
-    """Has Ctrl-C, SIGTERM and a closed terminal (SIGHUP) call handler(number, frame) from now on.
+    """Has Ctrl-C, SIGTERM and a closed terminal call handler(number, frame) from now on.
 
     A signal that this process ignores, as SIGHUP under nohup, stays ignored. Returns the handlers
     before, for restore_signals.
     """
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    # A closed terminal is SIGHUP, on Windows SIGBREAK; no system has both.
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     caught = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in caught}

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import norm
 import train
-from config.command import one_line, printable, run_command, user_errors
+from config.command import names_folder, one_line, printable, run_command, user_errors
 from config.help import help_text, training_help
 from config.preset import KNOBS, load_json, read_knobs
 from config.schema import Config, parse_value
@@ -214,7 +214,7 @@ def read_plan(argv: list[str]) -> Plan:
             "max_iters=0 would give each cell as many steps as its minutes allow, and cells are "
             "compared at equal steps: write max_iters=1000, for instance"
         )
-    if "/" in base.dataset or Path(base.dataset).is_file():
+    if names_folder(base.dataset) or Path(base.dataset).is_file():
         raise ValueError(
             f"dataset={base.dataset} may change between two cells: "
             f"python data/prepare.py TEXT name=NAME first"

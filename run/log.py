@@ -376,7 +376,7 @@ def summary(run: Run) -> str:
 
     frozen = begun = machine = on_each = rate = program = ""
     memory = fixed + activations
-    if config.device == "cpu" and math.isfinite(held := peak_memory("cpu")):
+    if config.device == "cpu" and (held := peak_memory("cpu")):
         memory, program = memory + held, f", {held / 1e9:.2f} the program itself"
     if config.device != "cpu":
         measured = matmul_rate(config.device, config.dtype)

@@ -96,6 +96,12 @@ def choose_dtype(wanted: str, device: str) -> str:
         raise ValueError(
             "dtype=bfloat16 needs compute capability 8.0 or newer; use dtype=float16 or float32"
         )
+    if wanted == "bfloat16" and device == "mps" and torch.__version__ < "2.13":
+        # https://github.com/pytorch/pytorch/issues/195910
+        raise ValueError(
+            f"dtype=bfloat16 on MPS needs torch 2.13 or newer, this is {torch.__version__}, in "
+            f"which a token sees up to three that follow it; use dtype=float32"
+        )
     return wanted
 
 
@@ -231,12 +237,23 @@ def total_memory(device: str) -> float:
     return min(limits)
 
 
+def most_tokens(device: str) -> float:
+    """How many tokens a micro-batch may have on the device, whatever its memory.
+
+    The gradient of a weight adds up one number for each token, and the GPUs of Apple's M1 and M2
+    get a product wrong that adds up 32,767 or more
+    (https://github.com/pytorch/pytorch/issues/177116).
+    """
+    return 32_766 if device == "mps" else float("inf")
+
+
 def peak_memory(device: str) -> float:
-    """The most bytes in use so far: of tensors on CUDA, else of the process. NaN on Windows."""
+    """The most bytes in use so far: of tensors on CUDA, else of the process. 0 on Windows, where no
+    function of Python knows it."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
-        return float("nan")
+        return 0.0
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from config.command import expand_home, shell_path, warn
+from config.command import expand_home, names_folder, shell_path, warn
 from config.preset import NOT_DECIDED_BY_WEIGHTS, make_config, read_knobs
 from config.schema import Config
 from data import DATA
@@ -37,6 +37,7 @@ from run.machine import (
     choose_dtype,
     keep_freed_memory,
     memory_estimate,
+    most_tokens,
     pays_to_compile,
     total_memory,
 )
@@ -157,8 +158,8 @@ def read_and_check(
     base = ({"context": start.context} if start else {}) | (saved["base"] if saved else {})
     if config.lora_rank:
         # A relative path, so that the run and the weights can be moved together.
-        path = os.path.relpath(start.place.resolve(), Path(config.out_dir).resolve())
-        base |= {"path": path, "checksum": start.checksum()}
+        path = Path(os.path.relpath(start.place.resolve(), Path(config.out_dir).resolve()))
+        base |= {"path": path.as_posix(), "checksum": start.checksum()}
         if start.state and not saved:
             warn(
                 f"these adapters work only beside {start.place}, which the run there removes or "
@@ -213,7 +214,15 @@ def resolve(
         share = config.batch_size // ranks.size
         divisors = [m for m in range(1, share + 1) if share % m == 0]
         fit = [m for m in divisors if sum(memory_estimate(config, m, shards)) < usable * room]
+        fit = [m for m in fit if m * config.model.block_size <= most_tokens(device)]
         micro_batch_size = max(fit, default=1)
+    tokens = micro_batch_size * config.model.block_size
+    if tokens > most_tokens(device):
+        raise ValueError(
+            f"micro_batch_size={micro_batch_size} times block_size={config.model.block_size} is "
+            f"more than the {most_tokens(device):,} tokens up to which an Apple M1 or M2 computes "
+            f"right gradients: lower one of the two, or set device=cpu"
+        )
     return replace(
         config,
         parallel=parallel,
@@ -527,7 +536,7 @@ def dataset_folder(name: str) -> Path:
     is the path of the folder, or the name of one under data/.
     """
     path = Path(expand_home(name))
-    return path if "/" in name or (path / "meta.json").is_file() else DATA / name
+    return path if names_folder(name) or (path / "meta.json").is_file() else DATA / name
 
 
 def find_same_data(known: dict[str, Any], expected: Path | None = None) -> Path | None:
@@ -580,7 +589,7 @@ def text_meant(name: str) -> Path | None:
     folder, path = dataset_folder(name), Path(expand_home(name))
     if (folder / "meta.json").is_file():
         return None
-    return path if "/" in name or (path.is_file() and not folder.exists()) else None
+    return path if names_folder(name) or (path.is_file() and not folder.exists()) else None
 
 
 def find_dataset(name: str, tokenizer: Path | None) -> Path:

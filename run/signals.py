@@ -29,7 +29,7 @@ class Interrupts:
     def note(self, number: int, frame: Any = None) -> None:
         """The signal handler."""
         # A shell and the kernel may each send a SIGHUP when a terminal closes: that is one event.
-        is_second = self.noted and number != signal.SIGHUP
+        is_second = self.noted and number != getattr(signal, "SIGHUP", None)
         if is_second and self.ranks.size == 1:
             raise SystemExit(128 + number)
         self.ask_to_stop(number)

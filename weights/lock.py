@@ -120,7 +120,8 @@ class Lock:
                 f"out_dir"
             ) from None
         except (OSError, AttributeError) as error:  # a system or a disk without such locks
-            warn(f"{self.folder} cannot be locked here ({error}): let no other run write there")
+            reason = error if fcntl else "this system has no such locks"
+            warn(f"{self.folder} cannot be locked here ({reason}): let no other run write there")
         file.truncate(0)
         return file
 
@@ -155,6 +156,9 @@ class Lock:
     def __exit__(self, *_) -> None:
         # If the disk has become read-only, the file stays, but nobody holds the lock any more.
         with self.file, suppress(OSError):
-            if self._is_at_path(self.file):
+            ours = self._is_at_path(self.file)
+            if fcntl is None:
+                self.file.close()  # Windows removes no file that is open
+            if ours:
                 self.path.unlink()
             remove_empty(self.made)  # but not what has been written into
