@@ -40,7 +40,7 @@ from lab.gpu_parts import (
     ranks_speed,
     resumed,
     sample_speed,
-    shakespeare,
+    shakespeare_loss,
     train_preset,
 )
 from lab.measure import as_arguments, chosen, machine_line
@@ -70,7 +70,7 @@ PARTS = {
     "norm": Part(norm_share, 35),
     "muon": Part(muon_share, 25),
     "nanogpt": Part(nanogpt_speed, 90, "CUDA and nanogpt=FOLDER"),
-    "shakespeare": Part(shakespeare, 150, "text=FILE of tinyshakespeare"),
+    "shakespeare": Part(shakespeare_loss, 150, "text=FILE of tinyshakespeare"),
     "ranks": Part(ranks_speed, 300, "several devices"),
     "lost": Part(lost_rank, PATIENCE_WITH_LOST + 60, "several devices"),
 }

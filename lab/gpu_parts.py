@@ -309,7 +309,7 @@ def nanogpt_speed(options: GpuBench) -> Iterator[Figure]:
     yield Figure("speed of its 124M", 16 * 1024 * 1000 / milliseconds, "tokens/s")
 
 
-def shakespeare(options: GpuBench) -> Iterator[Figure]:
+def shakespeare_loss(options: GpuBench) -> Iterator[Figure]:
     """The whole training of the preset on nanoGPT's text."""
     prepare([options.text], Path("text"), "char")
     knobs = dict(max_iters=4)

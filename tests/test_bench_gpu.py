@@ -64,9 +64,10 @@ def is_gone(pid):
 
 
 def test_a_part_over_its_limit_keeps_its_figures_and_is_killed_with_all_below_it(tmp_path):
-    """torchrun starts its ranks in sessions of their own, as setsid does."""
-    pids = tmp_path / "pids"
-    begin = f"echo '{A_FIGURE}'; sleep 60 & echo $! >{pids}; setsid sleep 60 & echo $! >>{pids}"
+    """torchrun starts its ranks in sessions of their own, as setsid does. The second sleep has lost
+    the process that started it."""
+    pids, quiet = tmp_path / "pids", "60 >/dev/null & echo $! >>"
+    begin = f"echo '{A_FIGURE}'; setsid sleep {quiet}{pids}; (sleep {quiet}{pids})"
     first, last = figures_of("slow", shell(f"{begin}; pwd >>{pids}; sleep 60"), 1)
     assert (first.part, first.name, first.value) == ("slow", "speed", 3.0)
     assert last.note == "failed: it took more than 1 s"
