@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint faults bench
+.PHONY: train test lint faults bench gpu
 train: .venv/run.stamp
 	$(BIN)/python train.py config/small.py resume=auto
 
@@ -18,6 +18,9 @@ lint: .venv/dev.stamp
 
 bench: .venv/run.stamp
 	$(BIN)/python -m lab.bench train config/small.py
+
+gpu: .venv/run.stamp
+	$(BIN)/python -m lab.bench gpu
 
 .venv/run.stamp: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -38,9 +38,11 @@ from config.command import one_line, run_command, user_errors
 from config.help import help_text, training_help
 from config.schema import parse_value
 from lab.bench_beside import NanoBench, OwnProcess, check_comparable, nanogpt
+from lab.bench_gpu import gpu
 from lab.bench_llama2c import llama2c_rates
 from lab.bench_memory import MemoryBench, memory
 from lab.bench_norm import NormBench, norms, seconds_of, why_not
+from lab.gpu_parts import GpuBench
 from lab.measure import (
     as_arguments,
     check_count,
@@ -70,7 +72,7 @@ from sample import SampleOptions, generate, prepare_for_inference
 USAGE = """\
 python -m lab.bench WHAT [config/PRESET.py] [key=value ...]
 
-Without WHAT, everything that can be measured here."""
+Without WHAT, everything but gpu that can be measured here."""
 SMALL = "n_layer=4 n_head=4 n_embd=128 n_hidden=384 block_size=64 batch_size=12 optimizer=adamw"
 LARGE = "n_layer=6 n_head=6 n_embd=384 n_hidden=1024 block_size=256 batch_size=16 optimizer=adamw"
 LLAMA = "vocab_size=32000 tie_embeddings=true compile=true"
@@ -357,6 +359,7 @@ BENCHES = {  # the function, its options, and what it measures
     "norm": (norms, NormBench, "every norm, and residual sums with the norm after, in every way"),
     "nanogpt": (nanogpt, NanoBench, "FOLDER TEXT: time to loss; FOLDER is a checkout of nanoGPT"),
     "memory": (memory, MemoryBench, "of a training step, ours and transformers'"),
+    "gpu": (gpu, GpuBench, "whether everything works on this GPU, and how fast, in eight minutes"),
 }
 
 

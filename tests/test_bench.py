@@ -140,7 +140,7 @@ def test_the_bytes_of_the_matrices_are_those_read_for_a_token():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ("trian", "lab.bench measures train, sample, norm, nanogpt, memory, got 'trian'"),
+        ("trian", "lab.bench measures train, sample, norm, nanogpt, memory, gpu, got 'trian'"),
         ("train steps=0", "steps must be 1 or more"),
         ("train steps=x", "steps must be a whole number"),
         ("train learing_rate=1", "did you mean learning_rate"),
@@ -183,6 +183,13 @@ def test_the_bytes_of_the_matrices_are_those_read_for_a_token():
         ("memory learing_rate=1", "did you mean learning_rate"),
         ("memory rounds=x", "rounds must be a whole"),
         ("memory n_heads=2", "did you mean n_head"),
+        ("gpu tiny", "takes only key=value, got tiny"),
+        ("gpu part=rates", "did you mean parts?"),
+        ("gpu parts=rates,124", "parts must be rates, 124m, "),
+        ("gpu device=cuda:99", "device=cuda:99 is not on this machine"),
+        ("gpu dataset=nowhere", "dataset=nowhere: "),
+        ("gpu nanogpt=nowhere", "nowhere has no bench.py: name a checkout"),
+        ("gpu text=nowhere", "text=nowhere is no file: name nanoGPT's input.txt"),
     ],
 )
 def test_bad_input_is_one_line(measure, arguments, words):
@@ -218,7 +225,7 @@ def test_alone_it_measures_everything_that_it_can_and_names_the_rest(measure, mo
 
 def test_everything_is_what_the_benches_take():
     lines = [line.split() for line in bench.EVERYTHING]
-    assert {line[0] for line in lines} == bench.BENCHES.keys()
+    assert {line[0] for line in lines} == bench.BENCHES.keys() - {"gpu"}
     for what, *rest in lines:
         _, places, knobs = shared.read_options(bench.BENCHES[what][1], rest)
         assert places == [] and bench.read_config(shared.as_arguments(knobs))
