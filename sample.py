@@ -492,8 +492,6 @@ def generate(
     model.eval()
     device, block_size = model.embed.weight.device, model.config.block_size
     generator = torch.Generator(device).manual_seed(seed)
-    window = torch.tensor([ids], device=device)  # what the model sees: [1, T], later [B, T]
-    window = window[:, window_start(len(ids), block_size) :]
     seen = torch.zeros(num_samples, model.config.vocab_size, dtype=torch.bool, device=device)
     seen[:, ids] = True
     size = min(block_size, len(ids) + max_new_tokens)
@@ -501,14 +499,16 @@ def generate(
         size = 1 << (size - 1).bit_length()
     cache = cache or empty_cache(model, num_samples)
     cache.make_room(size)
-    unread = window[:, cache.keep(window[0]) :]  # the part of the window that is not in the cache
+    kept = cache.keep(ids[window_start(len(ids), block_size) :])
+    window = torch.tensor([cache.ids], device=device)  # what the model sees: [1, T], later [B, T]
+    unread = window[:, kept:]  # the part of the window that is not in the cache yet
     static = None  # the same cache for compiled code, while that reads one token after another
     for _ in range(max_new_tokens):
         start = window_start(window.shape[1], block_size)
         if start:  # the window is full: drop its older half, and read the rest again
             window = unread = window[:, start:]
-            cache.hold(window[0, :0])  # nothing
-            static = None
+            cache.length, static = 0, None
+            cache.ids = cache.ids[start:]
         uniform = torch.rand(num_samples, 1, generator=generator, device=device)
         drawing = (uniform, seen, repetition_penalty, vocab_size, temperature, top_k, top_p, min_p)
         if compile and cache.length and unread.shape == (num_samples, 1):
@@ -527,7 +527,7 @@ def generate(
                 "the model's logits hold NaN or Inf: its weights are damaged, or too large for "
                 "this dtype (then dtype=float32 helps)"
             )
-        cache.hold(window[0])
+        cache.length = window.shape[1]
         if static:
             static.length.fill_(cache.length)
         if len(unread) < num_samples:
@@ -535,6 +535,7 @@ def generate(
         unread = new[:-1, None].clone()  # [B, 1]; a CUDA graph overwrites `new`
         seen.scatter_(1, unread, True)
         window = torch.cat((window.expand(num_samples, -1), unread), dim=1)
+        cache.ids.append(new_ids[0])
         yield new_ids
 
 
@@ -595,8 +596,8 @@ def window_start(length: int, block_size: int) -> int:
 
 class KVCache:
     """The keys and values of B sequences, for each layer [B, K, size, D], of which the first
-    `length` tokens are filled. `ids` are the tokens of the first sequence, as far as all layers
-    have them for sure: after Ctrl-C these can be fewer.
+    `length` tokens are filled, also after Ctrl-C. `ids` are what the first sequence reads: those in
+    the cache, and those that follow.
 
     Each layer has tensors of its own: compiled code that writes into a part of a tensor would copy
     the whole of it.
@@ -607,30 +608,29 @@ class KVCache:
         layers = range(config.n_layer)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.hold(torch.empty(0, device=device, dtype=torch.long))
+        self.length = 0
+        self.ids: list[int] = []
 
-    def hold(self, ids: Tensor) -> None:
-        """Notes what is in the cache: the first sequence has these ids [length]."""
-        self.ids, self.length = ids, len(ids)
-
-    def keep(self, ids: Tensor) -> int:
-        """Keeps the tokens with which the first sequence and `ids` [T] both begin, and returns
-        their number. At least one token of `ids` is left to be read.
+    def keep(self, ids: list[int]) -> int:
+        """Keeps the tokens with which the first sequence and `ids`, what is to be read now, both
+        begin, and returns their number. At least one token is left to be read.
 
         Less than half of `ids` is not kept: tokens that follow others need a mask in attention,
         which computes what the mask hides, too. To read all, without a mask, is then less of it.
         """
-        most = min(len(self.ids), len(ids) - 1)
-        common = int((self.ids[:most] == ids[:most]).cumprod(0).sum())
-        self.hold(ids[: common if 2 * common >= len(ids) else 0])
+        pairs = zip(self.ids[: self.length], ids[:-1], strict=False)
+        common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        self.length = common if 2 * common >= len(ids) else 0
+        self.ids = list(ids)
         return self.length
 
     def make_room(self, size: int) -> None:
         """Makes the memory of each sequence that of `size` tokens, if it is smaller."""
-        more = (0, 0, 0, max(0, size - self.keys[0].shape[2]))
-        if any(more):
-            self.keys = [F.pad(keys, more) for keys in self.keys]
-            self.values = [F.pad(values, more) for values in self.values]
+        if self.keys[0].shape[2] < size:  # so the keys come last: an interrupt leaves them small
+            self.values = [
+                F.pad(values, (0, 0, 0, size - values.shape[2])) for values in self.values
+            ]
+            self.keys = [F.pad(keys, (0, 0, 0, size - keys.shape[2])) for keys in self.keys]
 
     def positions(self, T: int) -> slice:
         """The positions of the next T tokens."""

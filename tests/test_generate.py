@@ -194,7 +194,7 @@ def test_after_an_interrupt_the_cache_holds_what_it_says(place, call):
         for prompt in ([3, 1, 4], [3, 1, 4, 1, 5]):
             ids_of(model, prompt, 14, num_samples=2, cache=cache)
     handle.remove()
-    for prompt in ([3, 1, 4], [3, 1, 4, 1, 5, 9], cache.ids.tolist() + [2]):
+    for prompt in ([3, 1, 4], [3, 1, 4, 1, 5, 9], cache.ids[: cache.length] + [2]):
         found = ids_of(model, prompt, 4, num_samples=2, cache=copy.deepcopy(cache))
         assert found == ids_of(model, prompt, 4, num_samples=2)
 
