@@ -146,8 +146,8 @@ class SampleOptions:
     compile: Literal["auto", True, False] = knob(
         "auto",
         "compile the step that makes a token: it takes seconds, and then each token comes faster; "
-        f"auto = on a CPU for one text of at least {LONG_TEXT['cpu']:,} tokens, on CUDA for texts of "
-        f"at least {LONG_TEXT['cuda']:,}",
+        f"auto = on a CPU for one text of at least {LONG_TEXT['cpu']:,} tokens, on CUDA for texts "
+        f"of at least {LONG_TEXT['cuda']:,}",
     )
     eval: Literal["none", "val", "train"] = knob(
         "none", "instead of sampling, print the loss on this split of dataset"
