@@ -130,13 +130,13 @@ def test_on_cuda_few_rows_are_sums_in_compiled_code_alone(monkeypatch):
         layer = Int8Linear(torch.empty(64, 256, device="cuda"))
         for compiling in (False, True):
             monkeypatch.setattr(torch.compiler, "is_compiling", lambda c=compiling: c)
-            for rows in (1, 8, 9):
+            for rows in (1, 4, 5):
                 x = torch.empty(rows, 1, 256, device="cuda", dtype=torch.bfloat16)
                 with NamesOfCalls() as called:
                     y = layer(x)
                 assert y.shape == (rows, 1, 64) and y.dtype == torch.bfloat16
                 products[compiling, rows] = "mm" in called.names
-    assert [rows for rows in products if not products[rows]] == [(True, 1), (True, 8)]
+    assert [rows for rows in products if not products[rows]] == [(True, 1), (True, 4)]
 
 
 def test_under_autocast_the_output_has_its_dtype():

@@ -13,9 +13,13 @@ from torch import Tensor, nn
 
 from model import Decoder
 
-# Rows of x up to which int8 weights are multiplied without converting all of them first. A CPU's
-# kernel reads them again every few rows; on CUDA each row is one more sum to keep.
-FEW_ROWS = 8
+# Rows of x up to which torch's int8 kernel is the fastest way: every few rows it reads all weights
+# again.
+KERNEL_ROWS = 8
+# Rows of x that compiled code on CUDA multiplies by int8 weights as sums (computed, not measured):
+# each weight then takes a load of 2 bytes of x for each row, and caches give about 8 bytes in the
+# time in which memory gives the weight. Compiling also takes longer with every row.
+SUMMED_ROWS = 4
 # Rows of x for which packed matrices are laid out: those of a few samples at once.
 PACKED_ROWS = 4
 # Rows of a matrix from which compiled code works on four parts of it at once.
@@ -112,11 +116,10 @@ class Int8Linear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))
         rows = x.reshape(-1, width)  # [B T, in]
         # The kernel reads 16 inputs at a time, and past the end of a row of another width.
-        few = len(rows) <= FEW_ROWS
-        if few and device == "cpu" and width % 16 == 0:
+        if device == "cpu" and width % 16 == 0 and len(rows) <= KERNEL_ROWS:
             y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
             y = y.to(x.dtype)
-        elif few and device == "cuda" and torch.compiler.is_compiling():
+        elif device == "cuda" and len(rows) <= SUMMED_ROWS and torch.compiler.is_compiling():
             y = (sums_of_rows(rows, self.weight) * self.scale).to(x.dtype)
         else:
             parts = [self.weight]
