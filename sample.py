@@ -500,7 +500,7 @@ def generate(
     warning says so. A `cache` from empty_cache(model, num_samples) serves one call after another:
     what it holds of the ids is not read again, and compiled code keeps its memory. That changes
     last digits, too. The model is left in eval mode.
-    FloatingPointError if the logits are not finite.
+    FloatingPointError if the logits are not finite. ValueError if the cache has another num_samples.
     """
     model.eval()
     device, block_size = model.embed.weight.device, model.config.block_size
@@ -511,6 +511,10 @@ def generate(
     if compile:  # every size of the cache is compiled by itself, so there are few: powers of two
         size = 1 << (size - 1).bit_length()
     cache = cache or empty_cache(model, num_samples)
+    if (made_for := len(cache.keys[0])) != num_samples:
+        raise ValueError(
+            f"the cache is for num_samples={made_for}, not {num_samples}: make another"
+        )
     cache.make_room(size)
     kept = cache.keep(ids[window_start(len(ids), block_size) :])
     window = torch.tensor([cache.ids], device=device)  # what the model sees: [1, T], later [B, T]

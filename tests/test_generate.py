@@ -176,6 +176,12 @@ def test_texts_that_share_a_cache_are_those_of_new_caches_and_read_less(
     assert capsys.readouterr().err == ""  # the compiler was not given up
 
 
+def test_a_cache_for_another_number_of_samples_is_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="cache is for num_samples=1, not 2: make another"):
+        ids_of(model, [1], 3, num_samples=2, cache=empty_cache(model, 1))
+
+
 @pytest.mark.parametrize("place", ["blocks.0", "blocks.1", "norm"])
 @pytest.mark.parametrize("call", [1, 2, 11, 15, 16])
 def test_after_an_interrupt_the_cache_holds_what_it_says(place, call):
