@@ -500,7 +500,8 @@ def generate(
     warning says so. A `cache` from empty_cache(model, num_samples) serves one call after another:
     what it holds of the ids is not read again, and compiled code keeps its memory. That changes
     last digits, too. The model is left in eval mode.
-    FloatingPointError if the logits are not finite. ValueError if the cache has another num_samples.
+    FloatingPointError if the logits are not finite; ValueError if the cache is for another
+    num_samples.
     """
     model.eval()
     device, block_size = model.embed.weight.device, model.config.block_size
