@@ -67,7 +67,10 @@ from weights.quantize import (
 USAGE = """python sample.py FOLDER [key=value ...]
 
 FOLDER is that of a run, or a model in Hugging Face's form. Every knob with its default:"""
-LONG_TEXT = 8000  # tokens that pay for compiling a step, by the figures of docs/LOG.md
+# Tokens that pay for compiling a step: on a CPU by the figures of docs/LOG.md, on CUDA computed and
+# not measured. There, an eager token is 30 launches for each Block, 350 in all for 12 Blocks, of 7
+# to 10 us each. As one graph it takes 0.5 ms, so it saves 2 to 3 ms. Compiling takes 20 to 40 s.
+LONG_TEXT = {"cpu": 8_000, "cuda": 12_000}
 # How the text at the end of a training is drawn; small models would repeat themselves otherwise.
 SAMPLE_OF_A_RUN = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.15}
 
@@ -143,7 +146,8 @@ class SampleOptions:
     compile: Literal["auto", True, False] = knob(
         "auto",
         "compile the step that makes a token: it takes seconds, and then each token comes faster; "
-        f"auto = on a CPU, for one text of at least {LONG_TEXT:,} tokens",
+        f"auto = on a CPU for one text of at least {LONG_TEXT['cpu']:,} tokens, on CUDA for texts "
+        f"of at least {LONG_TEXT['cuda']:,}",
     )
     eval: Literal["none", "val", "train"] = knob(
         "none", "instead of sampling, print the loss on this split of dataset"
@@ -270,10 +274,19 @@ def parse_arguments(argv: list[str]) -> tuple[Path, SampleOptions]:
     dtype = choose_dtype(options.dtype, device)
     compile = options.compile
     if compile == "auto":
-        one, long = options.num_samples == 1, options.max_new_tokens >= LONG_TEXT
-        compile = device == "cpu" and one and long
+        compile = pays_for_compiling(device, options.max_new_tokens, options.num_samples)
     chosen = {"device": device, "dtype": dtype, "compile": compile}
     return Path(words[0]), dataclasses.replace(options, **chosen)
+
+
+def pays_for_compiling(device: str, tokens: int, num_samples: int) -> bool:
+    """Whether texts of so many new tokens come sooner if the step of a token is compiled.
+
+    Several texts are compiled on CUDA, where a token takes as many launches as for one, and the
+    products are cuBLAS's either way; on a CPU they are slower compiled.
+    """
+    kind = torch.device(device).type
+    return tokens >= LONG_TEXT.get(kind, math.inf) and (kind == "cuda" or num_samples == 1)
 
 
 def prepare_for_inference(model: Decoder, options: SampleOptions) -> None:
@@ -322,7 +335,10 @@ def print_evaluation(
 def answer_prompts(
     model: Decoder, tokenizer: Tokenizer, options: SampleOptions, chat: Chat | None
 ) -> None:
-    """Asks for a prompt and continues it, or answers it in a chat, until the input ends."""
+    """Asks for a prompt and continues it, or answers it in a chat, until the input ends. One cache
+    serves all of them, so what was said before is not read again."""
+    with autocast(options.device, options.dtype):
+        cache = empty_cache(model, options.num_samples)
     sys.stdin.reconfigure(errors="surrogateescape")  # so one bad line does not take others along
     while not reader_left(sys.stdout):
         try:
@@ -333,7 +349,8 @@ def answer_prompts(
         except ValueError as error:  # not UTF-8, or a character that is not in the vocabulary
             print(f"error: {one_line(error)}", file=sys.stderr)
         else:
-            answer = print_samples(model, tokenizer, ids, options, ends=chat and chat.ends)
+            ends = chat and chat.ends
+            answer = print_samples(model, tokenizer, ids, options, ends=ends, cache=cache)
             if chat:
                 chat.answered(answer)
 
@@ -345,9 +362,10 @@ def print_samples(
     options: SampleOptions,
     prompt: str = "",
     ends: Set[int] | None = None,
+    cache: "KVCache | None" = None,
 ) -> str:
     """Prints the prompt, the first continuation of `ids` as it comes, then the other ones; and on
-    stderr the speed. Returns the first continuation.
+    stderr the speed. Returns the first continuation. The cache is that of generate.
 
     A continuation ends where the model ends its text, with an id of `ends`, or before options.stop.
     The work stops when all have ended.
@@ -363,7 +381,7 @@ def print_samples(
     texts = [Continuation(options.stop) for _ in range(options.num_samples)]
     going = set(range(options.num_samples))  # the samples that have not ended
     count = 0  # of new tokens
-    arguments = {name: getattr(options, name) for name in FOR_GENERATE}
+    arguments = {name: getattr(options, name) for name in FOR_GENERATE} | {"cache": cache}
     print_safely(prompt, options.raw)
     start = time.perf_counter()
     with autocast(options.device, options.dtype):
@@ -470,6 +488,7 @@ def generate(
     seed: int = 0,
     vocab_size: int | None = None,
     compile: bool = False,
+    cache: "KVCache | None" = None,
 ) -> Iterator[list[int]]:
     """Continues `ids` (at least one) in num_samples ways at once. Each new token is yielded as a
     list with one id for each sample.
@@ -477,29 +496,39 @@ def generate(
     Ids from vocab_size up, which are a vocabulary's padding, are never drawn; None = no padding.
     The same arguments give the same ids, and torch's own random state is neither used nor changed.
     `compile` changes last digits, so it may change ids; without a compiler it is given up, and a
-    warning says so. The model is left in eval mode.
-    FloatingPointError if the logits are not finite.
+    warning says so. A `cache` from empty_cache(model, num_samples) serves one call after another:
+    what it holds of the ids is not read again, and compiled code keeps its memory. That changes
+    last digits, too. The model is left in eval mode.
+    FloatingPointError if the logits are not finite; ValueError if the cache is for another
+    num_samples.
     """
     model.eval()
     device, block_size = model.embed.weight.device, model.config.block_size
     generator = torch.Generator(device).manual_seed(seed)
-    window = torch.tensor([ids], device=device)  # what the model sees: [1, T], later [B, T]
-    unread = window  # the part of the window that is not in the cache yet
     seen = torch.zeros(num_samples, model.config.vocab_size, dtype=torch.bool, device=device)
     seen[:, ids] = True
     size = min(block_size, len(ids) + max_new_tokens)
     if compile:  # every size of the cache is compiled by itself, so there are few: powers of two
         size = 1 << (size - 1).bit_length()
-    cache = KVCache(model.config, 1, size, device, cache_dtype(model))
+    cache = cache or empty_cache(model, num_samples)
+    if (made_for := len(cache.keys[0])) != num_samples:
+        raise ValueError(
+            f"the cache is for num_samples={made_for}, not {num_samples}: make another"
+        )
+    cache.make_room(size)
+    kept = cache.keep(ids[window_start(len(ids), block_size) :])
+    window = torch.tensor([cache.ids], device=device)  # what the model sees: [1, T], later [B, T]
+    unread = window[:, kept:]  # the part of the window that is not in the cache yet
     static = None  # the same cache for compiled code, while that reads one token after another
     for _ in range(max_new_tokens):
         start = window_start(window.shape[1], block_size)
         if start:  # the window is full: drop its older half, and read the rest again
             window = unread = window[:, start:]
             cache.length, static = 0, None
+            cache.ids = cache.ids[start:]
         uniform = torch.rand(num_samples, 1, generator=generator, device=device)
         drawing = (uniform, seen, repetition_penalty, vocab_size, temperature, top_k, top_p, min_p)
-        if compile and cache.length:
+        if compile and cache.length and unread.shape == (num_samples, 1):
             step = compiled_next_ids(device.type, first=static is None)
             static = static or StaticCache(cache)
             try:
@@ -518,10 +547,12 @@ def generate(
         cache.length = window.shape[1]
         if static:
             static.length.fill_(cache.length)
-        cache.repeat(num_samples)
+        if len(unread) < num_samples:
+            cache.repeat()
         unread = new[:-1, None].clone()  # [B, 1]; a CUDA graph overwrites `new`
         seen.scatter_(1, unread, True)
         window = torch.cat((window.expand(num_samples, -1), unread), dim=1)
+        cache.ids.append(new_ids[0])
         yield new_ids
 
 
@@ -582,7 +613,8 @@ def window_start(length: int, block_size: int) -> int:
 
 class KVCache:
     """The keys and values of B sequences, for each layer [B, K, size, D], of which the first
-    `length` tokens are filled.
+    `length` tokens are filled, also after Ctrl-C. `ids` are what the first sequence reads: those in
+    the cache, and those that follow.
 
     Each layer has tensors of its own: compiled code that writes into a part of a tensor would copy
     the whole of it.
@@ -594,33 +626,55 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.length = 0
+        self.ids: list[int] = []
+
+    def keep(self, ids: list[int]) -> int:
+        """Keeps the tokens with which the first sequence and `ids`, what is to be read now, both
+        begin, and returns their number. At least one token is left to be read.
+
+        Less than half of `ids` is not kept: tokens that follow others need a mask in attention,
+        which computes what the mask hides, too. To read all, without a mask, is then less of it.
+        """
+        pairs = zip(self.ids[: self.length], ids[:-1], strict=False)
+        common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        self.length = common if 2 * common >= len(ids) else 0
+        self.ids = list(ids)
+        return self.length
+
+    def make_room(self, size: int) -> None:
+        """Makes the memory of each sequence that of `size` tokens, if it is smaller."""
+        if self.keys[0].shape[2] < size:  # so the keys come last: an interrupt leaves them small
+            self.values = [
+                F.pad(values, (0, 0, 0, size - values.shape[2])) for values in self.values
+            ]
+            self.keys = [F.pad(keys, (0, 0, 0, size - keys.shape[2])) for keys in self.keys]
 
     def positions(self, T: int) -> slice:
         """The positions of the next T tokens."""
         return slice(self.length, self.length + T)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Adds the k and v [B, K, T, D] of T new tokens to a layer.
+        """Adds the k and v [b, K, T, D] of T new tokens to a layer, for the first b sequences.
 
-        Returns all keys and values of the layer, [B, K, length + T, D], and a mask [T, length + T]
-        that says which of them each new token sees. The mask is None if a new token sees all, or
-        if it sees all up to itself because the cache was empty.
+        Returns all their keys and values in the layer, [b, K, length + T, D], and a mask
+        [T, length + T] that says which of them each new token sees. The mask is None if a new token
+        sees all, or if it sees all up to itself because the cache was empty.
         """
         start, end = self.length, self.length + k.shape[2]
-        self.keys[layer][:, :, start:end] = k
-        self.values[layer][:, :, start:end] = v
+        keys, values = self.keys[layer][: len(k)], self.values[layer][: len(k)]
+        keys[:, :, start:end] = k
+        values[:, :, start:end] = v
         mask = None
         if 0 < start < end - 1:
             mask = k.new_ones(end - start, end, dtype=torch.bool).tril(start)
         if layer == len(self.keys) - 1:  # the last layer: now all of them have the new tokens
             self.length = end
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end], mask
+        return keys[:, :, :end], values[:, :, :end], mask
 
-    def repeat(self, batch: int) -> None:
-        """Makes the cache of one sequence, the prompt, that of `batch` sequences."""
-        if len(self.keys[0]) != batch:
-            self.keys = [keys.repeat(batch, 1, 1, 1) for keys in self.keys]
-            self.values = [values.repeat(batch, 1, 1, 1) for values in self.values]
+    def repeat(self) -> None:
+        """Copies the first sequence, which is the prompt, to all others."""
+        for memory in self.keys + self.values:
+            memory[1:, :, : self.length] = memory[:1, :, : self.length]
 
 
 class StaticCache(KVCache):
@@ -646,6 +700,12 @@ class StaticCache(KVCache):
         values.index_copy_(2, self.length, v.to(values.dtype))
         filled = torch.arange(keys.shape[2], device=k.device) <= self.length
         return keys, values, filled[None]
+
+
+def empty_cache(model: Decoder, num_samples: int) -> KVCache:
+    """A cache for `generate`, which gives it memory. Under the autocast in which it will be used:
+    that decides about its dtype."""
+    return KVCache(model.config, num_samples, 0, model.embed.weight.device, cache_dtype(model))
 
 
 def cache_dtype(model: Decoder) -> torch.dtype:

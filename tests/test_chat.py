@@ -19,7 +19,7 @@ from data.corpus import open_corpus
 from data.loader import batch, open_dataset, val_starts
 from data.prepare import prepare
 from exchange import gguf, hf
-from model import IGNORED
+from model import IGNORED, Decoder
 from run.evaluate import mean_loss
 from run.setup import read_config, set_up, text_dataset
 from text.chat import Chat, ChatTemplate, encode_conversation, plain_template, template_of
@@ -422,6 +422,22 @@ def test_a_chat_keeps_what_was_said_and_ends_each_turn(
         chat.answered("yes")
         assert spoken[1] == chat.ask("two")
     assert b"Be kind." in tokenizer.decode_bytes(spoken[1])
+
+
+def test_what_was_said_is_not_read_again(start, tmp_path, chats, monkeypatch):
+    assert start(f"dataset={chats / 'set'}", "block_size=240", "max_iters=2")[0] == 0
+    read, features = [], Decoder.features
+
+    def watched(model, ids, *rest):
+        read.append(ids.shape[1])
+        return features(model, ids, *rest)
+
+    monkeypatch.setattr(Decoder, "features", watched)
+    say(monkeypatch, "one\ntwo\n")
+    words = ["chat=true", f"system={'Be kind. ' * 10}", "temperature=0", "max_new_tokens=4"]
+    assert sample.main([str(tmp_path / "run"), *words]) == 0
+    assert read[0] > 120 and read[1:4] == read[5:] == [1, 1, 1]
+    assert read[4] < 80  # what ends the first answer, and the second message
 
 
 def test_one_message_gets_one_answer(start, tmp_path, chats, spoken, capsys):

@@ -1,7 +1,9 @@
 """generate: its cache is exact, compiled too, and its draws follow the distribution."""
 
+import copy
 import re
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from torch._inductor.utils import run_and_get_code
 
 from model import Decoder, ModelConfig
 from sample import (
+    KVCache,
     compiled_next_ids,
     draw_ids,
+    empty_cache,
     generate,
     logits_to_probabilities,
     penalise,
@@ -123,6 +127,83 @@ def test_under_autocast_keys_stay_in_float32_on_a_cpu_and_the_cache_is_still_exa
         for length, logits in enumerate(found[:7], 1):
             wanted = model(torch.tensor([ids[:length]]))[0, -1]
             torch.testing.assert_close(logits[0], wanted, atol=0.05, rtol=0.05)
+
+
+# One cache for several texts
+
+# Each text has four tokens. Its prompt is: so many tokens of the prompt and the text before it, and
+# new ones. Last is how many tokens must be read.
+TURNS = {
+    "the first prompt": (0, [3, 1, 4], 3),
+    "all that came, and more": (7, [1, 5], 3),  # of a text's last token there are no keys
+    "a text that was cut, and more": (11, [9, 2], 2),
+    "the same again": (13, [], 1),
+    "a beginning": (4, [], 1),
+    "something else": (0, [2, 7, 1, 8, 2, 8], 6),
+    "less than half is the same": (1, [6, 6, 6, 6], 5),
+    "more than the window of 16": (9, [1, 2, 3, 4, 5, 6, 7, 8, 9], 10),
+    "the window that has moved, and more": (22, [5], 2),
+    "the window that moved within the text": (27, [], 1),
+}
+GREEDY, DRAWN = {"temperature": 0.0}, {"num_samples": 3, "top_k": 5, "vocab_size": 9}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [GREEDY, {"seed": 4}, DRAWN, DRAWN | {"compile": True}],
+    ids=["greedy", "drawn", "samples", "compiled"],
+)
+def test_texts_that_share_a_cache_are_those_of_new_caches_and_read_less(
+    options, use_backend, monkeypatch, capsys
+):
+    """And its memory stays where it is: on CUDA, a graph is recorded for each place."""
+    use_backend("eager")
+    layers = 1 if options.get("compile") else 2  # to trace a layer takes long
+    model, read, keep = tiny(n_layer=layers, n_kv_head=2, block_size=16), [], KVCache.keep
+    cache, ids, memory = empty_cache(model, options.get("num_samples", 1)), [], []
+    for turn, (kept, more, unread) in TURNS.items():
+        prompt = ids[:kept] + more
+        wanted = ids_of(model, prompt, 4, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                KVCache, "keep", lambda c, i: (n := keep(c, i), read.append(len(i) - n))[0]
+            )
+            assert ids_of(model, prompt, 4, cache=cache, **options) == wanted, turn
+        assert read[-1] == unread, turn
+        ids = prompt + [new[0] for new in wanted]
+        memory.append((cache.keys[0].shape[2], cache.keys[0].data_ptr()))
+    assert all((a[0] == b[0]) == (a[1] == b[1]) for a, b in pairwise(memory))
+    assert memory[2][0] == memory[-1][0] == 16
+    assert capsys.readouterr().err == ""  # the compiler was not given up
+
+
+def test_a_cache_for_another_number_of_samples_is_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="cache is for num_samples=1, not 2: make another"):
+        ids_of(model, [1], 3, num_samples=2, cache=empty_cache(model, 1))
+
+
+@pytest.mark.parametrize("place", ["blocks.0", "blocks.1", "norm"])
+@pytest.mark.parametrize("call", [1, 2, 11, 15, 16])
+def test_after_an_interrupt_the_cache_holds_what_it_says(place, call):
+    """In the first prompt, its text, the window that moves, the second prompt and its text; after
+    one layer or all of them."""
+    model = tiny(block_size=12)
+    cache, calls = empty_cache(model, 2), []
+
+    def interrupt(*_):
+        calls.append(place)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+
+    handle = model.get_submodule(place).register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        for prompt in ([3, 1, 4], [3, 1, 4, 1, 5]):
+            ids_of(model, prompt, 14, num_samples=2, cache=cache)
+    handle.remove()
+    for prompt in ([3, 1, 4], [3, 1, 4, 1, 5, 9], cache.ids[: cache.length] + [2]):
+        found = ids_of(model, prompt, 4, num_samples=2, cache=copy.deepcopy(cache))
+        assert found == ids_of(model, prompt, 4, num_samples=2)
 
 
 # The draws

@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import Decoder, ModelConfig
 from sample import SampleOptions, generate, prepare_for_inference
@@ -22,6 +24,7 @@ from weights.quantize import (
     pack_matrices,
     quantize_int8,
     round_matrices,
+    sums_of_rows,
 )
 
 
@@ -39,6 +42,18 @@ def small(**knobs) -> Decoder:
 
 
 IDS = torch.arange(20).view(2, 10)
+
+
+class NamesOfCalls(TorchDispatchMode):
+    """Collects the names of the operations that PyTorch calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*arguments, **(options or {}))
 
 
 # Int8Linear
@@ -96,6 +111,32 @@ def test_few_rows_go_to_the_kernel_in_every_dtype(dtype):
     assert torch.equal(layer(x[:8]), kernel(x[:8]))
     # The kernel rounds once to bfloat16, the other way twice or not at all.
     assert not torch.equal(layer(x), kernel(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_products_as_sums_are_those_of_the_rounded_weights_in_fp32(rows, dtype):
+    layer, x = Int8Linear(random(37, 100)), random(rows, 100, seed=1).to(dtype)
+    y = sums_of_rows(x, layer.weight)
+    wanted = x.double() @ layer.weight.double().T
+    assert y.dtype == torch.float32 and y.shape == (rows, 37)
+    assert (y - wanted).abs().max() < 1e-6 * wanted.abs().max()
+
+
+def test_on_cuda_few_rows_are_sums_in_compiled_code_alone(monkeypatch):
+    """Fake tensors have devices and dtypes, but no numbers, so there need be no GPU."""
+    products = {}
+    with FakeTensorMode():
+        layer = Int8Linear(torch.empty(64, 256, device="cuda"))
+        for compiling in (False, True):
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda c=compiling: c)
+            for rows in (1, 4, 5):
+                x = torch.empty(rows, 1, 256, device="cuda", dtype=torch.bfloat16)
+                with NamesOfCalls() as called:
+                    y = layer(x)
+                assert y.shape == (rows, 1, 64) and y.dtype == torch.bfloat16
+                products[compiling, rows] = "mm" in called.names
+    assert [rows for rows in products if not products[rows]] == [(True, 1), (True, 4)]
 
 
 def test_under_autocast_the_output_has_its_dtype():

@@ -16,6 +16,10 @@ from model import Decoder
 # Rows of x up to which torch's int8 kernel is the fastest way: every few rows it reads all weights
 # again.
 KERNEL_ROWS = 8
+# Rows of x that compiled code on CUDA multiplies by int8 weights as sums (computed, not measured):
+# each weight then takes a load of 2 bytes of x for each row, and caches give about 8 bytes in the
+# time in which memory gives the weight. Compiling also takes longer with every row.
+SUMMED_ROWS = 4
 # Rows of x for which packed matrices are laid out: those of a few samples at once.
 PACKED_ROWS = 4
 # Rows of a matrix from which compiled code works on four parts of it at once.
@@ -92,8 +96,9 @@ class Int8Linear(nn.Module):
 
     Weights are rounded symmetrically. The products are in the dtype of x, or in that of autocast;
     but on a CPU those of few rows, as in sampling, are in bfloat16 whatever the dtype, since only
-    this kernel is fast. That moves a product less than the rounding of the weights does. Where
-    there are more rows, converting W costs a little.
+    this kernel is fast. That moves a product less than the rounding of the weights does. Compiled
+    code on CUDA multiplies few rows in fp32. Where there are more rows, converting W costs a
+    little; and eager code on CUDA converts it for each token, so there int8 saves memory alone.
     """
 
     def __init__(self, weight: Tensor):
@@ -114,6 +119,8 @@ class Int8Linear(nn.Module):
         if device == "cpu" and width % 16 == 0 and len(rows) <= KERNEL_ROWS:
             y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
             y = y.to(x.dtype)
+        elif device == "cuda" and len(rows) <= SUMMED_ROWS and torch.compiler.is_compiling():
+            y = (sums_of_rows(rows, self.weight) * self.scale).to(x.dtype)
         else:
             parts = [self.weight]
             if device == "cpu":
@@ -159,6 +166,16 @@ def is_compiled_row(x: Tensor) -> bool:
     """Whether x [..., in] is a single row, in code that is being compiled for a CPU."""
     one_row = x.numel() == x.shape[-1]
     return torch.compiler.is_compiling() and x.device.type == "cpu" and one_row
+
+
+def sums_of_rows(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows [N, in] times weight [out, in] in fp32, as sums: [N, out] fp32.
+
+    For CUDA, the compiler makes one kernel of these N sums, which reads int8 weights once and
+    converts them on the way. PyTorch 2.13 has an int8 kernel for CUDA, too (_weight_int8pack_mm),
+    but in that one a thread adds up a whole row of W, and neighbours read far from each other.
+    """
+    return torch.stack([(weight.float() * row.float()).sum(-1) for row in rows])
 
 
 def product_of_row(x: Tensor, weight: Tensor) -> Tensor:
