@@ -172,8 +172,8 @@ def sums_of_rows(rows: Tensor, weight: Tensor) -> Tensor:
     """rows [N, in] times weight [out, in] in fp32, as sums: [N, out] fp32.
 
     For CUDA, the compiler makes one kernel of these N sums, which reads int8 weights once and
-    converts them on the way. PyTorch 2.13 has an int8 kernel for CUDA, too (_weight_int8pack_mm),
-    but in that one a thread adds up a whole row of W, and neighbours read far from each other.
+    converts them on the way. PyTorch has an int8 kernel for CUDA, too (_weight_int8pack_mm). By its
+    sources of mid-2026, one thread adds up a whole row of W there, and neighbours read far apart.
     """
     return torch.stack([(weight.float() * row.float()).sum(-1) for row in rows])
 
