@@ -94,6 +94,9 @@ class GPU(FakeTensorMode):
         device = torch.device(kwargs.get("device") or "cpu")
         if device.type != "cuda" and not any(isinstance(tensor, FakeTensor) for tensor in inputs):
             return func(*args, **kwargs)
+        if not any(isinstance(t, FakeTensor) for t in inputs) and func._can_decompose():
+            with self:  # in inference mode `to` comes whole, and would be done for a constant
+                return func.decompose(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             self.wait(func, inputs)
             return torch.ones((), dtype=args[0].dtype).item()
