@@ -241,6 +241,7 @@ def pretend_device() -> None:
     torch.cuda._maybe_exchange_device = always(0)  # another function: Dynamo tells them apart
     torch.version.cuda = "13.0"  # else Inductor takes the device for none that can be compiled for
     torch._C._cuda_getCurrentRawStream = always(0)  # generated code asks for it
+    torch._C._cuda_cudaCachingAllocator_is_enabled = always(True)  # else there are no CUDA graphs
     torch._subclasses.fake_tensor.init_gpu_context = always(None)  # would make a true tensor
     interface = torch._dynamo.device_interface.CudaInterface
     asked = {
