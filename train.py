@@ -81,6 +81,7 @@ def main(argv: list[str]) -> int:
                 tell_of_rise(run)
                 warm_up(run)
                 fix_length(run)
+                ranks.expect_answers(run.config.device)
                 tracker = open_tracker(run)
                 claim_folder(run, lock)
         code = 0 if finished else train(run, tracker)
@@ -179,6 +180,7 @@ def train_step(run: Run, interrupts: Interrupts | None = None) -> tuple[float, f
     if loss is None:
         optimizers.zero_grad()
         return None
+    read_ahead(run)  # the GPU is still at work
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = parallel.clip_gradients(run.model.parameters(), config.grad_clip)
@@ -205,10 +207,7 @@ def accumulate_gradients(run: Run, interrupts: Interrupts | None = None) -> Tens
     a part of the batch was done."""
     config, ranks, data = run.config, run.ranks, run.data
     run.model.train()
-    # The windows of an epoch are shuffled, and each comes once; every rank takes its share of them.
-    T = config.model.block_size
-    with ranks.all_or_none():  # if one rank alone stopped here, the others would wait for it
-        windows = batch(data, run.step, config.batch_size, T, config.seed, ranks.rank, ranks.size)
+    windows = windows_of(run, run.step)
     count = len(windows[0]) // config.micro_batch_size
     # Every token that counts has the same weight. Of conversations only answers do, and one
     # micro-batch or rank has more of them than another.
@@ -227,6 +226,26 @@ def accumulate_gradients(run: Run, interrupts: Interrupts | None = None) -> Tens
         mean += loss.detach()
     parallel.average_what_fsdp_skips(run.model, config, ranks)
     return mean
+
+
+def windows_of(run: Run, step: int) -> tuple[Tensor, ...]:
+    """This rank's share of the batch of a step, on the CPU. OSError if a rank cannot read its own.
+
+    The windows of an epoch are shuffled, and each comes once; every rank takes its share of them.
+    """
+    if run.ahead and run.ahead[0] == step:
+        return run.ahead[1]
+    config, ranks, T = run.config, run.ranks, run.config.model.block_size
+    with ranks.all_or_none():  # if one rank alone stopped here, the others would wait for it
+        return batch(run.data, step, config.batch_size, T, config.seed, ranks.rank, ranks.size)
+
+
+def read_ahead(run: Run) -> None:
+    """Reads the windows of the next step, if a device computes meanwhile."""
+    run.ahead = None
+    if run.config.device != "cpu" and run.step + 1 != run.config.max_iters:
+        with suppress(OSError):  # the next step reads again, and tells of it
+            run.ahead = (run.step + 1, windows_of(run, run.step + 1))
 
 
 def counted_tokens(targets: Tensor) -> int:

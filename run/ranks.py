@@ -29,6 +29,8 @@ from config.command import run_command
 
 # How long a rank waits for another one. It is long because main may be preparing a long text.
 PATIENCE = timedelta(minutes=30)
+# The same between GPUs, once the first step has been tried: a step's exchanges begin together.
+PATIENCE_OF_GPUS = timedelta(minutes=5)
 LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -39,10 +41,14 @@ LAUNCHER_VARIABLES = (
 )
 # Errors of the user or the machine, which are told in one line. Other errors show a traceback.
 FAULTS = (ValueError, OSError)
-LOST_RANK = re.compile(  # gloo's words for a rank that has gone or does not answer
-    # Most begin with the place in gloo's sources. What comes out of a backward does not.
+# How gloo and NCCL say that a rank has gone or does not answer.
+LOST_RANK = re.compile(
+    # Most of gloo's begin with the place in its sources. What comes out of a backward does not.
     r"(?:gloo/\S+] |^(?=Application timeout|Connection (?:closed|reset)|Timed out waiting))"
-    r"(.*?(?:closed|closure|reset by peer|Broken pipe|refused|imed out).*?)(?:\. |$)",
+    r"(?P<gloo>.*?(?:closed|closure|reset by peer|Broken pipe|refused|imed out).*?)(?:\. |$)"
+    r"|NCCL error in[^,]*, (?P<nccl>remote process exited or there was a network error"
+    r"|internal error(?=[\s\S]*Connection closed by remote peer))"
+    r"|(?P<watchdog>Watchdog caught collective operation timeout)",
     re.M,
 )
 
@@ -125,6 +131,12 @@ class Ranks:
     def largest(self, value: int) -> int:
         """The largest of all ranks' values."""
         return self._reduced(torch.tensor(value), dist.ReduceOp.MAX)
+
+    def expect_answers(self, device: str) -> None:
+        """From here on, an exchange between GPUs fails after PATIENCE_OF_GPUS. While main works
+        alone, for instance to save, the others wait for its word, which does not come that way."""
+        if self.size > 1 and device.startswith("cuda"):
+            limit_waits(device, PATIENCE_OF_GPUS)
 
     def _reduced(self, value: Tensor, operation: Any) -> Any:
         if self.size > 1:
@@ -219,6 +231,12 @@ def meeting_place(ranks: Ranks) -> dist.Store:
     return dist.PrefixStore(name, store)
 
 
+def limit_waits(device: str, patience: timedelta) -> None:
+    """From here on, an exchange between the ranks' devices of this kind fails after `patience`."""
+    backend = dist.group.WORLD._get_backend(torch.device(device))
+    backend._set_default_timeout(patience)  # PyTorch has no public way for one kind alone
+
+
 def exit_with(main: Callable[[list[str]], int], argv: list[str]) -> None:
     """Ends the process with the exit code of main(argv).
 
@@ -235,8 +253,8 @@ def exit_with(main: Callable[[list[str]], int], argv: list[str]) -> None:
             traceback.print_exc()
         elif os.environ["LOCAL_RANK"] == "0":  # one line for each machine
             print(
-                f"error: another rank has gone or does not answer ({lost[1]}); resume=auto goes on "
-                f"from the last checkpoint",
+                f"error: another rank has gone or does not answer ({lost[lost.lastgroup]}); "
+                f"resume=auto goes on from the last checkpoint",
                 file=sys.stderr,
             )
     if not dist.is_initialized():

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from config.command import expand_home, shell_path, warn
 from config.preset import NOT_DECIDED_BY_WEIGHTS, make_config, read_knobs
@@ -86,6 +86,7 @@ class Run:
     scaler: torch.amp.GradScaler
     ranks: Ranks = ALONE
     step: int = 0  # optimizer steps done
+    ahead: tuple[int, tuple[Tensor, ...]] | None = None  # a step, and its windows, read before it
     past: Path | None = None  # the folder that its checkpoint is from: its own, or that of a trunk
     best_val_loss: float = math.inf
     # What the checkpoints say of the weights of init_from: their context, and, if the run trains
@@ -391,7 +392,7 @@ def build(config: Config, data: Data, begin: dict[str, Any], ranks: Ranks) -> Ru
     return run
 
 
-def read_parts_into(model: Decoder, saved: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+def read_parts_into(model: Decoder, saved: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
     """Reads this rank's part of a sharded checkpoint: the weights into the model, and the
     optimizer's state, which is returned."""
     parameters = checkpoint.check_weights(model, saved["model"], frozen=False)

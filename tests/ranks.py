@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -72,6 +73,15 @@ def fail(rank: int, error: Exception, how: str, ranks: Ranks) -> None:
 
 def die(ranks: Ranks) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang(seconds: float, ranks: Ranks) -> None:
+    """The last rank does not come to an exchange, for which the others wait only so long."""
+    run.ranks.limit_waits("cpu", timedelta(seconds=seconds))
+    if ranks.rank == ranks.size - 1:
+        time.sleep(4 * seconds)
+    else:
+        ranks.sum(1)
 
 
 SHAPES = [(5, 7), (7, 5), (3, 3), (1, 6), *[(16, 16)] * 5]  # some have too few rows for all ranks

@@ -11,7 +11,15 @@ from test_train import assert_same_run, signal_after
 import train
 from weights import checkpoint
 
-FIRST = ("max_iters=0", "minutes=0.003", "warmup_iters=2")
+FIRST = ("max_iters=0", "minutes=0.05", "warmup_iters=2")
+STEPS = 12  # of a quarter of a second each
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """A quarter of a second passes between two looks at the clock, whatever the machine does."""
+    clock = itertools.count()
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 0.25 * next(clock))
 
 
 def steps_of(folder):
@@ -21,19 +29,16 @@ def steps_of(folder):
 @pytest.mark.parametrize(
     "more", [(), ("optimizer=muon", "dropout=0.1", "skip_spikes=6"), ("lr_schedule=wsd",)]
 )
-def test_it_is_bitwise_the_run_of_as_many_steps(start, tmp_path, more):
+def test_it_is_bitwise_the_run_of_as_many_steps(start, steady, tmp_path, more):
     code, out, err = start(*FIRST, *more)
-    steps = steps_of(tmp_path / "run")
-    assert code == 0 and steps >= 2 and err == ""
-    assert out.startswith(f"{steps:,} steps take about 0.003 minutes here: max_iters={steps}\n")
-    code, out, _ = start(f"max_iters={steps}", *more, out="other")
+    assert code == 0 and err == "" and steps_of(tmp_path / "run") == STEPS
+    assert out.startswith(f"{STEPS} steps take about 0.05 minutes here: max_iters={STEPS}\n")
+    code, out, _ = start(f"max_iters={STEPS}", *more, out="other")
     assert code == 0 and "minutes" not in out
     assert_same_run(tmp_path / "run", tmp_path / "other")
 
 
-def test_it_takes_about_so_long(start, tmp_path, monkeypatch):
-    clock = iter(range(10**6))
-    monkeypatch.setattr(train.time, "perf_counter", lambda: 0.25 * next(clock))
+def test_it_takes_about_so_long(start, steady, tmp_path):
     code, out, _ = start("max_iters=0", "minutes=0.1", "eval_interval=0", "warmup_iters=0")
     assert code == 0 and steps_of(tmp_path / "run") == 6 / 0.25
     assert "seconds:           6.0\n" in out
@@ -55,22 +60,16 @@ def test_other_work_for_a_moment_of_the_trial_does_not_shorten_the_run(
     assert code == 0 and steps_of(tmp_path / "run") == 30 / 0.25
 
 
-def test_what_was_fixed_stays_on_a_resume(start, tmp_path, monkeypatch):
-    start(*FIRST, "max_iters=0", "minutes=0.02", out="whole")
-    steps = steps_of(tmp_path / "whole")
+def test_what_was_fixed_stays_on_a_resume(start, steady, tmp_path, monkeypatch):
+    start(*FIRST, out="whole")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "fix_length", lambda run: fixed(run, steps))
-        signal_after(patch, 3)
-        assert start("max_iters=0", "minutes=0.02")[0] == 128 + signal.SIGTERM
-    code, out, _ = start("max_iters=0", "minutes=0.02", "resume=auto")
+        fix_length = train.fix_length
+        patch.setattr(train, "fix_length", lambda run: (fix_length(run), signal_after(patch, 3)))
+        assert start(*FIRST)[0] == 128 + signal.SIGTERM
+    code, out, _ = start(*FIRST, "resume=auto")
     assert code == 0 and "minutes here" not in out
     assert_same_run(tmp_path / "whole", tmp_path / "run")
-    assert "nothing to do" in start("max_iters=0", "minutes=0.02", "resume=auto")[1]
-
-
-def fixed(run, steps):
-    """Stands for fix_length, which may find another number each time."""
-    run.config = train.replace(run.config, max_iters=steps)
+    assert "nothing to do" in start(*FIRST, "resume=auto")[1]
 
 
 def test_other_minutes_cannot_change_a_run_that_has_begun(start, tmp_path):

@@ -2,6 +2,7 @@
 so."""
 
 import socket
+from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from faults.launched import own_data
 from ranks import instead
 
 from data.prepare import prepare
-from run.ranks import ALONE, LOST_RANK, join
+from run.ranks import ALONE, LOST_RANK, Ranks, join
 
 LAUNCHED = {
     "RANK": "0",
@@ -57,12 +58,43 @@ def test_any_other_error_is_the_traceback_of_its_rank(tmp_path, rank, how):
         ("Application timeout caused pair closure", True),  # as a backward has shown it
         ("[../third_party/gloo/gloo/pair.cc:537] Connection closed by peer [127.0.0.1]:1", True),
         ("[/pytorch/gloo/buffer.cc:73] Timed out waiting 5000ms for recv", True),
+        (
+            "NCCL error in: ../ProcessGroupNCCL.cpp:3763, remote process exited or there was a "
+            "network error, NCCL version 2.28.8\nncclRemoteError: A call failed",
+            True,
+        ),
+        (
+            "NCCL error in: ../ProcessGroupNCCL.cpp:1275, internal error, NCCL version 2.14.3\n"
+            "ncclInternalError: Internal check failed.\nLast error:\n"
+            "Net : Connection closed by remote peer user<50260>",
+            True,
+        ),
+        ("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=15", True),
+        ("NCCL error in: ../NCCLUtils.cpp:93, invalid usage, NCCL version 2.27.5", False),
         ("I/O operation on closed file", False),
         ("a test says: Connection closed", False),
     ],
 )
-def test_gloos_words_for_a_rank_that_has_gone_are_known(words, lost):
+def test_the_words_of_gloo_and_nccl_for_a_rank_that_has_gone_are_known(words, lost):
     assert bool(LOST_RANK.search(words)) is lost
+
+
+def test_a_rank_whose_peer_hangs_leaves_with_one_line_when_its_patience_is_over(tmp_path):
+    hang = partial(instead, partial(ranks.hang, 2))
+    codes, texts = train_ranks(2, tmp_path / "run", hang)
+    assert codes == [1, 0]
+    assert texts[0].startswith("error: another rank has gone or does not answer (Timed out")
+    assert texts[0].count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "device, size, limited", [("cuda:1", 2, 1), ("cuda:0", 1, 0), ("cpu", 2, 0)]
+)
+def test_patience_is_short_between_gpus_alone(monkeypatch, device, size, limited):
+    limits = []
+    monkeypatch.setattr("run.ranks.limit_waits", lambda *limit: limits.append(limit))
+    Ranks(size=size).expect_answers(device)
+    assert limits == [(device, timedelta(minutes=5))] * limited
 
 
 MISSING = "LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: start"

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -1226,3 +1227,56 @@ def test_the_sample_at_the_end_stops_where_its_text_ends(start, tmp_path, monkey
     says(monkeypatch, lambda: [ord("Q"), 256, ord("Z")])  # 256 begins and ends a text
     code, out, _ = start(f"dataset={tmp_path / 'bytes'}", "sample_tokens=3", "sample_prompt=x")
     assert code == 0 and out.endswith("--- sample ---\nxQ\n")
+
+
+@pytest.fixture
+def beside(start, monkeypatch):
+    """A run takes its device for one that still computes when the CPU goes on."""
+
+    def set_up_there(config, ranks):
+        run = set_up(config, ranks)
+        run.config = replace(run.config, device="cpu:0")
+        return run
+
+    set_up = train.set_up
+    monkeypatch.setattr(train, "set_up", set_up_there)
+
+
+def test_the_next_windows_are_read_while_the_device_computes(start, beside, monkeypatch):
+    told, read = [], train.batch
+
+    def note(data, step, *rest):
+        told.append(f"read {step}")
+        return read(data, step, *rest)
+
+    monkeypatch.setattr(train, "batch", note)
+    monkeypatch.setattr(train, "check_finite", lambda *_: told.append("waited"))
+    assert start("max_iters=3")[0] == 0
+    warm_up, *steps = told
+    assert warm_up == "read 0"
+    assert steps == ["read 0", "read 1", "waited", "read 2", "waited", "waited"]
+
+
+def test_reading_ahead_changes_nothing_and_its_failure_is_that_of_the_next_step(
+    start, request, tmp_path, monkeypatch
+):
+    reads, read = [], train.batch
+
+    def fail_at_7(data, step, *rest):
+        reads.append(step)
+        if step == 7 and reads.count(7) <= fails:
+            raise OSError("the disk is gone")
+        return read(data, step, *rest)
+
+    assert start(out="plain")[0] == 0
+    request.getfixturevalue("beside")
+    monkeypatch.setattr(train, "batch", fail_at_7)
+    for fails in (0, 1):
+        assert start(out=f"ahead{fails}")[0] == 0
+        assert_same_run(tmp_path / "plain", tmp_path / f"ahead{fails}")
+        assert reads.count(7) == 1 + fails
+        reads.clear()
+    fails = 2
+    code, _, err = start(out="cut")
+    assert code == 1 and "the disk is gone" in err and reads.count(7) == 2
+    assert read_metrics(tmp_path / "cut")[-1]["step"] == 7  # the step before was done
