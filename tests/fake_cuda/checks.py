@@ -1,4 +1,4 @@
-"""What tests/test_fake_cuda.py asks of a GPU that is not there: python -m fake_cuda.checks CHECK ...
+"""What tests/test_fake_cuda.py asks of the GPU: python -m fake_cuda.checks CHECKS
 
 Each check prints on its last line, as JSON, what it found. To judge is the tests' part.
 """
@@ -9,14 +9,13 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
-from fake_cuda.gpu import DEVICE, always, gpu  # before all that imports torch
-
 import torch
 from torch._dynamo.utils import counters
 
 import model
 import sample
 import train
+from fake_cuda.gpu import DEVICE, always, gpu
 from run.ranks import ALONE
 from run.setup import build, open_data, read_config, resolve
 
@@ -122,7 +121,7 @@ def cubins(preset: str, dataset: str, shape: dict) -> dict:
 def use_triton() -> None:
     """Triton asks its driver, which there is none of, for the device of the kernel it compiles."""
     import triton
-    from torch._inductor.runtime import triton_heuristics
+    from torch._inductor.runtime import triton_helpers
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", 90, 32)
@@ -136,7 +135,8 @@ def use_triton() -> None:
             is_active=always(True),
         )
     )
-    triton_heuristics.set_driver_to_gpu = always(None)
+    torch._inductor.config.use_static_cuda_launcher = False  # which would load the code
+    triton_helpers.set_driver_to_gpu = always(None)  # each source calls it
 
 
 def compile_kernel(name: str, source: str, capability: tuple[int, int]) -> bytes:
@@ -151,4 +151,8 @@ def compile_kernel(name: str, source: str, capability: tuple[int, int]) -> bytes
 
 if __name__ == "__main__":
     with gpu:
-        print(json.dumps([globals()[name](*words, **knobs) for name, words, knobs in json.loads(sys.argv[1])]))
+        print(
+            json.dumps(
+                [globals()[name](*words, **knobs) for name, words, knobs in json.loads(sys.argv[1])]
+            )
+        )

@@ -8,18 +8,9 @@ Private names of PyTorch are replaced here, so all of it fits one version (see t
 and the process that does it can do nothing else.
 """
 
-import ctypes
-import os
 import sys
 from collections import Counter
-from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
-
-LIBRARIES = Path(find_spec("torch").submodule_search_locations[0]) / "lib"
-GUARD = os.environ["FAKE_CUDA_GUARD"]  # guard.cpp, compiled
-for library in (LIBRARIES / "libc10.so", LIBRARIES / "libtorch_cpu.so", GUARD):
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # before torch, which looks only once
 
 import torch
 import torch._dynamo.device_interface
@@ -39,6 +30,7 @@ import torch.utils._triton
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("cuda:0")
@@ -144,7 +136,9 @@ def ones_as_list(tensor: Tensor) -> list:
     return torch.ones(tensor.shape, dtype=tensor.dtype).numpy().tolist()
 
 
-def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def attention(
+    q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
     """Stands for F.scaled_dot_product_attention, which takes the unfused one in a wheel without
     CUDA. On CUDA it takes these: FlashAttention, or, if there is a mask, the efficient one.
     """
@@ -234,7 +228,9 @@ def pretend_device() -> None:
         "max_memory_allocated": lambda device=None: gpu.memory.peak,
         "memory_allocated": lambda device=None: gpu.memory.look(),
     }
-    silent = "synchronize set_device set_rng_state manual_seed manual_seed_all empty_cache _lazy_init"
+    silent = (
+        "synchronize set_device set_rng_state manual_seed manual_seed_all empty_cache _lazy_init"
+    )
     for name, value in (public | dict.fromkeys(silent.split(), always(None))).items():
         setattr(torch.cuda, name, value)
     torch.cuda._exchange_device = always(0)  # of _DeviceGuard, which generated code uses
@@ -265,6 +261,16 @@ def pretend_device() -> None:
     interface.Worker.get_device_properties = staticmethod(properties)
 
 
+def without_modes(function):
+    """torch.load is for the CPU, but in a mode of fake tensors it would leave the numbers out."""
+
+    def wrapped(*args, **kwargs):
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
 def pretend_tensors() -> None:
     """What a program does with tensors that the mode alone cannot pretend."""
     FakeTensor.tolist = ones_as_list
@@ -272,6 +278,7 @@ def pretend_tensors() -> None:
     nn.Module.to = moved
     F.scaled_dot_product_attention = attention
     torch.Generator = Generator
+    torch.load = without_modes(torch.load)
 
 
 def pretend_compiler() -> None:

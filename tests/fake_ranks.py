@@ -1,4 +1,4 @@
-"""What eight ranks compile and send, without the other seven: python -m fake_cuda.ranks WAY ...
+"""What eight ranks compile and send, without the other seven: python -m fake_ranks KNOBS ...
 
 PyTorch's own process group `fake` answers for them. Everything is on the CPU: what is sent does not
 depend on the device. The graphs are counted and run as they are, so nothing is compiled.
@@ -7,6 +7,8 @@ depend on the device. The graphs are counted and run as they are, so nothing is 
 import json
 import sys
 from collections import Counter
+from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ import train
 from run.ranks import Ranks
 from run.setup import build, open_data, read_config, resolve
 
+NEW = {"weights": None, "saved": None, "base": {}}  # what a run begins with that has no checkpoint
 RANKS = Ranks(rank=0, size=8, local_rank=0, local_size=8)
 
 
@@ -27,46 +30,55 @@ class Sent(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.bytes, self.calls = Counter(), Counter()
+        self.bytes = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
             kind = func._schema.name.removeprefix("c10d::")
             sizes = [t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
             self.bytes[kind] += max(sizes)  # an exchange has the whole and a part as arguments
-            self.calls[kind] += 1
         return func(*args, **(kwargs or {}))
 
     def bucket(self, _, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Stands for DDP's own exchange of a bucket of gradients, which no mode sees."""
         self.bytes["bucket"] += bucket.buffer().nbytes
-        self.calls["bucket"] += 1
         done = torch.futures.Future()
         done.set_result(bucket.buffer())
         return done
 
 
-def step(preset: str, *knobs: str) -> dict:
-    """One training step on rank 0 of 8, of two micro-batches: its graphs, and what it sends."""
-    config = read_config([preset, "device=cpu", *knobs])
-    data = open_data(config)
+def step(parallel: str, *knobs: str) -> dict:
+    """One training step on rank 0 of 8: how many graphs it compiles, and what it sends."""
+    torch._dynamo.reset()
+    config = read_config([*knobs, "device=cpu", "compile=true", f"parallel={parallel}"])
+    data, graphs, sent = open_data(config), [], Sent()
     config = resolve(config, "cpu", data, None, RANKS)
-    graphs = []
-    compile = torch.compile
-    torch.compile = lambda function, **kwargs: compile(
-        function, backend=lambda graph, inputs: graphs.append(len(graph.graph.nodes)) or graph
-    )
-    run = build(config, data, {"weights": None, "saved": None, "base": {}}, RANKS)
-    sent = Sent()
-    if config.parallel == "ddp":
+    with patch("torch.compile", partial(torch.compile, backend=counting(graphs))):
+        run = build(config, data, NEW, RANKS)
+    if parallel == "ddp":
         run.forward.register_comm_hook(None, sent.bucket)
-    train.accumulate_gradients(run)  # compiles, and DDP arranges its buckets
-    sent.bytes.clear(), sent.calls.clear()
+    train.accumulate_gradients(run)  # compiles; and DDP arranges its buckets
+    sent.bytes.clear()
     with sent:  # in which nothing would be compiled
         train.accumulate_gradients(run)
-    return {"graphs": len(graphs), "bytes": dict(sent.bytes), "calls": dict(sent.calls)}
+    sizes = {"whole": 0, "norms": 0, "ends": 0}
+    for name, parameter in run.model.named_parameters():
+        sizes["whole"] += parameter.numel()
+        sizes["norms"] += parameter.numel() if parameter.ndim == 1 else 0
+        sizes["ends"] += parameter.numel() if name.startswith(("embed", "head")) else 0
+    return {"graphs": len(graphs), "sent": dict(sent.bytes), "parameters": sizes}
+
+
+def counting(graphs: list):
+    """A backend for torch.compile that notes each graph and leaves it as it is."""
+
+    def backend(graph: torch.fx.GraphModule, inputs: list):
+        graphs.append(graph)
+        return graph
+
+    return backend
 
 
 if __name__ == "__main__":
     dist.init_process_group("fake", rank=0, world_size=RANKS.size, store=FakeStore())
-    print(json.dumps(step(*sys.argv[1:])))
+    print(json.dumps([step(parallel, *sys.argv[1:]) for parallel in ("ddp", "fsdp")]))
