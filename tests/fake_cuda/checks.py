@@ -8,6 +8,7 @@ import re
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from torch._dynamo.utils import counters
@@ -26,7 +27,8 @@ model.initialise = always(None)  # the numbers, which fake tensors do not keep, 
 
 def steps(*arguments: str) -> dict:
     """train.py from the first line to the last. Fake tensors cannot be saved, so nothing is."""
-    train.save_checkpoint, train.save_if_best = always(True), always(None)
+    torch._dynamo.reset()
+    gpu.codes.clear()
     train_step, waits, graphs = train.train_step, [], []
 
     def watched(*rest):
@@ -36,8 +38,9 @@ def steps(*arguments: str) -> dict:
         graphs.append(len(gpu.codes))
         return done
 
-    train.train_step = watched
-    code = train.main(list(arguments))
+    nothing_saved = {"save_checkpoint": always(True), "save_if_best": always(None)}
+    with patch.multiple(train, train_step=watched, **nothing_saved):
+        code = train.main(list(arguments))
     return {"code": code, "waits": waits, "graphs": graphs, "graphs_at_end": len(gpu.codes)}
 
 
