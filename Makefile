@@ -2,12 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint faults bench gpu
+.PHONY: train test lint faults bench cuda gpu
 train: .venv/run.stamp
 	$(BIN)/python train.py config/small.py resume=auto
 
 test: .venv/dev.stamp lint
 	$(BIN)/python -m pytest -n 3 --dist worksteal
+
+cuda: .venv/dev.stamp
+	$(BIN)/python -m pip install -e '.[cubin]'
+	$(BIN)/python -m pytest tests/test_fake_cuda.py -m '' -n 2
 
 faults: .venv/dev.stamp
 	PYTHONPATH=.:tests $(BIN)/python -m faults

@@ -355,7 +355,8 @@ def single_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None)
             scores = (rows.unsqueeze(3) * k.unsqueeze(2)).sum(-1) / math.sqrt(D)  # [B, K, H / K, S]
             shares = scores.masked_fill(~mask, -math.inf).softmax(-1).unsqueeze(-1)
             return (shares * v.unsqueeze(2)).sum(3).view(B, H, 1, D)
-        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).view(B, H, 1, D)
+        y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+        return y.reshape(B, H, 1, D)  # not view: with a mask CUDA gives y another order in memory
 
 
 # -- Feed-forward ----------------------------------------------------------------------------------
