@@ -285,10 +285,10 @@ def memory_estimate(config: Config, micro_batch: int, shards: int = 1) -> tuple[
 
     The activations are what each operation keeps for backward. Compiled code keeps less, and on
     CUDA that is taken for granted unless compile=false; there the estimate is 9 to 12% above the
-    twelve peaks that were simulated (docs/cuda.md). With adapters, only the adapters have a gradient and
-    moments. If `shards` devices share the weights, each has its part of everything. Besides that,
-    it holds whole weights and gradients of the embedding, the head and two Blocks (one computes
-    while the next is being gathered).
+    twelve peaks that were simulated (docs/cuda.md). With adapters, only the adapters have a
+    gradient and moments. If `shards` devices share the weights, each has its part of everything.
+    Besides that, it holds whole weights and gradients of the embedding, the head and two Blocks
+    (one computes while the next is being gathered).
     """
     model = config.model
     C, F, T, V = model.n_embd, model.hidden_size, model.block_size, model.vocab_size
