@@ -529,28 +529,27 @@ class Lab:
                     f"{path} is a folder, and the comparison writes a file of this name: move it "
                     f"away, or name another out_dir"
                 )
-        names = (self.results_file.name, *WRITTEN)
-        found = [name for name in names if os.path.lexists(plan.folder / name)]
-        if found and not self.plan_file.exists():
-            raise ValueError(
-                f"out_dir={plan.folder} has a {found[0]} but no plan.json, so it may be of another "
-                f"comparison and would be replaced: name another folder"
-            )
         self.lines, self.results = read_results(self.results_file)
         self.timing = read_timing(self.timing_file)
-        self.record = self.checked_record(found)
+        self.record = self.checked_record()
         self.threads = max(1, torch.get_num_threads() // self.options.jobs)
         self.choices = self.choose()
         self.timed, self.control = self.timed_cells()
 
-    def checked_record(self, found: list[str]) -> dict[str, Any]:
-        """What plan.json is to say. ValueError if `found`, the results and reports that are there,
-        are of another plan."""
-        now = record_of(self.plan, self.first)
+    def checked_record(self) -> dict[str, Any]:
+        """What plan.json is to say. ValueError if there are results or a report of another plan."""
+        now, folder = record_of(self.plan, self.first), self.plan.folder
+        names = (self.results_file.name, *WRITTEN)
+        found = [name for name in names if os.path.lexists(folder / name)]
+        if found and not self.plan_file.exists():
+            raise ValueError(
+                f"out_dir={folder} has a {found[0]} but no plan.json, so it may be of another "
+                f"comparison and would be replaced: name another folder"
+            )
+        saved = read_record(self.plan_file) if self.plan_file.exists() else now
         if not found:
             return now
-        saved = read_record(self.plan_file)
-        refuse_another_plan(self.plan.folder, saved, now)
+        refuse_another_plan(folder, saved, now)
         looked = saved["seeds"] if "report.md" in found else saved["seeds"][:-1]
         seeds = [count for count in looked if count != now["seeds"][0]] + now["seeds"]
         return now | {"seeds": seeds}

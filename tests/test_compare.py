@@ -5,6 +5,7 @@ the processes are the point.
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -689,6 +690,8 @@ def test_steps_are_timed_in_turn_and_kept(compared, monkeypatch):
     assert len(timed) == 48
     compared(NORMS, "seeds=2", "steps=5")
     assert len(timed) == 48 + 54
+    compared(NORMS, "seeds=2", "steps=5", "processes=3")
+    assert len(timed) == 48 + 54 + 81
 
 
 def test_all_arms_are_timed_compiled_however_many(compared, no_code):
@@ -765,6 +768,34 @@ def test_a_process_that_cannot_time_the_steps_ends_the_comparison(compared, monk
     code, _, err = compared("seeds=1")
     assert code == 1 and "error: the process that times the steps ended with exit code 1" in err
     assert len(results(compared.folder)) == 1 and not (compared.folder / "timing.json").exists()
+
+
+# The plans of docs/norm-study/plan.md
+
+STUDY = ROOT / "docs" / "norm-study" / "plan.md"
+
+
+def commands_of(shell):
+    """The words of every command for python in a shell script, in which nothing is run."""
+    print_words = 'python() { printf "%s\\n" "$*"; }\n'
+    done = subprocess.run(["bash", "-euc", print_words + shell], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell reads the page")
+def test_the_planned_commands_are_those_of_the_program(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words, *blocks = re.findall(r"^```sh\n(.*?)^```", STUDY.read_text("utf-8"), re.M | re.S)
+    assert len(blocks) == 5
+    for block in blocks:
+        unit, counts = re.match(r"# (cells|arms): ([\d ]+)\n", block).groups()
+        found = []
+        for program, module, *arguments in commands_of(words + block):
+            assert (program, module) == ("-m", "lab.compare")
+            asked = compare.read_plan(arguments)
+            found.append(len(compare.grid(asked) if unit == "cells" else asked.arms))
+        assert found == [int(count) for count in counts.split()]
 
 
 # Processes

@@ -330,6 +330,16 @@ def test_both_verdicts_are_given_and_not_mixed(study):
     assert "**worse** than `rms` by 0.2003" in at_time
 
 
+def test_a_ratio_that_differs_by_process_widens_the_verdict_at_equal_wall_clock(study):
+    processes = [[0.012], [0.013], [0.0125]]
+    unsure = study(seconds=study().seconds | {"rms": [[0.01]] * 3, "layer": processes})
+    sure, wide = verdicts(study())[1]["layer"], verdicts(unsure)[1]["layer"]
+    assert wide.mean == sure.mean == approx(0.2003)
+    # The arm loses 0.1 nats in 20 steps, and gets 80: 0.4 nats times the error of the log ratio.
+    error = 0.4 * log_ratio(processes, [[0.01]] * 3).error
+    assert wide.high - wide.mean == approx(t_quantile(0.975, 2) * error, rel=1e-3)
+
+
 def test_at_the_same_speed_the_verdict_at_equal_steps_holds(study):
     alike = {"rms": [[1.0]] * 3, "layer": [[1.01], [0.99], [1.0]]}
     text = verdicts_text(study(extra={}, seconds=alike))
