@@ -780,10 +780,10 @@ class Lab:
         margin = f"a margin of {self.options.margin:g}" if self.options.margin else "no margin"
         *earlier, seeds = map(str, self.record["seeds"])
         if not earlier:
-            return f"{seeds} seeds and {margin}, fixed before the first report"
+            return f"seeds: {seeds}, {margin}; both were fixed before the first report"
         return (
             f"{margin}; seeds were added after a report: {', then '.join([*earlier, seeds])}. "
-            f"Intervals and p do not allow for such a look"
+            f"Intervals and p do not allow for such looks"
         )
 
     def facts(self, timing: dict[str, Any]) -> dict[str, str]:

@@ -33,7 +33,7 @@ CAVEATS = [
     "One size of model, one data set, one length of training: at others the order may differ. "
     "Intervals are over seeds (initial weights and order of the data) and over nothing else.",
     "Intervals of losses and p are Student's, by pairs: an interval is for its arm alone, as is a "
-    "test for equality; p is for all of them.",
+    "test for equality or for an interaction; p is for all of them.",
 ]
 SUFFIXES = (".png", ".pdf")  # of every plot: for a page, and for a paper
 Cells = list[dict[str, Any]]
@@ -166,16 +166,17 @@ def interaction_lines(study: Study) -> list[str]:
     """What two knobs do beside each other, where each of exactly two has two values; else []."""
     if not study.square:
         return []
-    d = interaction_of(study)
-    a, b, c, e = (f"`{arm}`" for arm in study.square)
-    what = f"**Interaction**, ({a} less {b}) less ({c} less {e}):"
-    if d.verdict == "diverged":
+    a, b, c, d = (f"`{arm}`" for arm in study.square)
+    what = f"**Interaction**, ({a} less {b}) less ({c} less {d}):"
+    found = interaction_of(study)
+    if found.verdict == "diverged":
         return [f"{what} cannot be judged: one of them diverged."]
-    if math.isnan(d.p):
-        return [f"{what} {d.mean:+.4f} nats per token; with **one seed** no test is possible."]
-    found = "**detected**" if d.verdict in ("better", "worse") else "none detected"
-    numbers = f"{d.mean:+.4f} nats per token, {numbers_text(d)}"
-    return [f"{what} {found} ({numbers}).{equality_text(d, study.margin)}"]
+    mean = f"{found.mean:+.4f} nats per token"
+    if math.isnan(found.p):
+        return [f"{what} {mean}; with **one seed** no test is possible."]
+    detected = "**detected**" if found.p < SIGNIFICANCE else "none detected"
+    equality = equality_text(found, study.margin)
+    return [f"{what} {detected} ({mean}, {numbers_text(found)}).{equality}"]
 
 
 def interaction_of(study: Study) -> Difference:

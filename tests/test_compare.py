@@ -314,7 +314,7 @@ def test_a_plan_may_grow(compared, planned, argument, cells):
 def test_seeds_that_were_added_after_a_report_are_told(compared, planned):
     shutil.copytree(planned, compared.folder)
     text = (compared.folder / "report.md").read_text()
-    assert "- plan: 2 seeds and a margin of 0.01, fixed before the first report" in text
+    assert "- plan: seeds: 2, a margin of 0.01; both were fixed before the first report" in text
     for _ in range(2):
         assert compared(*other_plan("seed=1336", "seeds=3"))[0] == 0
         text = (compared.folder / "report.md").read_text()
@@ -325,7 +325,7 @@ def test_a_plan_without_results_may_be_replaced(compared, planned):
     compared.folder.mkdir()
     shutil.copy(planned / "plan.json", compared.folder)
     assert compared("seeds=1")[0] == 0
-    assert "1 seeds and no margin" in (compared.folder / "report.md").read_text()
+    assert "seeds: 1, no margin" in (compared.folder / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
