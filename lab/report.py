@@ -242,7 +242,7 @@ def wall_clock_sentence(
         return f"{takes} and so gets {steps:,} steps. {verdict}"
     if at_steps.verdict == "diverged":
         return f"{takes}, and cannot be judged: one of them diverged."
-    why = "the same speed within noise" if low <= 1 <= high else "worth less than one step"
+    why = "no difference in speed detected" if low <= 1 <= high else "worth less than one step"
     return f"{takes}, {why}: the verdict at equal steps holds."
 
 
@@ -327,8 +327,8 @@ def difference_columns(d: Difference, margin: float) -> list[str]:
 def equal_steps_section(study: Study) -> str:
     cells = {arm: best_cells(study.cells, arm) for arm in study.arms}
     equality = (
-        f" Equal within {study.margin:g}: two one-sided tests at 5%, by pairs, show that the true "
-        f"difference is smaller; the margin was fixed before the first result."
+        f" Equal within {study.margin:g}: whether two one-sided tests at 5%, by pairs, show that "
+        f"the true difference is smaller; the margin was fixed before the first result."
     )
     return quality_table(study, cells, verdicts(study)[0]) + (
         f"\n\nFinal validation loss in nats per token, {which_rate(study)}. The "
@@ -499,7 +499,8 @@ def forest_rows(study: Study) -> list[tuple[str, str, Difference]]:
 def plot_differences(study: Study, figure: Any, colours: dict[str, str]) -> None:
     """A forest plot: differences from the reference with 95% intervals, the margin as a band."""
     axes = figure.add_subplot(xlabel="nats per token less the reference's, 95% interval")
-    axes.set_title(f"reference: {plot_label(study.arms[0])}; to the left is better")
+    band = f"; grey: within {study.margin:g}" if study.margin else ""
+    axes.set_title(f"reference: {plot_label(study.arms[0])}; to the left is better{band}")
     axes.axvline(0, color="#222222", linewidth=1)
     if study.margin:
         axes.axvspan(-study.margin, study.margin, color="#bbbbbb", alpha=0.4, linewidth=0)

@@ -741,7 +741,7 @@ def test_an_arm_of_the_same_speed_has_no_cells_of_its_own(compared, monkeypatch)
     fake_clock(monkeypatch, rmsnorm=[0.03], layernorm=[0.03] * 8 + [0.06] * 8, none=[0.03])
     _, out, _ = compared(NORMS, "seeds=1", "steps=4")
     assert len(compared.cells) == 2
-    assert "the same speed within noise: the verdict at equal steps holds" in out
+    assert "no difference in speed detected: the verdict at equal steps holds" in out
 
 
 def test_a_signal_while_steps_are_timed_ends_at_once(compared, monkeypatch):

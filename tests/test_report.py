@@ -343,7 +343,7 @@ def test_a_ratio_that_differs_by_process_widens_the_verdict_at_equal_wall_clock(
 def test_at_the_same_speed_the_verdict_at_equal_steps_holds(study):
     alike = {"rms": [[1.0]] * 3, "layer": [[1.01], [0.99], [1.0]]}
     text = verdicts_text(study(extra={}, seconds=alike))
-    assert "the same speed within noise: the verdict at equal steps holds" in text
+    assert "no difference in speed detected: the verdict at equal steps holds" in text
     assert "worth less than one step" in verdicts_text(study(extra={}))
     assert "not asked for" in verdicts_text(study(extra={}, equal_time=False))
 
