@@ -15,9 +15,10 @@ import shlex
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,17 @@ from lab.measure import (
     fresh_run,
     in_turn,
     read_options,
-    seconds_of_step,
     that_count,
-    values_in_turn,
 )
 from lab.report import WRITTEN, Study, best_cells, speed_section, write_report
+from lab.timing import read_timing, time_in_processes
 from lab.verdict import time_ratio
 from model import knob
 from run.machine import choose_device, processor, versions
 from run.metrics import METRICS_FILE, is_number, read_metrics, training_seconds
 from run.setup import find_dataset, read_config
 from run.signals import Interrupts
-from train import NOT_FINITE, warm_up
+from train import NOT_FINITE
 from weights.checkpoint import NEVER_COMPARED, all_in
 from weights.lock import Lock
 from weights.open import open_weights
@@ -93,7 +93,6 @@ AUTOMATIC = ("device", "dtype", "compile")
 # An arm with these knobs has no norm at all: it is only timed, to know what the norms cost.
 CONTROL = {"norm": "none", "norm_pos": "pre", "qk_norm": "false", "norm_impl": "eager"}
 CELL_NAME = re.compile("[a-zA-Z0-9_.-]+-[0-9a-f]{8}")  # of its folder
-UNTIMED = 4  # rounds of steps before the rounds that are timed
 Knobs = dict[str, str]  # name -> value, as text of a command line
 
 
@@ -103,13 +102,23 @@ class CompareOptions:
 
     seeds: int = knob(5, "seeds of each arm and learning rate; 0 = only time the arms")
     jobs: int = knob(1, "cells trained at once, which share the threads")
-    steps: int = knob(30, "training steps timed of each arm, in turn, when nothing else runs")
+    steps: int = knob(10, "training steps timed of each arm, in turn, when nothing else runs")
+    processes: int = knob(5, "processes, one after the other, each of which times so many steps")
+    margin: float = knob(
+        0.0, "nats per token within which arms count as equal, fixed beforehand; 0 = no such test"
+    )
     equal_time: bool = knob(
         True, "train each arm that is faster or slower for the reference's time, too"
     )
 
     def __post_init__(self):
-        for name, least in (("seeds", 0), ("jobs", 1), ("steps", 2)):
+        for name, least in (
+            ("seeds", 0),
+            ("jobs", 1),
+            ("steps", 2),
+            ("processes", 2),
+            ("margin", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
 
@@ -276,6 +285,77 @@ def label(knobs: Knobs) -> str:
     return ", ".join(text if is_word(text) else f"{name}={text}" for name, text in knobs.items())
 
 
+def square_of(arms: dict[str, Knobs]) -> list[str]:
+    """The arms, if they are those of two knobs with two values each, whose interaction can be
+    tested; else []."""
+    varied = len(next(iter(arms.values())))
+    return list(arms) if (varied, len(arms)) == (2, 4) else []
+
+
+def record_of(plan: Plan, first: dict[str, "Cell"]) -> dict[str, Any]:
+    """What plan.json says of a plan, given one cell of each arm."""
+    left_out = (*NEVER_COMPARED, "learning_rate", "seed")
+    knobs = {arm: cell.config.flat() for arm, cell in first.items()}
+    return {
+        "arms": {
+            arm: {name: value for name, value in own.items() if name not in left_out}
+            for arm, own in knobs.items()
+        },
+        "learning_rates": [float(rate) for rate in plan.rates],
+        "first_seed": plan.first_seed,
+        "seeds": [plan.options.seeds],  # and before it those of earlier reports
+        "margin": plan.options.margin,
+    }
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What plan.json says. ValueError if it is damaged."""
+    saved, sound = load_json(path), False
+    with suppress(TypeError, LookupError, AttributeError):
+        numbers = [*saved["learning_rates"], *saved["seeds"], saved["first_seed"], saved["margin"]]
+        sound = all(type(knobs) is dict for knobs in saved["arms"].values())
+        sound = sound and all(map(is_number, numbers)) and len(saved["seeds"]) > 0
+    if not sound:
+        raise ValueError(f"{path} is damaged: bring it back, or name another out_dir")
+    return saved
+
+
+def refuse_another_plan(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """ValueError unless `now` is the plan `saved` or contains it: a report is replaced only by one
+    that says as much. A margin is for good, since one that is chosen when the differences are known
+    proves nothing, and a report is quoted without the words beside it."""
+    if what := first_lacking(saved, now):
+        raise ValueError(
+            f"out_dir={folder} has the results of a plan with {what}: ask for all of that plan, "
+            f"with more if you like, or name another out_dir"
+        )
+
+
+def first_lacking(saved: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first thing of the plan `saved` that the plan `now` does not have, in words, or ''."""
+    for arm, knobs in saved["arms"].items():
+        if lacking := least_lacking(knobs, now["arms"].values()):
+            words = ", ".join(f"{name}={value}" for name, value in lacking.items())
+            return one_line(f"the arm {arm} ({words})")
+    seeds, count = saved["seeds"][-1], now["seeds"][-1]
+    if not count:  # steps are timed, and no report is written
+        return ""
+    first, ours = saved["first_seed"], now["first_seed"]
+    if first < ours or first + seeds > ours + count:
+        return f"seeds={seeds} from {first}"
+    if rates := set(saved["learning_rates"]) - set(now["learning_rates"]):
+        return f"learning_rate={min(rates):g}"
+    if saved["margin"] != now["margin"]:
+        return f"margin={saved['margin']:g}, which was fixed before its results"
+    return ""
+
+
+def least_lacking(knobs: dict[str, Any], arms: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Those of `knobs` that the most similar of the arms does not have; {} if one has them all."""
+    lacking = [{k: v for k, v in knobs.items() if arm.get(k) != v} for arm in arms]
+    return min(lacking, key=len)
+
+
 # -- Cells and their results -----------------------------------------------------------------------
 
 
@@ -348,22 +428,6 @@ def is_result(record: dict[str, Any]) -> bool:
         and record["learning_rate"] > 0
         and CELL_NAME.fullmatch(record["cell"]) is not None  # no path to another folder
     )
-
-
-def read_timing(path: Path) -> dict[str, Any]:
-    """What timing.json says, or {} if there is none. ValueError if it is damaged."""
-    if not path.exists():
-        return {}
-    saved, sound = load_json(path), False
-    with suppress(TypeError, LookupError, AttributeError):
-        times, micro = saved["seconds"], saved["micro_batch_size"]
-        sound = times.keys() == micro.keys() == saved["cells"].keys()
-        sound = sound and all(type(size) is int for size in micro.values())
-        sound = sound and all(len(each) == saved["steps"] for each in times.values())
-        sound = sound and all(is_number(t) and t > 0 for each in times.values() for t in each)
-    if not sound:
-        raise ValueError(f"{path} is damaged: delete it, and the steps are timed again")
-    return saved
 
 
 def result_of(cell: Cell, folder: Path, exit_code: int) -> dict[str, Any]:
@@ -457,15 +521,9 @@ class Lab:
         self.first = {arm: cell_of(plan, arm, plan.rates[0], plan.first_seed) for arm in plan.arms}
         self.results_file = plan.folder / "results.jsonl"
         self.timing_file = plan.folder / "timing.json"
-        ours = (self.results_file, self.timing_file, plan.folder / "cells")
-        theirs = [name for name in WRITTEN if os.path.lexists(plan.folder / name)]
-        if theirs and not any(path.exists() for path in ours):
-            raise ValueError(
-                f"out_dir={plan.folder} has a {theirs[0]}, which is not of a comparison and would "
-                f"be replaced: name another folder"
-            )
-        reports = map(plan.folder.joinpath, WRITTEN)
-        for path in (self.results_file, self.timing_file, *reports):
+        self.plan_file = plan.folder / "plan.json"
+        ours = (self.plan_file, self.results_file, self.timing_file)
+        for path in (*ours, *map(plan.folder.joinpath, WRITTEN)):
             if path.is_dir() and not path.is_symlink():
                 raise ValueError(
                     f"{path} is a folder, and the comparison writes a file of this name: move it "
@@ -473,9 +531,34 @@ class Lab:
                 )
         self.lines, self.results = read_results(self.results_file)
         self.timing = read_timing(self.timing_file)
+        self.record = self.checked_record()
         self.threads = max(1, torch.get_num_threads() // self.options.jobs)
         self.choices = self.choose()
         self.timed, self.control = self.timed_cells()
+
+    def checked_record(self) -> dict[str, Any]:
+        """What plan.json is to say. ValueError if there are results or a report of another plan."""
+        now, folder = record_of(self.plan, self.first), self.plan.folder
+        names = (self.results_file.name, *WRITTEN)
+        found = [name for name in names if os.path.lexists(folder / name)]
+        if found and not self.plan_file.exists():
+            raise ValueError(
+                f"out_dir={folder} has a {found[0]} but no plan.json, so it may be of another "
+                f"comparison and would be replaced: name another folder"
+            )
+        saved = read_record(self.plan_file) if self.plan_file.exists() else now
+        if not found:
+            return now
+        refuse_another_plan(folder, saved, now)
+        looked = saved["seeds"] if "report.md" in found else saved["seeds"][:-1]
+        seeds = [count for count in looked if count != now["seeds"][0]] + now["seeds"]
+        return now | {"seeds": seeds}
+
+    def keep_plan(self) -> None:
+        """Writes plan.json, before there is a result that the plan could be made to fit."""
+        self.check_lock()
+        text = json.dumps(self.record) + "\n"
+        write_atomically(self.plan_file, lambda file: file.write(text.encode()))
 
     def choose(self) -> dict[str, Any]:
         """What auto means in this comparison: what it meant for the cells that are finished, else
@@ -509,8 +592,10 @@ class Lab:
 
     def run(self) -> None:
         """Trains, times and reports. SystemExit after a signal, CellFailed if a cell failed."""
+        if self.cells:
+            self.keep_plan()
         self.train(self.cells)
-        timing = self.time_arms()
+        timing = self.timing_of_arms()
         if not self.cells:
             print(speed_section(self.study(timing, {})))
             return
@@ -623,34 +708,32 @@ class Lab:
             controls[control[arm]] = cell_of(self.plan, arm, **still, **CONTROL)
         return arms | controls, control
 
-    def time_arms(self) -> dict[str, Any]:
+    def command_lines(self) -> dict[str, list[str]]:
+        """Of each cell that is timed."""
+        return {
+            name: [*self.plan.preset, *as_arguments(cell.knobs)]
+            for name, cell in self.timed.items()
+        }
+
+    def timing_of_arms(self) -> dict[str, Any]:
         """Seconds per training step of all arms and controls in turn, while nothing else runs.
         They are kept in timing.json."""
         cells = {name: json.loads(cell.key) for name, cell in self.timed.items()}
-        steps = self.options.steps
-        if (self.timing.get("cells"), self.timing.get("steps")) == (cells, steps):
+        steps, processes = self.options.steps, self.options.processes
+        saved = tuple(self.timing.get(name) for name in ("cells", "steps", "processes"))
+        if saved == (cells, steps, processes):
             return self.timing
-        print(f"timing {steps} steps of each: {'; '.join(self.timed)}")
-        torch._dynamo.reset()
-        runs = {name: fresh_run(cell.config) for name, cell in self.timed.items()}
-        # All of them compile the same Decoder.forward, which has one limit for all.
-        with torch._dynamo.config.patch(recompile_limit=8 * len(runs)):
-            for run in runs.values():
-                warm_up(run)
-            calls = {name: partial(seconds_of_step, run) for name, run in runs.items()}
-            seconds = values_in_turn(calls, UNTIMED + steps)
-        timing = {
-            "seconds": {name: times[UNTIMED:] for name, times in seconds.items()},
-            "micro_batch_size": {name: run.config.micro_batch_size for name, run in runs.items()},
-            "steps": steps,
-            "cells": cells,
-        }
+        print(f"timing {processes} x {steps} steps of each: {'; '.join(self.timed)}", flush=True)
+        gc.collect()  # what checks used here is needed by the processes
+        torch.cuda.empty_cache()
+        found = time_in_processes(self.command_lines(), steps, processes)
+        timing = found | {"cells": cells}
         self.check_lock()
         text = json.dumps(timing) + "\n"
         write_atomically(self.timing_file, lambda file: file.write(text.encode()))
         return timing
 
-    def equal_time_cells(self, seconds: dict[str, list[float]]) -> dict[str, list[Cell]]:
+    def equal_time_cells(self, seconds: dict[str, list[list[float]]]) -> dict[str, list[Cell]]:
         """Arm -> its cells at equal wall-clock: at the arm's best learning rate, with as many steps
         as fit into the reference's training time. Arms that are not faster or slower have none."""
         reference, *others = self.plan.arms
@@ -688,6 +771,19 @@ class Lab:
             control=self.control,
             facts=self.facts(timing) if self.cells else {},
             tokens={name: c.batch_size * c.model.block_size for name, c in configs.items()},
+            margin=self.options.margin,
+            square=square_of(plan.arms),
+        )
+
+    def words_of_plan(self) -> str:
+        """What was fixed beforehand, and what was not."""
+        margin = f"a margin of {self.options.margin:g}" if self.options.margin else "no margin"
+        *earlier, seeds = map(str, self.record["seeds"])
+        if not earlier:
+            return f"seeds: {seeds}, {margin}; both were fixed before the first report"
+        return (
+            f"{margin}; seeds were added after a report: {', then '.join([*earlier, seeds])}. "
+            f"Intervals and p do not allow for such looks"
         )
 
     def facts(self, timing: dict[str, Any]) -> dict[str, str]:
@@ -704,6 +800,7 @@ class Lab:
         weights = shlex.join(["python", "train.py", *plan.preset, *again])
         return {
             "command": f"`{self.command}`",
+            "plan": self.words_of_plan(),
             "cells": (
                 f"arms {len(plan.arms)} x learning rates {len(plan.rates)} x seeds "
                 f"{options.seeds} from {plan.first_seed}; {minutes:.1f} minutes of training, "

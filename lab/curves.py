@@ -30,7 +30,7 @@ Draw the losses, learning rates and gradient norms of runs in one picture, a col
 python -m lab.curves RUN_FOLDER [RUN_FOLDER ...] [by=step|tokens|seconds] [out=FILE.png|FILE.pdf]
 
 by= is what the horizontal axis shows; seconds are those of the optimizer's steps alone. Without
-out=, the picture is curves.png in the first folder."""
+out=, the picture is curves.png in the first folder, and curves.pdf for a paper."""
 
 BY = ("step", "tokens", "seconds")
 PANELS = (  # from top to bottom: key of a record, label and scale of the vertical axis
@@ -54,15 +54,16 @@ def main(argv: list[str]) -> int:
         if not places:
             raise ValueError("name the folder of a run, or several: python -m lab.curves out/small")
         by = parse_choice("by", options.get("by", "step"), BY)
-        file = Path(options.get("out", Path(places[0]) / "curves.png"))
-        draw_curves([Path(place) for place in places], by, file)
-    print(file)
+        here = [Path(places[0]) / f"curves{suffix}" for suffix in (".png", ".pdf")]
+        files = [Path(options["out"])] if "out" in options else here
+        draw_curves([Path(place) for place in places], by, files)
+    print(*files, sep="\n")
     return 0
 
 
-def draw_curves(folders: list[Path], by: str, file: Path) -> None:
-    """Draws these runs, one panel below the other. ValueError if one has no records, or if
-    matplotlib is missing."""
+def draw_curves(folders: list[Path], by: str, files: list[Path]) -> None:
+    """Draws these runs, one panel below the other, into each of the files. ValueError if one has no
+    records, or if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure  # not pyplot: no global state, no display
     except ImportError as error:
@@ -80,7 +81,8 @@ def draw_curves(folders: list[Path], by: str, file: Path) -> None:
         axes.grid(alpha=0.3)
     panels[1].legend(fontsize="small")  # each run with its last validation loss
     panels[-1].set_xlabel("seconds of training" if by == "seconds" else by)
-    save_figure(figure, file)
+    for file in files:
+        save_figure(figure, file)
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:

@@ -13,18 +13,29 @@ import numpy as np
 
 from config.command import printable
 from data.files import write_atomically
-from lab.verdict import POWER, Difference, judge, time_ratio
+from lab.verdict import (
+    FEWEST_SEEDS,
+    POWER,
+    SIGNIFICANCE,
+    Difference,
+    Estimate,
+    doubt_about_time,
+    interaction,
+    judge,
+    log_ratio,
+    time_ratio,
+)
 from run.metrics import plot_label, read_metrics, save_figure
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = "#222222 #0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #8c6d31".split()
 CAVEATS = [
-    "The best learning rate was chosen on the same seeds and the same validation text that are "
-    "reported.",
-    "One size of model, one data set, one length of training: at others the order may differ.",
-    "Intervals of losses and p are Student's, by pairs: an interval is for its arm alone, p is for "
-    "all of them.",
+    "One size of model, one data set, one length of training: at others the order may differ. "
+    "Intervals are over seeds (initial weights and order of the data) and over nothing else.",
+    "Intervals of losses and p are Student's, by pairs: an interval is for its arm alone, as is a "
+    "test for equality or for an interaction; p is for all of them.",
 ]
+SUFFIXES = (".png", ".pdf")  # of every plot: for a page, and for a paper
 Cells = list[dict[str, Any]]
 
 
@@ -42,10 +53,12 @@ class Study:
     cells: Cells  # at equal steps: every arm x learning rate x seed, the seeds in order
     extra: dict[str, Cells]  # arm -> its cells at equal wall-clock, where it needs cells of its own
     equal_time: bool  # whether a verdict at equal wall-clock was asked for
-    seconds: dict[str, list[float]]  # arm or control -> seconds per step, round by round
+    seconds: dict[str, list[list[float]]]  # arm or control -> processes x rounds, per step
     control: dict[str, str]  # arm -> the control without norms that it is compared with
     tokens: dict[str, int]  # arm or control -> tokens per step
     facts: dict[str, str]  # how the comparison was made: what -> which
+    margin: float  # nats per token within which two arms count as equal; 0 = not asked
+    square: list[str]  # the four arms of two knobs with two values each, in order; else []
 
 
 # -- The selection of cells ------------------------------------------------------------------------
@@ -87,7 +100,18 @@ def verdicts(study: Study) -> tuple[dict[str, Difference], dict[str, Difference]
         return judge({}, {arm: {} for arm in others}), {}
     at_steps = {arm: by_seed(best_cells(study.cells, arm)) for arm in others}
     at_time = {arm: by_seed(cells) for arm, cells in study.extra.items()}
-    return judge(base, at_steps), judge(base, at_time)
+    doubts = {arm: doubt_of(study, arm) for arm in study.extra}
+    return judge(base, at_steps, study.margin), judge(base, at_time, study.margin, doubts)
+
+
+def doubt_of(study: Study, arm: str) -> Estimate:
+    """What the uncertain time ratio adds to the loss of an arm at equal wall-clock."""
+    both = best_cells(study.cells, arm), study.extra[arm]
+    steps = tuple(cells[0]["max_iters"] for cells in both)
+    losses = tuple(mean_loss_of(cells) for cells in both)
+    return doubt_about_time(
+        log_ratio(study.seconds[arm], study.seconds[study.arms[0]]), steps, losses
+    )
 
 
 def verdicts_text(study: Study) -> str:
@@ -96,14 +120,34 @@ def verdicts_text(study: Study) -> str:
     if not others:
         return only_arm_sentence(study)
     at_steps, at_time = verdicts(study)
-    steps = [sentence(arm, reference, at_steps[arm]) for arm in others]
+    steps = [sentence(arm, reference, at_steps[arm], study.margin) for arm in others]
+    steps += interaction_lines(study)
     clock = ["not asked for (equal_time=false)."]
     if study.equal_time:
         clock = [wall_clock_sentence(study, arm, at_steps[arm], at_time.get(arm)) for arm in others]
     return (
-        f"**At equal steps**, each arm at its best learning rate:\n\n{bullets(steps)}\n\n"
+        f"{few_seeds_line(study)}**At equal steps**, {which_rate(study)}:\n\n{bullets(steps)}\n\n"
         f"**At equal wall-clock**:\n\n{bullets(clock)}"
     )
+
+
+def few_seeds_line(study: Study) -> str:
+    """A paragraph that warns of too few seeds, or ''."""
+    seeds = len({cell["seed"] for cell in study.cells})
+    if seeds >= FEWEST_SEEDS:
+        return ""
+    return (
+        f"**{seeds} {'seed' if seeds == 1 else 'seeds'}: too few to rely on.** A difference may be "
+        f"large and yet not be detected: take at least {FEWEST_SEEDS} seeds.\n\n"
+    )
+
+
+def which_rate(study: Study) -> str:
+    """At which learning rate the losses are compared."""
+    rates = {cell["learning_rate"] for cell in study.cells}
+    if len(rates) > 1:
+        return "each arm at its best learning rate"
+    return f"at learning rate {rates.pop():g}, the only one tried"
 
 
 def only_arm_sentence(study: Study) -> str:
@@ -113,17 +157,49 @@ def only_arm_sentence(study: Study) -> str:
     if not cells:
         return f"{start}It diverged at every learning rate tried."
     rate, loss = cells[0]["learning_rate"], mean_loss_of(cells)
+    if len(by_rate(study.cells, arm)) == 1:
+        return f"{start}At learning rate {rate:g}, the only one tried: {loss:.4f} nats per token."
     return f"{start}Its best learning rate is {rate:g}: {loss:.4f} nats per token."
 
 
-def sentence(arm: str, reference: str, d: Difference) -> str:
+def interaction_lines(study: Study) -> list[str]:
+    """What two knobs do beside each other, where each of exactly two has two values; else []."""
+    if not study.square:
+        return []
+    a, b, c, d = (f"`{arm}`" for arm in study.square)
+    what = f"**Interaction**, ({a} less {b}) less ({c} less {d}):"
+    found = interaction_of(study)
+    if found.verdict == "diverged":
+        return [f"{what} cannot be judged: one of them diverged."]
+    mean = f"{found.mean:+.4f} nats per token"
+    if math.isnan(found.p):
+        return [f"{what} {mean}; with **one seed** no test is possible."]
+    detected = "**detected**" if found.p < SIGNIFICANCE else "none detected"
+    equality = equality_text(found, study.margin)
+    return [f"{what} {detected} ({mean}, {numbers_text(found)}).{equality}"]
+
+
+def interaction_of(study: Study) -> Difference:
+    return interaction(
+        [by_seed(best_cells(study.cells, arm)) for arm in study.square], study.margin
+    )
+
+
+def numbers_text(d: Difference) -> str:
+    return f"95% CI {d.low:+.4f} to {d.high:+.4f}, p {p_text(d.p)}"
+
+
+def equality_text(d: Difference, margin: float) -> str:
+    """A sentence after a space, or '' if equality was not asked for."""
+    if math.isnan(d.p_equal):
+        return ""
+    is_equal = d.p_equal < SIGNIFICANCE
+    start = "**Equal within" if is_equal else "Not shown to be equal within"
+    return f" {start} {margin:g} nats{'**' * is_equal} (p {p_text(d.p_equal)})."
+
+
+def sentence(arm: str, reference: str, d: Difference, margin: float = 0.0) -> str:
     """A verdict in words."""
-    numbers = f"95% CI {d.low:+.4f} to {d.high:+.4f}, p {p_text(d.p)}"
-    if d.verdict in ("better", "worse"):
-        return (
-            f"`{arm}` is **{d.verdict}** than `{reference}` by {abs(d.mean):.4f} nats per token "
-            f"({numbers})."
-        )
     if d.verdict == "diverged":
         return f"`{arm}` **cannot be judged** against `{reference}`: one of them diverged."
     if d.verdict == "one seed":
@@ -131,10 +207,22 @@ def sentence(arm: str, reference: str, d: Difference) -> str:
             f"`{arm}` ends {d.mean:+.4f} nats per token from `{reference}`; with **one seed** no "
             f"test is possible."
         )
+    numbers, equality = numbers_text(d), equality_text(d, margin)
+    if d.verdict in ("better", "worse"):
+        return (
+            f"`{arm}` is **{d.verdict}** than `{reference}` by {abs(d.mean):.4f} nats per token "
+            f"({numbers}).{equality}"
+        )
+    if d.verdict == "not after correction":
+        return (
+            f"`{arm}` is {'better' if d.mean < 0 else 'worse'} than `{reference}` by "
+            f"{abs(d.mean):.4f} nats per token if it is tested alone, but **not after correction** "
+            f"for {d.comparisons} comparisons ({numbers}).{equality}"
+        )
     return (
         f"**No difference detected** between `{arm}` and `{reference}` ({d.mean:+.4f} nats per "
         f"token, {numbers}); a true difference of {d.detectable:.4f} would have been found four "
-        f"times in five."
+        f"times in five.{equality}"
     )
 
 
@@ -150,10 +238,11 @@ def wall_clock_sentence(
     )
     if at_time is not None:
         steps = study.extra[arm][0]["max_iters"]
-        return f"{takes} and so gets {steps:,} steps. {sentence(arm, reference, at_time)}"
+        verdict = sentence(arm, reference, at_time, study.margin)
+        return f"{takes} and so gets {steps:,} steps. {verdict}"
     if at_steps.verdict == "diverged":
         return f"{takes}, and cannot be judged: one of them diverged."
-    why = "the same speed within noise" if low <= 1 <= high else "worth less than one step"
+    why = "no difference in speed detected" if low <= 1 <= high else "worth less than one step"
     return f"{takes}, {why}: the verdict at equal steps holds."
 
 
@@ -168,12 +257,13 @@ def write_report(study: Study) -> str:
         for name in PLOTS
     }
     sections = {
-        "Quality at equal steps": equal_steps_section(study) + picture["loss_curves"],
+        "Quality at equal steps": equal_steps_section(study) + picture["differences"],
         "Quality at equal wall-clock": equal_time_section(study),
+        "Loss of every seed": seeds_section(study) + picture["loss_curves"],
         "Speed": speed_section(study) + picture["step_time"],
         "Loss versus learning rate": rates_section(study) + picture["learning_rate"],
         "How it was made": bullets([f"{what}: {which}" for what, which in study.facts.items()]),
-        "What to keep in mind": bullets(edge_notes(study) + CAVEATS),
+        "What to keep in mind": bullets(rate_notes(study) + CAVEATS),
     }
     verdict = verdicts_text(study)
     page = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items())
@@ -197,15 +287,17 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def quality_table(reference: str, cells_of: dict[str, Cells], found: dict[str, Difference]) -> str:
+def quality_table(study: Study, cells_of: dict[str, Cells], found: dict[str, Difference]) -> str:
     """A row for each arm of `cells_of`; its cells are those of one learning rate, one per seed."""
+    reference, margin = study.arms[0], study.margin
     head = ["arm", "learning rate", "steps", "val loss, mean", "sd over seeds", "bits per byte"]
-    head += [f"less `{reference}`", "95% CI", "p (Holm)", "detectable", "verdict"]
+    head += [f"less `{reference}`", "95% CI", "p (Holm)", "detectable"]
+    head += [f"equal within {margin:g}"] * (margin > 0) + ["verdict"]
     rows = []
     for arm, cells in cells_of.items():
         losses = list(by_seed(cells).values())
         if not losses or not np.isfinite(losses).all():
-            rows.append([f"`{arm}`", *["-"] * 9, "diverged"])
+            rows.append([f"`{arm}`", *["-"] * (len(head) - 2), "diverged"])
             continue
         rate, steps = f"{cells[0]['learning_rate']:g}", f"{cells[0]['max_iters']:,}"
         deviation = f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "-"
@@ -215,27 +307,34 @@ def quality_table(reference: str, cells_of: dict[str, Cells], found: dict[str, D
         d = found.get(arm, Difference("reference"))
         rows.append(
             [f"`{arm}`", rate, steps, f"{np.mean(losses):.4f}", deviation, bits]
-            + difference_columns(d)
+            + difference_columns(d, margin)
         )
     return markdown_table(head, rows)
 
 
-def difference_columns(d: Difference) -> list[str]:
-    """Mean, interval, p, detectable and verdict; '-' for what could not be computed."""
+def difference_columns(d: Difference, margin: float) -> list[str]:
+    """Mean, interval, p, detectable, equality if there is a margin, and verdict; '-' for what could
+    not be computed."""
     mean = "-" if math.isnan(d.mean) else f"{d.mean:+.4f}"
     if math.isnan(d.p):
-        return [mean, "-", "-", "-", d.verdict]
+        return [mean, "-", "-", "-", *["-"] * (margin > 0), d.verdict]
+    is_equal = "yes" if d.p_equal < SIGNIFICANCE else "not shown"
+    equality = [f"{is_equal}, p {p_text(d.p_equal)}"] * (margin > 0)
     interval, p = f"{d.low:+.4f} to {d.high:+.4f}", p_text(d.p).removeprefix("= ")
-    return [mean, interval, p, f"{d.detectable:.4f}", d.verdict]
+    return [mean, interval, p, f"{d.detectable:.4f}", *equality, d.verdict]
 
 
 def equal_steps_section(study: Study) -> str:
     cells = {arm: best_cells(study.cells, arm) for arm in study.arms}
-    return quality_table(study.arms[0], cells, verdicts(study)[0]) + (
-        f"\n\nFinal validation loss in nats per token, each arm at its best learning rate. The "
+    equality = (
+        f" Equal within {study.margin:g}: whether two one-sided tests at 5%, by pairs, show that "
+        f"the true difference is smaller; the margin was fixed before the first result."
+    )
+    return quality_table(study, cells, verdicts(study)[0]) + (
+        f"\n\nFinal validation loss in nats per token, {which_rate(study)}. The "
         f"reference's sd over seeds is the noise floor; pairing by seed takes away what the arms "
         f"share of it. Detectable: the smallest true difference that these seeds find with "
-        f"{POWER:.0%} power."
+        f"{POWER:.0%} power.{equality if study.margin else ''}"
     )
 
 
@@ -243,9 +342,25 @@ def equal_time_section(study: Study) -> str:
     if not study.extra:
         return "No arm needed cells of its own: see the verdict on top."
     cells = {study.arms[0]: best_cells(study.cells, study.arms[0])} | study.extra
-    return quality_table(study.arms[0], cells, verdicts(study)[1]) + (
+    return quality_table(study, cells, verdicts(study)[1]) + (
         "\n\nAs many steps as fit into the time that the reference trains for; the schedule is as "
-        "long as they are. Arms of the same speed are not repeated here."
+        "long as they are. Arms of the same speed are not repeated here. Intervals and p allow for "
+        "the uncertain time ratio, too."
+    )
+
+
+def seeds_section(study: Study) -> str:
+    """A row for each seed, a column for each arm, and for each arm at equal wall-clock."""
+    columns = {f"`{arm}`": best_cells(study.cells, arm) for arm in study.arms}
+    columns |= {f"`{arm}`, {c[0]['max_iters']:,} steps": c for arm, c in study.extra.items()}
+    losses = {name: by_seed(cells) for name, cells in columns.items()}
+    rows = []
+    for seed in sorted({cell["seed"] for cell in study.cells}):
+        own = [by.get(seed, math.inf) for by in losses.values()]
+        rows.append([str(seed), *(f"{x:.4f}" if math.isfinite(x) else "diverged" for x in own)])
+    return markdown_table(["seed", *columns], rows) + (
+        f"\n\nFinal validation loss in nats per token, {which_rate(study)}. Every cell is in "
+        f"results.jsonl."
     )
 
 
@@ -255,7 +370,7 @@ def speed_section(study: Study) -> str:
     head += ["time / reference (95% CI)", "share of the norms (95% CI)", "peak memory, MB"]
     rows, reference = [], study.arms[0]
     for name, seconds in study.seconds.items():
-        low, median, high = 1000 * np.quantile(seconds, (0.25, 0.5, 0.75))
+        low, median, high = 1000 * np.quantile(np.ravel(seconds), (0.25, 0.5, 0.75))
         tokens = 1000 * study.tokens[name] / median
         ratio, share, parameters, memory = "1", "-", "-", "-"
         if name != reference:
@@ -273,9 +388,10 @@ def speed_section(study: Study) -> str:
         rows.append([f"`{name}`", parameters, *times, ratio, share, memory])
     return markdown_table(head, rows) + (
         "\n\nWhole training steps, all arms in turn, forwards and backwards: a machine whose speed "
-        "drifts drifts for all. The share of the norms is what a step without any saves; that "
-        "control is for timing only. Peak memory is that of a cell: its tensors on CUDA, else the "
-        "whole process."
+        f"drifts drifts for all. Intervals are Student's over {len(study.seconds[reference])} "
+        "processes, each of which gives the median of its rounds: rounds of one process are not "
+        "independent. The share of the norms is what a step without any saves; that control is for "
+        "timing only. Peak memory is that of a cell: its tensors on CUDA, else the whole process."
     )
 
 
@@ -289,22 +405,50 @@ def rates_section(study: Study) -> str:
             if lost := sum(cell["diverged"] for cell in cells):
                 text = f"{lost} of {len(cells)} diverged"
                 diverged_at = f"{rate:g}" if diverged_at == "-" else diverged_at
-            texts.append(f"**{text}**" if cells == best else text)
+            texts.append(f"**{text}**" if cells == best and len(rates) > 1 else text)
         rows.append([f"`{arm}`", *texts, diverged_at])
     head = ["arm", *(f"{rate:g}" for rate in rates), "diverges from"]
     return markdown_table(head, rows) + (
-        "\n\nMean final validation loss in nats per token by learning rate, an arm's best in bold. "
-        "Diverged: NaN, Inf or a final validation loss above the first training loss."
+        f"\n\nMean final validation loss in nats per token by learning rate"
+        f"{', the best of an arm in bold' if len(rates) > 1 else ''}. Diverged: NaN, Inf or a "
+        f"final validation loss above the first training loss.{differences_by_rate(study, rates)}"
     )
 
 
-def edge_notes(study: Study) -> list[str]:
-    """A line for each arm whose best learning rate is the lowest or the highest that was tried."""
+def differences_by_rate(study: Study, rates: list[float]) -> str:
+    """A table of the paired differences at each learning rate, if there is more to it than the
+    verdicts say; else ''."""
+    reference, *others = study.arms
+    if len(rates) == 1 or not others:
+        return ""
+    groups = {arm: by_rate(study.cells, arm) for arm in study.arms}
+    rows = [[f"`{arm}`"] for arm in others]
+    for rate in rates:
+        losses = {arm: by_seed(groups[arm][rate]) for arm in study.arms}
+        found = judge(losses.pop(reference), losses)
+        for row, d in zip(rows, found.values(), strict=True):
+            mean, interval, *_ = difference_columns(d, 0)
+            row.append(mean if interval == "-" else f"{mean} ({interval})")
+    table = markdown_table([f"less `{reference}`", *(f"{rate:g}" for rate in rates)], rows)
+    return (
+        f"\n\n{table}\n\nPaired differences at each learning rate, the same for both arms. Each "
+        f"95% interval is for itself: of twenty, one may miss by chance."
+    )
+
+
+def rate_notes(study: Study) -> list[str]:
+    """What the choice of learning rates leaves open, and a line for each arm whose best one is the
+    lowest or the highest that was tried."""
     rates = sorted({cell["learning_rate"] for cell in study.cells})
-    notes = []
+    if len(rates) == 1:
+        return ["One learning rate was tried: an arm that is worse at it may be better at another."]
+    notes = [
+        "The best learning rate was chosen on the same seeds and the same validation text that are "
+        "reported."
+    ]
     for arm in study.arms:
         best = best_cells(study.cells, arm)
-        if len(rates) > 1 and best and best[0]["learning_rate"] in (rates[0], rates[-1]):
+        if best and best[0]["learning_rate"] in (rates[0], rates[-1]):
             notes.append(
                 f"`{arm}` is best at {best[0]['learning_rate']:g}, at an end of the sweep: a wider "
                 f"one may favour it more."
@@ -325,7 +469,8 @@ def draw_plots(study: Study) -> list[str]:
         return []
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(study.arms)}
     one_rate = len(by_rate(study.cells, study.arms[0])) == 1
-    drawn = [name for name in PLOTS if not (one_rate and name == "learning_rate")]
+    empty = {"learning_rate": one_rate, "differences": not forest_rows(study)}
+    drawn = [name for name in PLOTS if not empty.get(name)]
     for name in drawn:
         figure = Figure(figsize=(10, 4), layout="constrained")
         PLOTS[name](study, figure, colours)
@@ -333,8 +478,39 @@ def draw_plots(study: Study) -> list[str]:
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.3)
             axes.set_axisbelow(True)
-        save_figure(figure, study.folder / f"{name}.png")
+        for suffix in SUFFIXES:
+            save_figure(figure, study.folder / f"{name}{suffix}")
     return drawn
+
+
+def forest_rows(study: Study) -> list[tuple[str, str, Difference]]:
+    """(arm, what is drawn, difference) of every difference that has an interval."""
+    at_steps, at_time = verdicts(study)
+    rows = []
+    for arm in study.arms[1:]:
+        rows.append((arm, arm, at_steps[arm]))
+        if arm in at_time:
+            rows.append((arm, f"{arm}, equal wall-clock", at_time[arm]))
+    if study.square:
+        rows.append(("", "interaction", interaction_of(study)))
+    return [row for row in rows if not math.isnan(row[2].p)]
+
+
+def plot_differences(study: Study, figure: Any, colours: dict[str, str]) -> None:
+    """A forest plot: differences from the reference with 95% intervals, the margin as a band."""
+    axes = figure.add_subplot(xlabel="nats per token less the reference's, 95% interval")
+    band = f"; grey: within {study.margin:g}" if study.margin else ""
+    axes.set_title(f"reference: {plot_label(study.arms[0])}; to the left is better{band}")
+    axes.axvline(0, color="#222222", linewidth=1)
+    if study.margin:
+        axes.axvspan(-study.margin, study.margin, color="#bbbbbb", alpha=0.4, linewidth=0)
+    rows = forest_rows(study)
+    for i, (arm, _, d) in enumerate(rows):
+        reach = [[d.mean - d.low], [d.high - d.mean]]
+        axes.errorbar(d.mean, i, xerr=reach, fmt="o", capsize=3, color=colours.get(arm, "#222222"))
+    axes.set_yticks(range(len(rows)), [plot_label(name) for _, name, _ in rows])
+    axes.invert_yaxis()
+    axes.margins(y=0.2)
 
 
 def loss_curve(folder: Path, cells: Cells, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -411,7 +587,7 @@ def plot_step_times(study: Study, figure: Any, colours: dict[str, str]) -> None:
     """Median step time with quartiles, the reference on top and the controls below."""
     axes = figure.add_subplot(xlabel="time per training step (ms): median and quartiles")
     for name, seconds in study.seconds.items():
-        low, median, high = 1000 * np.quantile(seconds, (0.25, 0.5, 0.75))
+        low, median, high = 1000 * np.quantile(np.ravel(seconds), (0.25, 0.5, 0.75))
         colour, reach = colours.get(name, "#bbbbbb"), [[median - low], [high - median]]
         bar = dict(xerr=reach, color=colour, alpha=0.8, height=0.6, capsize=3)
         axes.barh(plot_label(name), median, **bar)
@@ -421,8 +597,9 @@ def plot_step_times(study: Study, figure: Any, colours: dict[str, str]) -> None:
 
 
 PLOTS = {
+    "differences": plot_differences,
     "loss_curves": plot_loss_curves,
     "step_time": plot_step_times,
     "learning_rate": plot_learning_rates,
 }
-WRITTEN = ("report.md", *(f"{name}.png" for name in PLOTS))
+WRITTEN = ("report.md", *(name + suffix for name in PLOTS for suffix in SUFFIXES))

@@ -207,7 +207,7 @@ def versions() -> dict[str, str | None]:
     """What a result depends on: Python, PyTorch, the commit of this program and its `code`.
 
     The commit is None outside a git checkout, and ends in "-dirty" if files were changed. `code` is
-    a hash of the files in CODE_THAT_TRAINS, without their comments but with their docstrings.
+    the code_hash of the files in CODE_THAT_TRAINS.
     """
     describe = ["git", "describe", "--match=", "--always", "--abbrev=40", "--dirty"]
     try:
@@ -215,13 +215,44 @@ def versions() -> dict[str, str | None]:
         commit = git.stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         commit = None
-    trees = [ast.dump(ast.parse((ROOT / name).read_bytes())) for name in CODE_THAT_TRAINS]
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit,
-        "code": hashlib.sha256("".join(trees).encode()).hexdigest()[:16],
+        "code": code_hash([(ROOT / name).read_bytes() for name in CODE_THAT_TRAINS]),
     }
+
+
+def code_hash(sources: list[bytes]) -> str:
+    """16 hexadecimal digits that tell whether Python files compute the same, given their contents.
+
+    Comments do not count, docstrings do. Neither do the files' names and order: who moves a file
+    must change where others import it from, and a result stays valid. So of an import from a file
+    of ours only what is imported counts.
+    """
+    files = []
+    for source in sources:
+        tree, places = ast.parse(source), PlacesOfFiles()
+        files.append([ast.dump(places.visit(tree)), *sorted(places.names)])
+    return hashlib.sha256(repr(sorted(files)).encode()).hexdigest()[:16]
+
+
+class PlacesOfFiles(ast.NodeTransformer):
+    """Takes out of a syntax tree what says where files of ours are, and keeps the names that it
+    imports from them."""
+
+    def __init__(self):
+        self.names: list[str] = []
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
+        room = node.module.partition(".")[0]
+        if not ((ROOT / room).is_dir() or (ROOT / f"{room}.py").is_file()):
+            return node
+        self.names += map(ast.unparse, node.names)
+        return None
+
+    def visit_Assign(self, node: ast.Assign) -> ast.Assign | None:
+        return None if ast.unparse(node.targets[0]) == "CODE_THAT_TRAINS" else node
 
 
 def total_memory(device: str) -> float:

@@ -106,5 +106,8 @@ def plot_losses(folder: Path) -> Path | None:
 
 def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
     """Saves a figure of matplotlib in the format that the path's suffix names, or as a PNG."""
+    from matplotlib import rc_context  # only who has a figure has matplotlib
+
     kind = path.suffix[1:] or "png"
-    write_atomically(path, lambda file: figure.savefig(file, dpi=dpi, format=kind))
+    with rc_context({"pdf.fonttype": 42}):  # TrueType; journals refuse Type 3, the default
+        write_atomically(path, lambda file: figure.savefig(file, dpi=dpi, format=kind))

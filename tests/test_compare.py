@@ -5,6 +5,7 @@ the processes are the point.
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,12 +19,13 @@ from conftest import ROOT, SMALL, launch_here
 
 import norm
 import train
-from lab import compare
+from lab import compare, timing
 from lab.measure import as_arguments
 from run.metrics import read_metrics
 from weights import checkpoint
 from weights.lock import Lock
 
+elsewhere = timing.time_elsewhere  # which other tests replace
 TINY = str(ROOT / "config" / "tiny.py")
 KNOBS = dict(knob.split("=") for knob in SMALL) | {"max_iters": "4", "eval_interval": "0"}
 del KNOBS["sample_tokens"]  # a cell prints no sample
@@ -70,7 +72,7 @@ def compared(tmp_path, monkeypatch, data_folder, capsys):
         run.cells, run.threads = [], []
         try:
             here = f"out_dir={run.folder}"
-            code = compare.main(command_line("steps=2", here, *arguments, **more))
+            code = compare.main(command_line("steps=2", "processes=2", here, *arguments, **more))
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
@@ -80,6 +82,7 @@ def compared(tmp_path, monkeypatch, data_folder, capsys):
     monkeypatch.setattr("run.setup.DATA", data_folder)
     # A process for each cell would take seconds.
     monkeypatch.setattr(compare, "launch", launch)
+    monkeypatch.setattr(timing, "time_elsewhere", timing.time_arms)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # no plots, which take seconds too
     return run
 
@@ -147,6 +150,8 @@ def test_comparisons_that_begin_from_runs_have_a_folder_each(tmp_path, monkeypat
         ("keep=1", "keep is not for a comparison, whose weights are deleted"),
         ("seeds=-1", "seeds must be 0 or more"),
         ("steps=1", "steps must be 2 or more"),
+        ("processes=1", "processes must be 2 or more"),
+        ("margin=-0.01", "margin must be 0 or more"),
         ("jobs=x", "jobs must be a whole number"),
         ("equal_time=maybe", "equal_time must be true or false"),
         ("n_head=1,3", "n_head=3, learning_rate=0.001, seed=1337: n_embd=32 must be a multiple"),
@@ -175,7 +180,7 @@ def test_list_tells_every_norm_in_a_line(capsys):
 def test_help_has_the_options_and_every_knob(capsys):
     assert compare.main(["--help"]) == 0
     out = capsys.readouterr().out
-    names = ("seeds", "jobs", "steps", "equal_time", "norm", "learning_rate")
+    names = ("seeds", "jobs", "steps", "processes", "margin", "equal_time", "norm", "learning_rate")
     assert all(f"  {name}=" in out for name in names) and "python -m lab.compare" in out
 
 
@@ -195,7 +200,9 @@ def test_a_comparison_trains_times_and_judges(compared):
     assert out.count("nats per token\n") == 8
     assert "rmsnorm, learning rate 0.001, seed 1337: val loss" in out
     text = (compared.folder / "report.md").read_text()
-    assert text.startswith("# Comparison of norm on words\n\n**At equal steps**")
+    warning = "**2 seeds: too few to rely on.** A difference may be large and yet not be detected"
+    assert text.startswith(f"# Comparison of norm on words\n\n{warning}") and warning in out
+    assert "**At equal steps**, each arm at its best learning rate:" in text
     assert "**At equal wall-clock**" in text and "- command: `python -m lab.compare " in text
     assert "arms 2 x learning rates 2 x seeds 2 from 1337" in text and "1 at once" in text
     assert out.endswith(f"{compared.folder / 'report.md'}\n")
@@ -238,9 +245,131 @@ def test_finished_cells_are_never_trained_again(compared, monkeypatch):
     assert compared(*BOTH, "seeds=3", "log_interval=2")[0] == 0
     new = [("rmsnorm", "1339"), ("layernorm", "1339")]
     assert [(c["norm"], c["seed"]) for c in compared.cells] == new
-    compared(*BOTH, "seeds=1", "weight_decay=0")  # other knobs are other cells
-    assert len(compared.cells) == 2 and len({r["cell"] for r in results(compared.folder)}) == 8
     assert results(compared.folder)[:4] == first
+
+
+# Plans
+
+PLAN = (*BOTH, "learning_rate=1e-3,1e-2", "seeds=2", "margin=0.01")
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory, data_folder):
+    """The folder of a finished comparison with the PLAN."""
+    folder = tmp_path_factory.mktemp("planned") / "lab"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("run.setup.DATA", data_folder)
+        patch.setattr(compare, "launch", launch_here)
+        patch.setattr(timing, "time_elsewhere", timing.time_arms)
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        words = command_line(*PLAN, "steps=2", "processes=2", f"out_dir={folder}")
+        assert compare.main(words) == 0
+    return folder
+
+
+def other_plan(*arguments):
+    """The arguments of the PLAN, of which these win."""
+    pairs = dict(argument.split("=", 1) for argument in (*PLAN, *arguments))
+    return as_arguments(pairs)
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("norm=rmsnorm,dyt", "the arm layernorm (norm=layernorm)"),
+        ("max_iters=5", "the arm rmsnorm (max_iters=4)"),
+        ("learning_rate=1e-3", "learning_rate=0.01"),
+        ("seeds=1", "seeds=2 from 1337"),
+        ("seed=1338", "seeds=2 from 1337"),
+        ("margin=0", "margin=0.01, which was fixed before its results"),
+        ("margin=0.02", "margin=0.01, which was fixed before its results"),
+        ("norm=dyt,derf seeds=0", "the arm rmsnorm (norm=rmsnorm)"),
+    ],
+)
+def test_another_plan_does_not_replace_a_report(compared, planned, argument, words):
+    shutil.copytree(planned, compared.folder)
+    before = {path.name: path.read_bytes() for path in compared.folder.glob("*.*")}
+    code, _, err = compared(*other_plan(*argument.split()))
+    assert code == 2 and err.count("\n") == 1 and not compared.cells
+    assert (
+        f"error: out_dir={compared.folder} has the results of a plan with {words}: ask for" in err
+    )
+    assert {path.name: path.read_bytes() for path in compared.folder.glob("*.*")} == before
+
+
+@pytest.mark.parametrize(
+    "argument, cells",
+    [
+        ("norm=layernorm,rmsnorm,dyt", 4),
+        ("ffn=swiglu,gelu", 8),
+        ("jobs=2 steps=3 log_interval=2", 0),
+    ],
+)
+def test_a_plan_may_grow(compared, planned, argument, cells):
+    shutil.copytree(planned, compared.folder)
+    code, _, err = compared(*other_plan(*argument.split()))
+    assert code == 0 and len(compared.cells) == cells, err
+
+
+def test_seeds_that_were_added_after_a_report_are_told(compared, planned):
+    shutil.copytree(planned, compared.folder)
+    text = (compared.folder / "report.md").read_text()
+    assert "- plan: seeds: 2, a margin of 0.01; both were fixed before the first report" in text
+    for _ in range(2):
+        assert compared(*other_plan("seed=1336", "seeds=3"))[0] == 0
+        text = (compared.folder / "report.md").read_text()
+        assert "seeds were added after a report: 2, then 3. Intervals and p do not" in text
+
+
+def test_a_plan_without_results_may_be_replaced(compared, planned):
+    compared.folder.mkdir()
+    shutil.copy(planned / "plan.json", compared.folder)
+    assert compared("seeds=1")[0] == 0
+    assert "seeds: 1, no margin" in (compared.folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "change", [{"seeds": []}, {"arms": {"a": 1}}, {"margin": "x"}, {"arms": 1}]
+)
+def test_a_damaged_plan_is_one_line(compared, planned, change):
+    shutil.copytree(planned, compared.folder)
+    path = compared.folder / "plan.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    code, _, err = compared(*PLAN)
+    assert (
+        code == 2 and err == f"error: {path} is damaged: bring it back, or name another out_dir\n"
+    )
+
+
+def test_the_plan_is_written_before_the_first_cell_is_trained(compared, monkeypatch):
+    there, launch = [], compare.launch
+
+    def look(*arguments):
+        there.append((compared.folder / "plan.json").exists())
+        return launch(*arguments)
+
+    monkeypatch.setattr(compare, "launch", look)
+    assert compared("seeds=1", "margin=0.01")[0] == 0 and there == [True]
+
+
+def test_two_knobs_with_two_values_each_are_tested_for_their_interaction(compared):
+    code, out, _ = compared(NORMS, "ffn=gelu,swiglu", "seeds=2", "equal_time=false", "margin=9")
+    assert code == 0
+    arms = ["rmsnorm, gelu", "rmsnorm, swiglu", "layernorm, gelu", "layernorm, swiglu"]
+    a, b, c, d = arms
+    (line,) = (line for line in out.splitlines() if line.startswith("- **Interaction**"))
+    assert line.startswith(f"- **Interaction**, (`{a}` less `{b}`) less (`{c}` less `{d}`): ")
+    loss = {(r["arm"], r["seed"]): r["val_loss"] for r in results(compared.folder)}
+    mean = [(loss[arm, 1337] + loss[arm, 1338]) / 2 for arm in arms]
+    assert f"({mean[0] - mean[1] - mean[2] + mean[3]:+.4f} nats per token, 95% CI" in line
+    assert "equal within 9 nats" in line.lower()
+
+
+@pytest.mark.parametrize(
+    "lists", ["ffn=gelu,swiglu,geglu,relu2", NORMS, "dropout=0", f"{NORMS} ffn=gelu,geglu,swiglu"]
+)
+def test_other_arms_have_no_interaction(lists):
+    assert compare.square_of(plan(*lists.split()).arms) == []
 
 
 @pytest.mark.parametrize("what", ["code", "content_sha256", "tokenizer_sha256"])
@@ -350,7 +479,7 @@ def test_a_folder_in_the_place_of_a_file_is_told_before_a_cell_is_trained(compar
 def test_results_that_are_not_ours_are_one_line(compared):
     sound = (ROOT / "docs" / "small-norms" / "results.jsonl").read_text().splitlines()[0]
     record, path = json.loads(sound), compared.folder / "results.jsonl"
-    compared.folder.mkdir()
+    compared("seeds=1")  # so that there is a plan
     lines = NO_RECORDS | {name: json.dumps(record | {name: value}) for name, value in WRONG.items()}
     for name, line in lines.items():
         path.write_text(f"{sound}\n{line}\n")
@@ -362,15 +491,23 @@ def test_results_that_are_not_ours_are_one_line(compared):
     code, _, err = compared("seeds=1")
     assert code == 2 and "results.jsonl is not a regular file" in err and err.count("\n") == 1
     path.unlink()
-    timing = {"seconds": {"a": [1.0]}, "micro_batch_size": {"a": 1}, "steps": 1, "cells": {"a": {}}}
-    path = compared.folder / "timing.json"
-    path.write_text(json.dumps(timing))
-    assert compare.read_timing(path) == timing
-    wrong = [{"seconds": 5}, {"steps": []}, {"cells": None}, {"seconds": {"a": ["x"]}}]
-    for change in (*wrong, {"seconds": {"a": [0]}}, {"micro_batch_size": {"a": "x"}}):
-        path.write_text(json.dumps(timing | change))
+
+
+def test_a_timing_that_is_not_ours_is_one_line(tmp_path):
+    sound = {"seconds": {"a": [[1.0], [2.0]]}, "micro_batch_size": {"a": 1}, "cells": {"a": {}}}
+    sound |= {"steps": 1, "processes": 2}
+    path = tmp_path / "timing.json"
+    path.write_text(json.dumps(sound))
+    assert timing.read_timing(path) == sound
+    wrong = [{"seconds": 5}, {"steps": []}, {"cells": None}, {"micro_batch_size": {"a": "x"}}]
+    wrong += [{"seconds": {"a": bad}} for bad in ([[1.0]], [["x"], [1.0]], [[0], [1]], [1, 2])]
+    for change in wrong:
+        path.write_text(json.dumps(sound | change))
         with pytest.raises(ValueError, match="timing.json is damaged: delete it"):
-            compare.read_timing(path)
+            timing.read_timing(path)
+    path.write_text(json.dumps({"seconds": {"a": [1.0]}, "steps": 1, "cells": {"a": {}}}))
+    with pytest.raises(ValueError, match="of an older lab.compare, which timed all steps in one"):
+        timing.read_timing(path)
 
 
 def test_nothing_is_written_through_a_link_in_the_folder_of_a_comparison(compared, tmp_path):
@@ -398,7 +535,7 @@ def test_a_comparison_replaces_no_foreign_files_and_writes_into_no_linked_cell(c
     compared.folder.mkdir()
     (compared.folder / "report.md").write_text("mine")
     code, _, err = compared("seeds=1")
-    assert code == 2 and "has a report.md, which is not of a comparison" in err
+    assert code == 2 and "has a report.md but no plan.json" in err and err.count("\n") == 1
     assert [path.name for path in compared.folder.iterdir()] == ["report.md"]
     (compared.folder / "report.md").unlink()
     (cell,) = compare.grid(plan("seeds=1"))
@@ -529,7 +666,7 @@ def fake_clock(monkeypatch, **seconds):
         return next(clock[run.config.model.norm])
 
     # Real times differ from call to call, and the verdicts would differ with them.
-    monkeypatch.setattr(compare, "seconds_of_step", seconds_of_step)
+    monkeypatch.setattr(timing, "seconds_of_step", seconds_of_step)
     return timed
 
 
@@ -545,13 +682,16 @@ def test_steps_are_timed_in_turn_and_kept(compared, monkeypatch):
     timed = fake_clock(monkeypatch, rmsnorm=[0.02], layernorm=[0.02], none=[0.015])
     compared(NORMS, "seeds=1", "steps=4")
     order = ["rmsnorm", "layernorm", "none"]
-    assert timed == (order + order[::-1]) * 4  # four rounds that do not count, and four that do
+    # In each of two processes four rounds that do not count, and four that do.
+    assert timed == (order + order[::-1]) * 4 * 2
     text = (compared.folder / "report.md").read_text()
     assert "| 25.0% (25.0% to 25.0%) |" in text and "| `no norm` | - | 15.00 |" in text
     compared(NORMS, "seeds=2", "steps=4")
-    assert len(timed) == 24
-    compared(NORMS, "seeds=1", "steps=5")
-    assert len(timed) == 24 + 27
+    assert len(timed) == 48
+    compared(NORMS, "seeds=2", "steps=5")
+    assert len(timed) == 48 + 54
+    compared(NORMS, "seeds=2", "steps=5", "processes=3")
+    assert len(timed) == 48 + 54 + 81
 
 
 def test_all_arms_are_timed_compiled_however_many(compared, no_code):
@@ -561,8 +701,8 @@ def test_all_arms_are_timed_compiled_however_many(compared, no_code):
     eight = "norm=" + ",".join(list(norm.EAGER)[:8])  # and the control: the ninth is one too many
     out_dir = f"out_dir={compared.folder}"
     lab = compare.Lab(plan(eight, "compile=true", "n_layer=1", "steps=2", out_dir), "")
-    compared.folder.mkdir()
-    assert len(lab.time_arms()["seconds"]) == counters["frames"]["ok"] - before == 9
+    found = timing.time_arms(lab.command_lines(), 2)["seconds"]
+    assert len(found) == counters["frames"]["ok"] - before == 9
 
 
 def test_each_arm_has_the_control_of_its_other_knobs(compared):
@@ -597,17 +737,65 @@ def test_a_slower_arm_gets_fewer_steps_at_equal_wall_clock(compared, monkeypatch
 
 
 def test_an_arm_of_the_same_speed_has_no_cells_of_its_own(compared, monkeypatch):
-    # It takes 1.5 times as long, or the same, within a wide interval.
-    fake_clock(monkeypatch, rmsnorm=[0.03], layernorm=[0.03, 0.06], none=[0.03])
+    # It takes as long in one process of eight rounds, and twice as long in the other one.
+    fake_clock(monkeypatch, rmsnorm=[0.03], layernorm=[0.03] * 8 + [0.06] * 8, none=[0.03])
     _, out, _ = compared(NORMS, "seeds=1", "steps=4")
     assert len(compared.cells) == 2
-    assert "the same speed within noise: the verdict at equal steps holds" in out
+    assert "no difference in speed detected: the verdict at equal steps holds" in out
 
 
 def test_a_signal_while_steps_are_timed_ends_at_once(compared, monkeypatch):
     # Timing is too short to hit it from outside.
-    monkeypatch.setattr(compare, "warm_up", lambda run: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(timing, "warm_up", lambda run: os.kill(os.getpid(), signal.SIGINT))
     assert compared(*BOTH, "seeds=1")[0] == 130 and not (compared.folder / "timing.json").exists()
+
+
+def test_steps_are_timed_in_another_process(tmp_path, data_folder, monkeypatch):
+    words = command_line(f"dataset={data_folder / 'words'}", f"out_dir={tmp_path / 'run'}")
+    monkeypatch.chdir(tmp_path)
+    found = timing.time_elsewhere({"one": words}, 2)
+    assert len(found["seconds"]["one"]) == 2 and all(t > 0 for t in found["seconds"]["one"])
+    assert found["micro_batch_size"] == {"one": 8} and not list(tmp_path.iterdir())
+
+
+def test_a_process_that_cannot_time_the_steps_ends_the_comparison(compared, monkeypatch):
+    def fails(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", "false")
+            return elsewhere(*arguments)
+
+    monkeypatch.setattr(timing, "time_elsewhere", fails)
+    code, _, err = compared("seeds=1")
+    assert code == 1 and "error: the process that times the steps ended with exit code 1" in err
+    assert len(results(compared.folder)) == 1 and not (compared.folder / "timing.json").exists()
+
+
+# The plans of docs/norm-study/plan.md
+
+STUDY = ROOT / "docs" / "norm-study" / "plan.md"
+
+
+def commands_of(shell):
+    """The words of every command for python in a shell script, in which nothing is run."""
+    print_words = 'python() { printf "%s\\n" "$*"; }\n'
+    done = subprocess.run(["bash", "-euc", print_words + shell], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell reads the page")
+def test_the_planned_commands_are_those_of_the_program(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words, *blocks = re.findall(r"^```sh\n(.*?)^```", STUDY.read_text("utf-8"), re.M | re.S)
+    assert len(blocks) == 5
+    for block in blocks:
+        unit, counts = re.match(r"# (cells|arms): ([\d ]+)\n", block).groups()
+        found = []
+        for program, module, *arguments in commands_of(words + block):
+            assert (program, module) == ("-m", "lab.compare")
+            asked = compare.read_plan(arguments)
+            found.append(len(compare.grid(asked) if unit == "cells" else asked.arms))
+        assert found == [int(count) for count in counts.split()]
 
 
 # Processes

@@ -18,6 +18,7 @@ from run.machine import (
     autocast,
     choose_device,
     choose_dtype,
+    code_hash,
     disable_cudnn_attention,
     flops_per_token,
     keep_freed_memory,
@@ -198,6 +199,25 @@ def test_the_hash_of_the_code_has_every_file_that_decides_a_loss():
                 waiting += [f"{alias.name.replace('.', '/')}.py" for alias in node.names]
     assert not DECIDES_NO_LOSS.keys() & set(CODE_THAT_TRAINS)
     assert reached == DECIDES_NO_LOSS.keys() | set(CODE_THAT_TRAINS)
+
+
+USES = b"from lab.report import a as b, c\nimport torch\nfrom torch import nn\nx = b + 1  # why\n"
+HAS = b"CODE_THAT_TRAINS = ('lab/report.py',)\na = 1\n"
+
+
+def test_moving_files_and_writing_comments_leave_the_hash_of_the_code():
+    before = code_hash([USES, HAS])
+    moved = USES.replace(b"from lab.report import a as b, c", b"from run import c, a as b")
+    assert code_hash([HAS, USES]) == before
+    assert code_hash([moved, HAS.replace(b"lab/report", b"run/deep")]) == before
+    assert code_hash([USES.replace(b"# why", b""), HAS]) == before
+
+
+@pytest.mark.parametrize(
+    "old, new", [(b"a as b", b"d as b"), (b"1", b"2"), (b"torch import nn", b"torch.nn import nn")]
+)
+def test_other_code_has_another_hash(old, new):
+    assert code_hash([USES, HAS]) != code_hash([USES.replace(old, new), HAS])
 
 
 def config(**knobs):

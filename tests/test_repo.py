@@ -19,7 +19,7 @@ import data.prepare
 import sample
 import train
 from exchange import gguf, hf
-from lab import bench, compare, curves, watch
+from lab import bench, compare, curves, timing, watch
 from run import sharded
 
 ROOT = Path(__file__).parent.parent
@@ -299,11 +299,12 @@ FEW = {
     "compile": "false",
     "resume": "auto",
     "steps": 2,
+    "processes": 2,
     "seeds": 1,
 }
 LEFT_OUT = {  # of FEW, what the command does not know
-    "train.py": ("steps", "seeds"),
-    "-m lab.bench": ("seeds",),
+    "train.py": ("steps", "processes", "seeds"),
+    "-m lab.bench": ("processes", "seeds"),
     "-m lab.compare": ("resume", "sample_tokens"),
 }
 TUNE = (  # of FEW, what is left where weights decide the rest
@@ -336,6 +337,7 @@ def test_readme_commands_run_one_after_the_other(
     tokenizer = tmp_path / "my_llama" / "data" / "tokenizer.model"
     tokenizer.rename(tmp_path / "my_llama" / "tokenizer.model")
     monkeypatch.setattr(compare, "launch", launch_here)
+    monkeypatch.setattr(timing, "time_elsewhere", timing.time_arms)
     ran = []
     for command, arguments in readme_commands():
         places = [

@@ -22,9 +22,9 @@ CHECKPOINT_IN_PARTS = r"(ckpt|best)_\d{8,15}\.shards"
 # The files and folders there that are written under another name first: .NAME.tmp. If a process is
 # killed meanwhile, it leaves that one behind. A file that somebody else calls so stays.
 ATOMIC_FILES = re.compile(
-    rf"{CHECKPOINT_IN_PARTS}|ckpt_\d{{8,15}}\.pt|best\.pt|(config|tokenizer|timing)\.json|"
+    rf"{CHECKPOINT_IN_PARTS}|ckpt_\d{{8,15}}\.pt|best\.pt|(config|tokenizer|timing|plan)\.json|"
     r"tokenizer\.model|(metrics|results)\.jsonl|report\.md|(wandb|trackio)\.id|trace\.json\.gz|"
-    r"(loss|loss_curves|step_time|learning_rate)\.png"
+    r"loss\.png|(differences|loss_curves|step_time|learning_rate)\.(png|pdf)"
 )
 NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)  # open's errors: a link, a folder, a socket
 INNER_FOLDERS = ("cells", "tensorboard", "wandb")  # into which a run or a comparison writes

@@ -36,6 +36,7 @@ import torch
 import data.corpus
 import data.prepare
 import lab.compare
+import lab.timing
 import sample
 import train
 from data.corpus import Corpus, Piece
@@ -162,6 +163,8 @@ def guarded(program: str, arguments: list[str], scene: Path) -> None:
             if not ours:
                 os.write(notes, f"{event} {details}"[:300].encode() + b"\n")
 
+    if program == "compare":  # in this process, so that it is watched, too
+        lab.timing.time_elsewhere = lab.timing.time_arms
     if program == "prepare":
         data.prepare.DATA = scene / "data"
         stream = Corpus("s", "a stream", two_pieces, stream=True)
@@ -202,7 +205,7 @@ def training_afresh(scene: Path) -> list[str]:
 
 def comparing(scene: Path) -> list[str]:
     knobs = dict(argument.split("=", 1) for argument in training_afresh(scene)[1:])
-    knobs |= {"out_dir": str(scene / "lab"), "seeds": "0", "steps": "2"}
+    knobs |= {"out_dir": str(scene / "lab"), "seeds": "0", "steps": "2", "processes": "2"}
     knobs.pop("resume", None)
     return [training_afresh(scene)[0], *(f"{name}={value}" for name, value in knobs.items())]
 
@@ -235,6 +238,7 @@ PLACES = {
     "metrics.jsonl": Place("run/metrics.jsonl", "train", training, (0, 2)),  # not needed to go on
     "results.jsonl": Place("lab/results.jsonl", "compare", comparing, (0, 2)),  # a cut line
     "timing.json": Place("lab/timing.json", "compare", comparing, (0, 2)),
+    "plan.json": Place("lab/plan.json", "compare", comparing, (0, 2)),
     "config.json": Place("run/config.json", "train", training, (0, 2)),  # written, never read
     "a run's tokenizer.json": Place(TOKENIZER, "sample", sampling("best")),
     "a run's tokenizer.model": Place(
