@@ -4,6 +4,8 @@ The contract, which tests/test_norm.py checks clause by clause:
   - Statistics and gain are computed in fp32 (in float64 if x is float64). There is ONE cast at the
     end, and the output has the dtype of the input.
   - eps stands inside the root, and the caller always gives it.
+  - A row whose squares overflow, in fp32 from about 1e19 on, becomes NaN, so that training stops.
+    1 / sqrt(inf) is 0, and a row of zeros would go on unseen.
   - Autocast is off inside a norm, so that it cannot change the precision of one norm and not of
     another.
   - Initialisation draws no random numbers: with the same seed all other weights of a model are the
@@ -11,8 +13,9 @@ The contract, which tests/test_norm.py checks clause by clause:
 
 A norm is one function of x [..., C], its parameters and its constants. There are three ways to
 compute it. `eager` is the readable reference and the specification. `fused` is PyTorch's own
-kernel, where there is one. `compile` is the eager function through torch.compile; if the whole
-model is compiled, the norm becomes part of the model's graph. Each way is tested against float64.
+kernel, where there is one; it may round gain and bias first, and it leaves zeros where squares
+overflow. `compile` is the eager function through torch.compile; if the whole model is compiled,
+the norm becomes part of the model's graph. Each way is tested against float64.
 
 Reading order: the eager functions; the fused ones; the tables, in which a new norm is entered; how
 a function is chosen; and Norm, the module.
@@ -34,6 +37,14 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension: [..., C] -> [..., 1]. NaN if the squares
+    overflow.
+    """
+    mean_square = x.square().mean(-1, keepdim=True)
+    return torch.rsqrt(mean_square.masked_fill(mean_square == math.inf, math.nan) + eps)
+
+
 def layernorm(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * gain + bias: re-centres and re-scales.
 
@@ -41,8 +52,7 @@ def layernorm(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
     """
     wide = at_least_fp32(x)
     centred = wide - wide.mean(-1, keepdim=True)
-    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    return (centred * scale * gain + bias).to(x.dtype)
+    return (centred * inverse_rms(centred, eps) * gain + bias).to(x.dtype)
 
 
 def layernorm_nobias(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -53,8 +63,7 @@ def layernorm_nobias(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """
     wide = at_least_fp32(x)
     centred = wide - wide.mean(-1, keepdim=True)
-    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    return (centred * scale * gain).to(x.dtype)
+    return (centred * inverse_rms(centred, eps) * gain).to(x.dtype)
 
 
 def rmsnorm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -65,8 +74,7 @@ def rmsnorm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     rounded once. For x in fp32 both orders give the same numbers.
     """
     wide = at_least_fp32(x)
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale * gain).to(x.dtype)
+    return (wide * inverse_rms(wide, eps) * gain).to(x.dtype)
 
 
 def rmsnorm_noparam(x: Tensor, eps: float) -> Tensor:
@@ -75,8 +83,7 @@ def rmsnorm_noparam(x: Tensor, eps: float) -> Tensor:
     The matrix that follows a norm can do what the gain does. As in modded-nanogpt.
     """
     wide = at_least_fp32(x)
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale).to(x.dtype)
+    return (wide * inverse_rms(wide, eps)).to(x.dtype)
 
 
 def rmsnorm1p(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -96,8 +103,7 @@ def prmsnorm(x: Tensor, gain: Tensor, eps: float, p: float) -> Tensor:
     """
     wide = at_least_fp32(x)
     first = wide[..., : math.ceil(p * x.shape[-1])]  # [..., k]
-    scale = torch.rsqrt(first.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale * gain).to(x.dtype)
+    return (wide * inverse_rms(first, eps) * gain).to(x.dtype)
 
 
 def dyt(x: Tensor, gain: Tensor, alpha: Tensor) -> Tensor:
@@ -128,12 +134,17 @@ def no_norm(x: Tensor) -> Tensor:
 # but a chain of small ones.
 
 
-def fused_layernorm(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, gain.shape, gain.to(x.dtype), bias.to(x.dtype), eps)
+def fused_layernorm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """On a CPU in fp32: the kernel there adds up the gradients of gain and bias in the dtype of x,
+    and over thousands of rows in bfloat16 they would be wrong by several percent.
+    """
+    wide = at_least_fp32(x) if x.device.type == "cpu" else x
+    bias = bias if bias is None else bias.to(wide.dtype)
+    return F.layer_norm(wide, gain.shape, gain.to(wide.dtype), bias, eps).to(x.dtype)
 
 
 def fused_layernorm_nobias(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, gain.shape, gain.to(x.dtype), None, eps)
+    return fused_layernorm(x, gain, None, eps)
 
 
 def fused_rmsnorm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
