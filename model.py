@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from norm import ELEMENTWISE, NORM_LEAVES, PARAMETERS, SCALARS, Norm, at_least_fp32, norm_problem
+from norm import NORM_LEAVES, NORMS, Norm, at_least_fp32, norm_problem
 
 # -- Configuration ---------------------------------------------------------------------------------
 
@@ -33,7 +33,6 @@ LARGEST = {"n_layer": 700, "n_head": 10_000, "n_embd": 1_000_000, "block_size": 
 LARGEST_ALPHA = 1_000_000  # of norm_alpha, which is far less in every use; fp32 has an end
 UNGATED = ("gelu", "relu2")  # feed-forwards without a gate
 FINAL_NORM = ("pre", "sandwich", "out")  # with post and deepnorm the last Block ends in a norm
-SCALED_EMBEDDING = ("dyt", "derf")  # these norms do not bring the stream to a known size
 
 
 def knob(default, help: str):
@@ -67,7 +66,7 @@ class ModelConfig:
     dropout: float = knob(
         0.0, "dropout probability on embeddings, attention and both branches; LLaMA has none"
     )
-    norm: Literal[tuple(PARAMETERS)] = knob(
+    norm: Literal[tuple(NORMS)] = knob(
         "rmsnorm", "kind of every norm; python -m lab.compare --list explains them"
     )
     norm_pos: Literal["pre", "post", "sandwich", "out", "deepnorm"] = knob(
@@ -169,7 +168,7 @@ class ModelConfig:
             problems.append(problem)
         if self.norm == "none" and (self.norm_pos != "pre" or self.qk_norm):
             problems.append("norm=none has nothing to place: leave norm_pos=pre and qk_norm=false")
-        if self.norm_pos == "deepnorm" and self.norm in ELEMENTWISE:
+        if self.norm_pos == "deepnorm" and not NORMS[self.norm].has_statistics:
             problems.append(
                 f"norm_pos=deepnorm is derived for a norm that resets the scale of the stream, and "
                 f"norm={self.norm} does not: use norm_pos=post or another norm"
@@ -490,7 +489,7 @@ class Decoder(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.embed = nn.utils.skip_init(nn.Embedding, V, C, device=torch.get_default_device())
-        scaled = config.norm in SCALED_EMBEDDING
+        scaled = NORMS[config.norm].scales_embedding
         self.embed_scale = Scale(math.sqrt(C)) if scaled else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -609,20 +608,17 @@ def initial_deviations(config: ModelConfig) -> dict[str, float]:
 def parameter_count(config: ModelConfig) -> int:
     """How many parameters Decoder(config) has, without building it."""
     C, D, V = config.n_embd, config.head_size, config.vocab_size
-
-    def norm_size(width: int) -> int:
-        return sum(1 if name in SCALARS else width for name in PARAMETERS[config.norm])
-
+    norm = NORMS[config.norm]
     attention = C * D * 2 * (config.n_head + config.kv_heads)  # q, k, v, out
     if config.qk_norm:
-        attention += 2 * norm_size(D)
+        attention += 2 * norm.size(D)
     feed_forward = C * config.hidden_size * (2 if config.ffn in UNGATED else 3)
-    norms = norm_size(C) * (4 if config.norm_pos == "sandwich" else 2)
+    norms = norm.size(C) * (4 if config.norm_pos == "sandwich" else 2)
     count = config.n_layer * (attention + feed_forward + norms)
     count += V * C * (1 if config.tie_embeddings else 2)  # embed, head
     if config.norm_pos in FINAL_NORM:
-        count += norm_size(C)
-    if config.norm in SCALED_EMBEDDING:
+        count += norm.size(C)
+    if norm.scales_embedding:
         count += 1
     return count
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from config.command import expand_home, split_arguments
 from model import ModelConfig, knob
-from norm import ELEMENTWISE, PARAMETERS
+from norm import NORMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +183,14 @@ BOUNDS = (  # a bound in words, as a test, and the knobs that it holds for
     ("at most 100", lambda v: v <= 100, "profile"),  # a trace of more is hard to open
     ("at most 1,000,000", lambda v: v <= 1_000_000, "batch_size micro_batch_size minutes"),
 )
+
+
+def norms_with(name: str) -> str:
+    """'norm=dyt or norm=derf': the norms that have a parameter or a constant of this name."""
+    has = (k for k, entry in NORMS.items() if name in (*entry.start, *entry.constants))
+    return " or ".join(f"norm={kind}" for kind in has)
+
+
 # Knobs that count only beside others: they, the others in words, and as a test of all knobs and of
 # `launched`: whether a launcher such as torchrun has started this process.
 NEEDS = (
@@ -192,9 +200,9 @@ NEEDS = (
         lambda k: k["rope_scaling"] == "llama3",
     ),
     ("norm_impl", "a norm", lambda k: k["norm"] != "none"),
-    ("norm_eps", "a norm with an eps", lambda k: k["norm"] not in ELEMENTWISE),
-    ("prms_p", "norm=prmsnorm", lambda k: k["norm"] == "prmsnorm"),
-    ("norm_alpha", "norm=dyt or norm=derf", lambda k: "alpha" in PARAMETERS[k["norm"]]),
+    ("norm_eps", "a norm with an eps", lambda k: "eps" in NORMS[k["norm"]].constants),
+    ("prms_p", norms_with("p"), lambda k: "p" in NORMS[k["norm"]].constants),
+    ("norm_alpha", norms_with("alpha"), lambda k: "alpha" in NORMS[k["norm"]].scalars),
     ("minutes", "max_iters=0", lambda k: k["max_iters"] == 0),
     ("muon_momentum", "optimizer=muon", lambda k: k["optimizer"] == "muon"),
     ("min_lr", "a falling lr_schedule", lambda k: k["lr_schedule"] != "constant"),
