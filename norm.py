@@ -96,6 +96,15 @@ def rmsnorm1p(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return rmsnorm(x, 1 + gain, eps)
 
 
+def ssnorm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * gain, one gain for all channels: single-scale RMSNorm.
+
+    Park et al. 2025, arXiv 2506.19697. gain [1]. A gain of its own lets a channel become an
+    outlier, which is in the way of quantisation.
+    """
+    return rmsnorm(x, gain, eps)
+
+
 def prmsnorm(x: Tensor, gain: Tensor, eps: float, p: float) -> Tensor:
     """x / sqrt(mean(x[:k]^2) + eps) * gain, k = ceil(p C): uses the first k channels.
 
@@ -158,6 +167,10 @@ def fused_rmsnorm_noparam(x: Tensor, eps: float) -> Tensor:
 
 def fused_rmsnorm1p(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return fused_rmsnorm(x, 1 + gain, eps)  # the sum is in fp32, as in rmsnorm1p
+
+
+def fused_ssnorm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    return fused_rmsnorm(x, gain.expand(x.shape[-1]), eps)
 
 
 # -- The table: a new norm is entered here ---------------------------------------------------------
@@ -224,6 +237,12 @@ NORMS = {
         rmsnorm1p,
         fused_rmsnorm1p,
         channels={"gain": 0.0},
+    ),
+    "ssnorm": NormEntry(
+        "x / sqrt(mean(x^2) + eps) * gain, one gain for all channels: single-scale RMSNorm.",
+        ssnorm,
+        fused_ssnorm,
+        scalars={"gain": 1.0},
     ),
     "prmsnorm": NormEntry(
         "x / sqrt(mean(x[:k]^2) + eps) * gain, k = ceil(p C): uses the first k channels.",

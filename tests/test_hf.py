@@ -189,6 +189,10 @@ def test_a_char_run_says_that_it_has_no_bos_and_no_eos(tmp_path):
     [
         {"norm": "rmsnorm1p"},
         {"norm": "rmsnorm_noparam"},
+        {"norm": "ssnorm", "qk_norm": True},
+        {"norm": "rmsnorm1p", "norm_pos": "lns", "n_layer": 3, "qk_norm": True},
+        {"norm": "rmsnorm_noparam", "norm_pos": "lns", "n_layer": 3},
+        {"embed_scale": "sqrt"},
         {"qk_norm": True, "n_kv_head": 2},
         {"head_dim": 24},
     ],
@@ -198,7 +202,7 @@ def test_models_beside_llama_are_exported_too(tmp_path, knobs):
     run = save_run(tmp_path / "run", model_of(**knobs))
     out, again = export_and_import(run)
     assert_the_same(run, out)
-    plain = {"norm": "rmsnorm"} if "norm" in knobs else {}
+    plain = {"norm": "rmsnorm", "norm_pos": "pre", "embed_scale": "none"}
     assert open_weights(again).config == model_of(**knobs | plain).config
 
 
@@ -409,6 +413,11 @@ def test_the_card_of_an_imported_model_tells_of_no_run(tmp_path):
         ({"norm": "none"}, "norm=none"),
         ({"norm_pos": "post"}, "norm_pos=post: Llama's norms stand before"),
         ({"norm_pos": "sandwich"}, "norm_pos=sandwich"),
+        ({"norm_pos": "mix"}, "norm_pos=mix"),
+        (
+            {"embed_scale": "sqrt", "tie_embeddings": True},
+            "embed_scale=sqrt with tie_embeddings=true: the factor would go into the embedding",
+        ),
         ({"ffn": "geglu"}, "ffn=geglu"),
         ({"ffn": "relu2", "norm": "layernorm"}, "norm=layernorm"),
     ],

@@ -53,6 +53,7 @@ BY_HAND = {  # kind -> (parameters, the first two results)
     "rmsnorm": ([2.0], [2.4, 3.2]),
     "rmsnorm_noparam": ([], [1.2, 1.6]),
     "rmsnorm1p": ([2.0], [3.6, 4.8]),
+    "ssnorm": ([2.0], [2.4, 3.2]),
     "prmsnorm": ([2.0], [2.0, 8 / 3]),  # the first of the four channels judges: its RMS is 3
     "dyt": ([2.0, 0.5], [2 * math.tanh(1.5), 2 * math.tanh(2.0)]),
     "derf": ([2.0, 1.0, 0.5, -1.0], [2 * math.erf(0.5) + 1, 2 * math.erf(1.0) + 1]),
@@ -92,7 +93,8 @@ def test_a_new_norm_has_the_constants_of_its_paper(kind):
     norm = Norm(kind, C, EPS, alpha=0.25)
     for name, parameter in norm.named_parameters():
         assert (parameter == (0.25 if name == "alpha" else NORMS[kind].start[name])).all()
-        assert parameter.numel() == (1 if name in ("alpha", "shift") else C)
+        one = name in ("alpha", "shift") or kind == "ssnorm"
+        assert parameter.numel() == (1 if one else C)
 
 
 # The invariances of table 1 in Zhang & Sennrich 2019: W is a matrix before the norm, x the data.
@@ -100,7 +102,8 @@ def test_a_new_norm_has_the_constants_of_its_paper(kind):
 
 INVARIANT_TO = dict.fromkeys(("layernorm", "layernorm_nobias"), (True, True, True, False, True))
 INVARIANT_TO |= dict.fromkeys(
-    ("rmsnorm", "rmsnorm_noparam", "rmsnorm1p", "prmsnorm"), (True, False, True, False, True)
+    ("rmsnorm", "rmsnorm_noparam", "rmsnorm1p", "ssnorm", "prmsnorm"),
+    (True, False, True, False, True),
 )
 INVARIANT_TO |= dict.fromkeys(("dyt", "derf", "none"), (False,) * 5)
 
@@ -162,6 +165,7 @@ def test_norms_that_differ_in_a_parameter_are_the_same_at_its_neutral_value():
     assert torch.equal(EAGER["rmsnorm1p"](x, zeros, EPS), without_gain)
     assert torch.equal(rmsnorm(x, ones, EPS), without_gain)
     assert torch.equal(EAGER["prmsnorm"](x, gain, EPS, 1.0), with_gain)
+    assert torch.equal(EAGER["ssnorm"](x, ones[:1], EPS), without_gain)
     without_bias = EAGER["layernorm_nobias"](x, gain, EPS)
     assert torch.equal(EAGER["layernorm"](x, gain, zeros, EPS), without_bias)
 
@@ -170,6 +174,7 @@ def test_norms_that_differ_in_a_parameter_are_the_same_at_its_neutral_value():
 def test_eager_equals_pytorch(kind):
     x, norm = inputs(5, 7), make(kind)
     gain = 1 + norm.gain if kind == "rmsnorm1p" else getattr(norm, "gain", None)
+    gain = gain.expand(C) if kind == "ssnorm" else gain
     reference = (
         F.layer_norm(x, (C,), gain, getattr(norm, "bias", None), EPS)
         if kind.startswith("layernorm")
