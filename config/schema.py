@@ -41,7 +41,11 @@ class OptimizerKnobs:
     embed_lr: float = knob(
         1.0, "learning rate of embedding and output head, as a multiple of learning_rate"
     )
-    weight_decay: float = knob(0.1, "decay of matrices; gains, biases and the embedding have none")
+    weight_decay: float = knob(0.1, "decay of matrices; biases and the embedding have none")
+    gain_decay: float = knob(
+        0.0,
+        "decay of the norms' gains to 0; those of rmsnorm1p, which multiplies by 1 + gain, to 1",
+    )
     beta1: float = knob(0.9, "AdamW: decay of the first moment")
     beta2: float = knob(0.95, "AdamW: decay of the second moment")
     muon_momentum: float = knob(0.95, "Muon: decay of the momentum")
@@ -172,7 +176,8 @@ FIRST_KNOBS = (  # what somebody new to the program needs to know
 ).split()
 BOUNDS = (  # a bound in words, as a test, and the knobs that it holds for
     ("1 or more", lambda v: v >= 1, "batch_size log_interval keep"),
-    ("0 or more", lambda v: v >= 0, "min_lr warmup_iters weight_decay grad_clip skip_spikes seed"),
+    ("0 or more", lambda v: v >= 0, "min_lr warmup_iters weight_decay gain_decay"),
+    ("0 or more", lambda v: v >= 0, "grad_clip skip_spikes seed"),
     ("0 or more", lambda v: v >= 0, "eval_interval eval_iters save_interval keep_every"),
     ("0 or more", lambda v: v >= 0, "max_iters minutes micro_batch_size lora_rank"),
     ("0 or more", lambda v: v >= 0, "sample_tokens sample_interval profile"),
@@ -208,7 +213,8 @@ NEEDS = (
     ("min_lr", "a falling lr_schedule", lambda k: k["lr_schedule"] != "constant"),
     ("decay_fraction", "lr_schedule=wsd", lambda k: k["lr_schedule"] == "wsd"),
     ("lora_alpha", "lora_rank above 0", lambda k: k["lora_rank"] > 0),
-    ("embed_lr", "lora_rank=0", lambda k: k["lora_rank"] == 0),
+    ("gain_decay", "a norm with a gain", lambda k: "gain" in NORMS[k["norm"]].start),
+    ("embed_lr gain_decay", "lora_rank=0", lambda k: k["lora_rank"] == 0),
     (
         "beta1 beta2",  # Muon trains all adapters
         "optimizer=adamw or lora_rank=0",

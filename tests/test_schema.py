@@ -141,6 +141,11 @@ def test_knobs_are_checked_together():
         ("decay_fraction=0.1", "decay_fraction=0.1 has no effect without lr_schedule=wsd"),
         ("init_from=x lora_alpha=8", "lora_alpha=8.0 has no effect without lora_rank above 0"),
         ("norm=none norm_impl=fused", "norm_impl=fused has no effect without a norm"),
+        ("norm=rmsnorm_noparam gain_decay=0.1", "gain_decay=0.1 has no effect without a norm with"),
+        (
+            "init_from=x lora_rank=2 gain_decay=1",
+            "gain_decay=1.0 has no effect without lora_rank=0",
+        ),
         ("init_from=x lora_rank=2 embed_lr=3", "embed_lr=3.0 has no effect without lora_rank=0"),
         ("init_from=x lora_rank=2 optimizer=muon beta1=0.8", "without optimizer=adamw or lora_"),
         ("sample_tokens=0 sample_prompt=a", "has no effect without sample_tokens above 0"),
