@@ -50,12 +50,7 @@ PROMPT_OF_A_CHAT = """\
 messages = [{"role": "user", "content": "Hello"}]
 text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids"""
-LLAMA_NORMS = (
-    "rmsnorm",
-    "rmsnorm1p",
-    "rmsnorm_noparam",
-    "ssnorm",
-)  # RMSNorm with gains can be these
+LLAMA_NORMS = ("rmsnorm", "rmsnorm1p", "rmsnorm_noparam", "ssnorm", "layernorm_nobias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +216,12 @@ def check_llama_can_be(config: ModelConfig) -> None:
             f"norm={config.norm}: Llama's norms are RMSNorm, so train with norm=rmsnorm (or "
             f"{', '.join(LLAMA_NORMS[1:])}, which are exported as RMSNorm exactly)"
         )
+    if config.norm == "layernorm_nobias" and config.tie_embeddings:
+        problems.append(
+            "norm=layernorm_nobias with tie_embeddings=true: as RMSNorm it needs the rows of the "
+            "embedding without their means, and the head, which is the same matrix, needs them: "
+            "train with tie_embeddings=false"
+        )
     if config.norm_pos not in ("pre", "lns"):
         problems.append(
             f"norm_pos={config.norm_pos}: Llama's norms stand before each branch, norm_pos=pre"
@@ -228,7 +229,7 @@ def check_llama_can_be(config: ModelConfig) -> None:
     if config.embed_scale == "sqrt" and config.tie_embeddings:
         problems.append(
             "embed_scale=sqrt with tie_embeddings=true: the factor would go into the embedding, "
-            "and so into the head, which is the same matrix"
+            "and so into the head, which is the same matrix: train with tie_embeddings=false"
         )
     if config.ffn != "swiglu":
         problems.append(f"ffn={config.ffn}: Llama's feed-forward is ffn=swiglu")
@@ -237,8 +238,8 @@ def check_llama_can_be(config: ModelConfig) -> None:
 
 
 def llama_tensors(weights: Weights) -> dict[str, Tensor]:
-    """The weights by our names, as those of the Llama that computes the same: each norm has a gain,
-    and embed_scale is in the embedding.
+    """The weights by our names, as those of the Llama that computes the same: each norm is RMSNorm
+    with a gain, and embed_scale is in the embedding.
     """
     config, tensors = weights.config, {}
     for name, shape in weight_shapes(config).items():
@@ -248,6 +249,8 @@ def llama_tensors(weights: Weights) -> dict[str, Tensor]:
             tensors[name] = weights.tensors[name]
     if config.embed_scale == "sqrt":  # the Decoder multiplies in fp32, too: no bit differs
         tensors["embed.weight"] = tensors["embed.weight"] * math.sqrt(config.n_embd)
+    if config.norm == "layernorm_nobias":
+        tensors = {name: centred(name, tensor, config) for name, tensor in tensors.items()}
     return tensors
 
 
@@ -261,6 +264,28 @@ def llama_gain(name: str, shape: tuple[int, ...], weights: Weights) -> Tensor:
     if weights.config.norm_pos == "lns" and name.endswith(("attn_norm.gain", "ffn_norm.gain")):
         gain = gain * (int(name.split(".")[1]) + 1) ** -0.5
     return gain.expand(shape).contiguous()
+
+
+def centred(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """A weight of a model with LayerNorm as RMSNorm needs it: without the mean over the channels
+    that a norm would subtract from what the weight writes.
+
+    All that adds to the residual stream is centred so: the rows of the embedding, and what `out`
+    and `down` write. Then the stream's mean is 0, and LayerNorm is RMSNorm (Jiang et al. 2023,
+    arXiv 2305.14858). With qk_norm the same holds of each head's queries and keys.
+    """
+    *_, role, leaf = name.split(".")
+    over = None  # the dimension of the channels
+    wide = tensor.double()
+    if role == "embed":
+        over = -1
+    elif role in ("out", "down"):
+        over = -2
+    elif config.qk_norm and role in ("q", "k") and leaf == "weight":
+        over, wide = -2, wide.view(-1, config.head_size, config.n_embd)  # [H or K, D, C]
+    if over is None:
+        return tensor
+    return (wide - wide.mean(over, keepdim=True)).view(tensor.shape).to(tensor.dtype)
 
 
 # The files of the exported folder
