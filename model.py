@@ -25,15 +25,14 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from norm import ELEMENTWISE, NORM_LEAVES, PARAMETERS, SCALARS, Norm, at_least_fp32, norm_problem
+from norm import NORM_LEAVES, NORMS, Norm, at_least_fp32, norm_problem
 
 # -- Configuration ---------------------------------------------------------------------------------
 
 LARGEST = {"n_layer": 700, "n_head": 10_000, "n_embd": 1_000_000, "block_size": 100_000_000}
 LARGEST_ALPHA = 1_000_000  # of norm_alpha, which is far less in every use; fp32 has an end
 UNGATED = ("gelu", "relu2")  # feed-forwards without a gate
-FINAL_NORM = ("pre", "sandwich", "out")  # with post and deepnorm the last Block ends in a norm
-SCALED_EMBEDDING = ("dyt", "derf")  # these norms do not bring the stream to a known size
+FINAL_NORM = ("pre", "lns", "mix", "sandwich", "out")  # else the last Block ends in a norm
 
 
 def knob(default, help: str):
@@ -67,14 +66,19 @@ class ModelConfig:
     dropout: float = knob(
         0.0, "dropout probability on embeddings, attention and both branches; LLaMA has none"
     )
-    norm: Literal[tuple(PARAMETERS)] = knob(
+    norm: Literal[tuple(NORMS)] = knob(
         "rmsnorm", "kind of every norm; python -m lab.compare --list explains them"
     )
-    norm_pos: Literal["pre", "post", "sandwich", "out", "deepnorm"] = knob(
+    norm_pos: Literal["pre", "post", "sandwich", "out", "deepnorm", "lns", "mix"] = knob(
         "pre",
         "where norms stand around attention and feed-forward: before them (LLaMA), after the sum "
-        "(2017), before and after them (Gemma 2), after them (OLMo 2), or post with DeepNet's "
-        "constants",
+        "(2017), before and after them (Gemma 2), after them (OLMo 2), post with DeepNet's "
+        "constants; lns = pre with LayerNorm Scaling, and so without GPT-2's smaller start of the "
+        "matrices that write into the stream; mix = post in the first quarter of the Blocks, then "
+        "pre (Mix-LN)",
+    )
+    embed_scale: Literal["none", "sqrt"] = knob(
+        "none", "sqrt = the embedding is multiplied by sqrt(n_embd), as in Gemma"
     )
     qk_norm: bool = knob(
         False, "the same norm on each head's queries and keys, before RoPE (Qwen 3)"
@@ -169,7 +173,12 @@ class ModelConfig:
             problems.append(problem)
         if self.norm == "none" and (self.norm_pos != "pre" or self.qk_norm):
             problems.append("norm=none has nothing to place: leave norm_pos=pre and qk_norm=false")
-        if self.norm_pos == "deepnorm" and self.norm in ELEMENTWISE:
+        if self.embed_scale == "sqrt" and NORMS[self.norm].scales_embedding:
+            problems.append(
+                f"embed_scale=sqrt: norm={self.norm} scales the embedding by a learned factor "
+                f"already, which begins at sqrt(n_embd): leave embed_scale=none"
+            )
+        if self.norm_pos == "deepnorm" and not NORMS[self.norm].has_statistics:
             problems.append(
                 f"norm_pos=deepnorm is derived for a norm that resets the scale of the stream, and "
                 f"norm={self.norm} does not: use norm_pos=post or another norm"
@@ -398,15 +407,22 @@ class Block(nn.Module):
 
     norm_pos says where the norms N stand around a branch f:
       pre       x + f(N(x))         Xiong et al. 2020, arXiv 2002.04745; LLaMA
+      lns       x + f(N(x) / b)     b = sqrt(number of the Block, from 1): LayerNorm Scaling, Sun et
+                                    al. 2025, arXiv 2502.05795
       post      N(x + f(x))         Vaswani et al. 2017, arXiv 1706.03762
       deepnorm  N(a x + f(x))       a = (2 n_layer)^1/4; Wang et al. 2022, arXiv 2203.00555
       out       x + N(f(x))         OLMo 2, arXiv 2501.00656
       sandwich  x + N'(f(N(x)))     Gemma 2, arXiv 2408.00118
+      mix       post in the first quarter of the Blocks (rounded up), then pre; Mix-LN, Li et al.
+                2024, arXiv 2412.13795
     """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.norm_pos = config.norm_pos
+        if config.norm_pos == "mix":
+            self.norm_pos = "post" if 4 * layer < config.n_layer else "pre"
+        self.norm_weight = (layer + 1) ** -0.5  # of lns
         self.stream_weight = (2 * config.n_layer) ** 0.25 if config.norm_pos == "deepnorm" else 1
         self.attn_norm = config.norm_for(config.n_embd)
         self.attn = Attention(config, layer)
@@ -433,6 +449,8 @@ class Block(nn.Module):
         """x -> what stays in the residual stream, and what the branch reads; all [B, T, C]."""
         if self.norm_pos in ("pre", "sandwich"):
             return x, norm(x)
+        if self.norm_pos == "lns":
+            return x, norm(x) * self.norm_weight
         if self.norm_pos == "out":
             return x, x
         return self.stream_weight * x, x
@@ -440,7 +458,7 @@ class Block(nn.Module):
     def join(self, stream: Tensor, y: Tensor, norm: Norm, norm_out: Norm | None) -> Tensor:
         """The residual stream with the output y of a branch added; all [B, T, C]."""
         y = self.dropout(y)
-        if self.norm_pos == "pre":
+        if self.norm_pos in ("pre", "lns"):
             return stream + y
         if self.norm_pos == "sandwich":
             return stream + norm_out(y)
@@ -455,18 +473,19 @@ class Block(nn.Module):
 
 
 class Scale(nn.Module):
-    """One learned factor for the whole embedding, because DyT and Derf do not bring the residual
-    stream to a known size.
+    """One factor for the whole embedding: learned, because DyT and Derf do not bring the residual
+    stream to a known size, or fixed, as in Gemma (arXiv 2403.08295).
     """
 
-    def __init__(self, start: float):
+    def __init__(self, start: float, learned: bool):
         super().__init__()
-        self.start = start
-        self.gain = nn.Parameter(torch.empty(1))
+        self.start, self.learned = start, learned
+        self.gain = nn.Parameter(torch.empty(1)) if learned else start
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.gain, self.start)
+        if self.learned:
+            nn.init.constant_(self.gain, self.start)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gain
@@ -491,8 +510,9 @@ class Decoder(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.embed = nn.utils.skip_init(nn.Embedding, V, C, device=torch.get_default_device())
-        scaled = config.norm in SCALED_EMBEDDING
-        self.embed_scale = Scale(math.sqrt(C)) if scaled else nn.Identity()
+        learned = NORMS[config.norm].scales_embedding
+        scaled = learned or config.embed_scale == "sqrt"
+        self.embed_scale = Scale(math.sqrt(C), learned) if scaled else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = config.norm_for(C) if config.norm_pos in FINAL_NORM else nn.Identity()
@@ -586,15 +606,17 @@ def initial_weights(model: Decoder, seed: int) -> Iterator[tuple[nn.Parameter, T
 def initial_deviations(config: ModelConfig) -> dict[str, float]:
     """The standard deviation from which a matrix is drawn, by its role.
 
-    Matrices that write into the residual stream (out, down) shrink with depth, as in GPT-2.
-    Embedding and head are so small that the first loss is ln(V), tied or not. deepnorm has its
-    paper's own: Xavier's deviations, and in v, out and the feed-forward (8 n_layer)^-1/4 of them.
+    Matrices that write into the residual stream (out, down) shrink with depth, as in GPT-2, but not
+    with lns, whose authors found that the two do not go together. Embedding and head are so small
+    that the first loss is ln(V), tied or not. deepnorm has its paper's own: Xavier's deviations,
+    and in v, out and the feed-forward (8 n_layer)^-1/4 of them.
     """
     C, L = config.n_embd, config.n_layer
     std = dict.fromkeys(("embed", "head"), min(0.02, 0.25 / math.sqrt(C)))
     if config.norm_pos != "deepnorm":
         std |= dict.fromkeys(("q", "k", "v", "gate", "up"), 0.02)
-        std |= dict.fromkeys(("out", "down"), 0.02 / math.sqrt(2 * L))
+        depth = 1 if config.norm_pos == "lns" else 2 * L
+        std |= dict.fromkeys(("out", "down"), 0.02 / math.sqrt(depth))
         return std
     all_heads = config.n_head * config.head_size
     all_kv_heads = config.kv_heads * config.head_size
@@ -610,20 +632,17 @@ def initial_deviations(config: ModelConfig) -> dict[str, float]:
 def parameter_count(config: ModelConfig) -> int:
     """How many parameters Decoder(config) has, without building it."""
     C, D, V = config.n_embd, config.head_size, config.vocab_size
-
-    def norm_size(width: int) -> int:
-        return sum(1 if name in SCALARS else width for name in PARAMETERS[config.norm])
-
+    norm = NORMS[config.norm]
     attention = C * D * 2 * (config.n_head + config.kv_heads)  # q, k, v, out
     if config.qk_norm:
-        attention += 2 * norm_size(D)
+        attention += 2 * norm.size(D)
     feed_forward = C * config.hidden_size * (2 if config.ffn in UNGATED else 3)
-    norms = norm_size(C) * (4 if config.norm_pos == "sandwich" else 2)
+    norms = norm.size(C) * (4 if config.norm_pos == "sandwich" else 2)
     count = config.n_layer * (attention + feed_forward + norms)
     count += V * C * (1 if config.tie_embeddings else 2)  # embed, head
     if config.norm_pos in FINAL_NORM:
-        count += norm_size(C)
-    if config.norm in SCALED_EMBEDDING:
+        count += norm.size(C)
+    if norm.scales_embedding:
         count += 1
     return count
 

@@ -4,6 +4,8 @@ The contract, which tests/test_norm.py checks clause by clause:
   - Statistics and gain are computed in fp32 (in float64 if x is float64). There is ONE cast at the
     end, and the output has the dtype of the input.
   - eps stands inside the root, and the caller always gives it.
+  - A row whose squares overflow, in fp32 from about 1e19 on, becomes NaN, so that training stops.
+    1 / sqrt(inf) is 0, and a row of zeros would go on unseen.
   - Autocast is off inside a norm, so that it cannot change the precision of one norm and not of
     another.
   - Initialisation draws no random numbers: with the same seed all other weights of a model are the
@@ -11,15 +13,17 @@ The contract, which tests/test_norm.py checks clause by clause:
 
 A norm is one function of x [..., C], its parameters and its constants. There are three ways to
 compute it. `eager` is the readable reference and the specification. `fused` is PyTorch's own
-kernel, where there is one. `compile` is the eager function through torch.compile; if the whole
-model is compiled, the norm becomes part of the model's graph. Each way is tested against float64.
+kernel, where there is one; it may round gain and bias first, and it leaves zeros where squares
+overflow. `compile` is the eager function through torch.compile; if the whole model is compiled,
+the norm becomes part of the model's graph. Each way is tested against float64.
 
-Reading order: the eager functions; the fused ones; the tables, in which a new norm is entered; how
-a function is chosen; and Norm, the module.
+Reading order: the eager functions; the fused ones; the table, in which a new norm is entered; how a
+function is chosen; and Norm, the module.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache, partial
 
 import torch
@@ -34,6 +38,14 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension: [..., C] -> [..., 1]. NaN if the squares
+    overflow.
+    """
+    mean_square = x.square().mean(-1, keepdim=True)
+    return torch.rsqrt(mean_square.masked_fill(mean_square == math.inf, math.nan) + eps)
+
+
 def layernorm(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * gain + bias: re-centres and re-scales.
 
@@ -41,8 +53,7 @@ def layernorm(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
     """
     wide = at_least_fp32(x)
     centred = wide - wide.mean(-1, keepdim=True)
-    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    return (centred * scale * gain + bias).to(x.dtype)
+    return (centred * inverse_rms(centred, eps) * gain + bias).to(x.dtype)
 
 
 def layernorm_nobias(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -53,8 +64,7 @@ def layernorm_nobias(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """
     wide = at_least_fp32(x)
     centred = wide - wide.mean(-1, keepdim=True)
-    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    return (centred * scale * gain).to(x.dtype)
+    return (centred * inverse_rms(centred, eps) * gain).to(x.dtype)
 
 
 def rmsnorm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -65,8 +75,7 @@ def rmsnorm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     rounded once. For x in fp32 both orders give the same numbers.
     """
     wide = at_least_fp32(x)
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale * gain).to(x.dtype)
+    return (wide * inverse_rms(wide, eps) * gain).to(x.dtype)
 
 
 def rmsnorm_noparam(x: Tensor, eps: float) -> Tensor:
@@ -75,8 +84,7 @@ def rmsnorm_noparam(x: Tensor, eps: float) -> Tensor:
     The matrix that follows a norm can do what the gain does. As in modded-nanogpt.
     """
     wide = at_least_fp32(x)
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale).to(x.dtype)
+    return (wide * inverse_rms(wide, eps)).to(x.dtype)
 
 
 def rmsnorm1p(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -88,6 +96,15 @@ def rmsnorm1p(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return rmsnorm(x, 1 + gain, eps)
 
 
+def ssnorm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * gain, one gain for all channels: single-scale RMSNorm.
+
+    Park et al. 2025, arXiv 2506.19697. gain [1]. A gain of its own lets a channel become an
+    outlier, which is in the way of quantisation.
+    """
+    return rmsnorm(x, gain, eps)
+
+
 def prmsnorm(x: Tensor, gain: Tensor, eps: float, p: float) -> Tensor:
     """x / sqrt(mean(x[:k]^2) + eps) * gain, k = ceil(p C): uses the first k channels.
 
@@ -96,8 +113,7 @@ def prmsnorm(x: Tensor, gain: Tensor, eps: float, p: float) -> Tensor:
     """
     wide = at_least_fp32(x)
     first = wide[..., : math.ceil(p * x.shape[-1])]  # [..., k]
-    scale = torch.rsqrt(first.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale * gain).to(x.dtype)
+    return (wide * inverse_rms(first, eps) * gain).to(x.dtype)
 
 
 def dyt(x: Tensor, gain: Tensor, alpha: Tensor) -> Tensor:
@@ -128,12 +144,17 @@ def no_norm(x: Tensor) -> Tensor:
 # but a chain of small ones.
 
 
-def fused_layernorm(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, gain.shape, gain.to(x.dtype), bias.to(x.dtype), eps)
+def fused_layernorm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """On a CPU in fp32: the kernel there adds up the gradients of gain and bias in the dtype of x,
+    and over thousands of rows in bfloat16 they would be wrong by several percent.
+    """
+    wide = at_least_fp32(x) if x.device.type == "cpu" else x
+    bias = bias if bias is None else bias.to(wide.dtype)
+    return F.layer_norm(wide, gain.shape, gain.to(wide.dtype), bias, eps).to(x.dtype)
 
 
 def fused_layernorm_nobias(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, gain.shape, gain.to(x.dtype), None, eps)
+    return fused_layernorm(x, gain, None, eps)
 
 
 def fused_rmsnorm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -148,65 +169,122 @@ def fused_rmsnorm1p(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return fused_rmsnorm(x, 1 + gain, eps)  # the sum is in fp32, as in rmsnorm1p
 
 
-# -- The tables: a new norm is entered here --------------------------------------------------------
+def fused_ssnorm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    return fused_rmsnorm(x, gain.expand(x.shape[-1]), eps)
 
-EAGER: dict[str, Callable[..., Tensor]] = {
-    "layernorm": layernorm,
-    "layernorm_nobias": layernorm_nobias,
-    "rmsnorm": rmsnorm,
-    "rmsnorm_noparam": rmsnorm_noparam,
-    "rmsnorm1p": rmsnorm1p,
-    "prmsnorm": prmsnorm,
-    "dyt": dyt,
-    "derf": derf,
-    "none": no_norm,
+
+# -- The table: a new norm is entered here ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NormEntry:
+    """All that the rest of the repository needs to know of a norm.
+
+    `eager` and `fused` (None: there is no kernel) take x, then the parameters `channels` and
+    `scalars`, then the `constants`, each by its name. A norm without an eps has no statistics, so
+    it does not bring the residual stream to a known scale. A parameter that is called gain may be
+    decayed (gain_decay), no other one; none may be called weight, as matrices are.
+    """
+
+    words: str  # the first line of eager's docstring, which python -OO removes
+    eager: Callable[..., Tensor]
+    fused: Callable[..., Tensor] | None = None
+    channels: dict[str, float] = field(default_factory=dict)  # [C] each -> where it starts
+    scalars: dict[str, float] = field(default_factory=dict)  # [1] each -> where it starts
+    constants: tuple[str, ...] = ("eps",)
+    scales_embedding: bool = False  # by a learned factor, which begins at sqrt(C)
+
+    @property
+    def start(self) -> dict[str, float]:
+        """Each parameter, by name, and the number that it starts from."""
+        return self.channels | self.scalars
+
+    @property
+    def has_statistics(self) -> bool:
+        return "eps" in self.constants
+
+    def size(self, width: int) -> int:
+        """The number of parameters of this norm over `width` channels."""
+        return len(self.channels) * width + len(self.scalars)
+
+
+NORMS = {
+    "layernorm": NormEntry(
+        "(x - mean) / sqrt(var + eps) * gain + bias: re-centres and re-scales.",
+        layernorm,
+        fused_layernorm,
+        channels={"gain": 1.0, "bias": 0.0},
+    ),
+    "layernorm_nobias": NormEntry(
+        "(x - mean) / sqrt(var + eps) * gain: LayerNorm without its bias.",
+        layernorm_nobias,
+        fused_layernorm_nobias,
+        channels={"gain": 1.0},
+    ),
+    "rmsnorm": NormEntry(
+        "x / sqrt(mean(x^2) + eps) * gain: re-scales only. LLaMA's norm.",
+        rmsnorm,
+        fused_rmsnorm,
+        channels={"gain": 1.0},
+    ),
+    "rmsnorm_noparam": NormEntry(
+        "x / sqrt(mean(x^2) + eps): RMSNorm without a gain.",
+        rmsnorm_noparam,
+        fused_rmsnorm_noparam,
+    ),
+    "rmsnorm1p": NormEntry(
+        "x / sqrt(mean(x^2) + eps) * (1 + gain): its gain starts at zero. Gemma's norm.",
+        rmsnorm1p,
+        fused_rmsnorm1p,
+        channels={"gain": 0.0},
+    ),
+    "ssnorm": NormEntry(
+        "x / sqrt(mean(x^2) + eps) * gain, one gain for all channels: single-scale RMSNorm.",
+        ssnorm,
+        fused_ssnorm,
+        scalars={"gain": 1.0},
+    ),
+    "prmsnorm": NormEntry(
+        "x / sqrt(mean(x[:k]^2) + eps) * gain, k = ceil(p C): uses the first k channels.",
+        prmsnorm,
+        channels={"gain": 1.0},
+        constants=("eps", "p"),
+    ),
+    "dyt": NormEntry(
+        "tanh(alpha x) * gain: DyT, which squashes each element by itself, without statistics.",
+        dyt,
+        channels={"gain": 1.0},
+        scalars={"alpha": 0.5},
+        constants=(),
+        scales_embedding=True,
+    ),
+    "derf": NormEntry(
+        "erf(alpha x + shift) * gain + bias: like dyt, with the error function.",
+        derf,
+        channels={"gain": 1.0, "bias": 0.0},
+        scalars={"alpha": 0.5, "shift": 0.0},
+        constants=(),
+        scales_embedding=True,
+    ),
+    "none": NormEntry(
+        "x: no norm. The control that shows what a norm costs and whether it is needed.",
+        no_norm,
+        no_norm,
+        constants=(),
+    ),
 }
-FUSED: dict[str, Callable[..., Tensor]] = {
-    "layernorm": fused_layernorm,
-    "layernorm_nobias": fused_layernorm_nobias,
-    "rmsnorm": fused_rmsnorm,
-    "rmsnorm_noparam": fused_rmsnorm_noparam,
-    "rmsnorm1p": fused_rmsnorm1p,
-    "none": no_norm,
-}
-# One line each, the first of the eager function's docstring, which python -OO removes.
-IN_WORDS = {
-    "layernorm": "(x - mean) / sqrt(var + eps) * gain + bias: re-centres and re-scales.",
-    "layernorm_nobias": "(x - mean) / sqrt(var + eps) * gain: LayerNorm without its bias.",
-    "rmsnorm": "x / sqrt(mean(x^2) + eps) * gain: re-scales only. LLaMA's norm.",
-    "rmsnorm_noparam": "x / sqrt(mean(x^2) + eps): RMSNorm without a gain.",
-    "rmsnorm1p": "x / sqrt(mean(x^2) + eps) * (1 + gain): its gain starts at zero. Gemma's norm.",
-    "prmsnorm": "x / sqrt(mean(x[:k]^2) + eps) * gain, k = ceil(p C): uses the first k channels.",
-    "dyt": "tanh(alpha x) * gain: DyT, which squashes each element by itself, without statistics.",
-    "derf": "erf(alpha x + shift) * gain + bias: like dyt, with the error function.",
-    "none": "x: no norm. The control that shows what a norm costs and whether it is needed.",
-}
+FUSED = {kind: entry.fused for kind, entry in NORMS.items() if entry.fused}
+EAGER = {kind: entry.eager for kind, entry in NORMS.items()}
 IMPLEMENTED = {"eager": EAGER, "fused": FUSED, "compile": EAGER}
-
-# Each parameter of a norm and the number it starts from. The names are the function's arguments.
-PARAMETERS: dict[str, dict[str, float]] = {
-    "layernorm": {"gain": 1.0, "bias": 0.0},
-    "layernorm_nobias": {"gain": 1.0},
-    "rmsnorm": {"gain": 1.0},
-    "rmsnorm_noparam": {},
-    "rmsnorm1p": {"gain": 0.0},
-    "prmsnorm": {"gain": 1.0},
-    "dyt": {"gain": 1.0, "alpha": 0.5},
-    "derf": {"gain": 1.0, "bias": 0.0, "alpha": 0.5, "shift": 0.0},
-    "none": {},
-}
-NORM_LEAVES = {name for parameters in PARAMETERS.values() for name in parameters}
-SCALARS = ("alpha", "shift")  # these parameters have one element, all others one for each channel
-# These have no statistics and so no eps. They do not bring the residual stream to a known scale.
-ELEMENTWISE = ("dyt", "derf", "none")
+NORM_LEAVES = {name for entry in NORMS.values() for name in entry.start}
 
 # -- How a function is chosen ----------------------------------------------------------------------
 
 
 def norm_problem(kind: str, impl: str) -> str | None:
     """Why there is no such norm, as an error message; None if there is one."""
-    if kind not in EAGER:
-        return f"norm must be one of {', '.join(EAGER)}, got {kind!r}"
+    if kind not in NORMS:
+        return f"norm must be one of {', '.join(NORMS)}, got {kind!r}"
     if kind not in IMPLEMENTED[impl]:
         return (
             f"norm_impl={impl} has no kernel for norm={kind}, only for "
@@ -246,8 +324,8 @@ def compile_once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class Norm(nn.Module):
     """A norm over the last dimension, which has `width` channels.
 
-    `p` is prmsnorm's share of the channels. `alpha` is the number from which alpha starts in dyt
-    and derf.
+    `p` is prmsnorm's share of the channels. `alpha` is the number from which a parameter of that
+    name starts, as in dyt and derf.
     """
 
     def __init__(
@@ -262,14 +340,11 @@ class Norm(nn.Module):
         super().__init__()
         self.kind, self.width = kind, width
         self.function = norm_function(kind, impl)
-        self.constants = {} if kind in ELEMENTWISE else {"eps": eps}
-        if kind == "prmsnorm":
-            self.constants["p"] = p
-        self.start = dict(PARAMETERS[kind])
-        if "alpha" in self.start:
-            self.start["alpha"] = alpha
+        entry, given = NORMS[kind], {"eps": eps, "p": p}
+        self.constants = {name: given[name] for name in entry.constants}
+        self.start = {k: alpha if k == "alpha" else v for k, v in entry.start.items()}
         for name in self.start:
-            size = 1 if name in SCALARS else width
+            size = width if name in entry.channels else 1
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
         self.reset_parameters()
 

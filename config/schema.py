@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from config.command import expand_home, split_arguments
 from model import ModelConfig, knob
-from norm import ELEMENTWISE, PARAMETERS
+from norm import NORMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,11 @@ class OptimizerKnobs:
     embed_lr: float = knob(
         1.0, "learning rate of embedding and output head, as a multiple of learning_rate"
     )
-    weight_decay: float = knob(0.1, "decay of matrices; gains, biases and the embedding have none")
+    weight_decay: float = knob(0.1, "decay of matrices; biases and the embedding have none")
+    gain_decay: float = knob(
+        0.0,
+        "decay of the norms' gains to 0; those of rmsnorm1p, which multiplies by 1 + gain, to 1",
+    )
     beta1: float = knob(0.9, "AdamW: decay of the first moment")
     beta2: float = knob(0.95, "AdamW: decay of the second moment")
     muon_momentum: float = knob(0.95, "Muon: decay of the momentum")
@@ -172,7 +176,8 @@ FIRST_KNOBS = (  # what somebody new to the program needs to know
 ).split()
 BOUNDS = (  # a bound in words, as a test, and the knobs that it holds for
     ("1 or more", lambda v: v >= 1, "batch_size log_interval keep"),
-    ("0 or more", lambda v: v >= 0, "min_lr warmup_iters weight_decay grad_clip skip_spikes seed"),
+    ("0 or more", lambda v: v >= 0, "min_lr warmup_iters weight_decay gain_decay"),
+    ("0 or more", lambda v: v >= 0, "grad_clip skip_spikes seed"),
     ("0 or more", lambda v: v >= 0, "eval_interval eval_iters save_interval keep_every"),
     ("0 or more", lambda v: v >= 0, "max_iters minutes micro_batch_size lora_rank"),
     ("0 or more", lambda v: v >= 0, "sample_tokens sample_interval profile"),
@@ -183,6 +188,14 @@ BOUNDS = (  # a bound in words, as a test, and the knobs that it holds for
     ("at most 100", lambda v: v <= 100, "profile"),  # a trace of more is hard to open
     ("at most 1,000,000", lambda v: v <= 1_000_000, "batch_size micro_batch_size minutes"),
 )
+
+
+def norms_with(name: str) -> str:
+    """'norm=dyt or norm=derf': the norms that have a parameter or a constant of this name."""
+    has = (k for k, entry in NORMS.items() if name in (*entry.start, *entry.constants))
+    return " or ".join(f"norm={kind}" for kind in has)
+
+
 # Knobs that count only beside others: they, the others in words, and as a test of all knobs and of
 # `launched`: whether a launcher such as torchrun has started this process.
 NEEDS = (
@@ -192,15 +205,16 @@ NEEDS = (
         lambda k: k["rope_scaling"] == "llama3",
     ),
     ("norm_impl", "a norm", lambda k: k["norm"] != "none"),
-    ("norm_eps", "a norm with an eps", lambda k: k["norm"] not in ELEMENTWISE),
-    ("prms_p", "norm=prmsnorm", lambda k: k["norm"] == "prmsnorm"),
-    ("norm_alpha", "norm=dyt or norm=derf", lambda k: "alpha" in PARAMETERS[k["norm"]]),
+    ("norm_eps", "a norm with an eps", lambda k: "eps" in NORMS[k["norm"]].constants),
+    ("prms_p", norms_with("p"), lambda k: "p" in NORMS[k["norm"]].constants),
+    ("norm_alpha", norms_with("alpha"), lambda k: "alpha" in NORMS[k["norm"]].scalars),
     ("minutes", "max_iters=0", lambda k: k["max_iters"] == 0),
     ("muon_momentum", "optimizer=muon", lambda k: k["optimizer"] == "muon"),
     ("min_lr", "a falling lr_schedule", lambda k: k["lr_schedule"] != "constant"),
     ("decay_fraction", "lr_schedule=wsd", lambda k: k["lr_schedule"] == "wsd"),
     ("lora_alpha", "lora_rank above 0", lambda k: k["lora_rank"] > 0),
-    ("embed_lr", "lora_rank=0", lambda k: k["lora_rank"] == 0),
+    ("gain_decay", "a norm with a gain", lambda k: "gain" in NORMS[k["norm"]].start),
+    ("embed_lr gain_decay", "lora_rank=0", lambda k: k["lora_rank"] == 0),
     (
         "beta1 beta2",  # Muon trains all adapters
         "optimizer=adamw or lora_rank=0",

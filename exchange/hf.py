@@ -50,7 +50,7 @@ PROMPT_OF_A_CHAT = """\
 messages = [{"role": "user", "content": "Hello"}]
 text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids"""
-LLAMA_NORMS = ("rmsnorm", "rmsnorm1p", "rmsnorm_noparam")  # those that RMSNorm with a gain can be
+LLAMA_NORMS = ("rmsnorm", "rmsnorm1p", "rmsnorm_noparam", "ssnorm", "layernorm_nobias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,11 +214,22 @@ def check_llama_can_be(config: ModelConfig) -> None:
     if config.norm not in LLAMA_NORMS:
         problems.append(
             f"norm={config.norm}: Llama's norms are RMSNorm, so train with norm=rmsnorm (or "
-            f"rmsnorm1p or rmsnorm_noparam, which are exported as RMSNorm exactly)"
+            f"{', '.join(LLAMA_NORMS[1:])}, which are exported as RMSNorm exactly)"
         )
-    if config.norm_pos != "pre":
+    if config.norm == "layernorm_nobias" and config.tie_embeddings:
+        problems.append(
+            "norm=layernorm_nobias with tie_embeddings=true: as RMSNorm it needs the rows of the "
+            "embedding without their means, and the head, which is the same matrix, needs them: "
+            "train with tie_embeddings=false"
+        )
+    if config.norm_pos not in ("pre", "lns"):
         problems.append(
             f"norm_pos={config.norm_pos}: Llama's norms stand before each branch, norm_pos=pre"
+        )
+    if config.embed_scale == "sqrt" and config.tie_embeddings:
+        problems.append(
+            "embed_scale=sqrt with tie_embeddings=true: the factor would go into the embedding, "
+            "and so into the head, which is the same matrix: train with tie_embeddings=false"
         )
     if config.ffn != "swiglu":
         problems.append(f"ffn={config.ffn}: Llama's feed-forward is ffn=swiglu")
@@ -227,18 +238,54 @@ def check_llama_can_be(config: ModelConfig) -> None:
 
 
 def llama_tensors(weights: Weights) -> dict[str, Tensor]:
-    """The weights by our names, with a gain for each norm by which Llama multiplies. rmsnorm1p
-    multiplies by 1 + gain. rmsnorm_noparam multiplies by nothing, so its gains become 1.
+    """The weights by our names, as those of the Llama that computes the same: each norm is RMSNorm
+    with a gain, and embed_scale is in the embedding.
     """
-    norm, tensors = weights.config.norm, {}
-    for name, shape in weight_shapes(weights.config).items():
-        if name.endswith(".gain") and norm == "rmsnorm_noparam":
-            tensors[name] = torch.ones(shape)
-        elif name.endswith(".gain") and norm == "rmsnorm1p":
-            tensors[name] = 1 + weights.tensors[name]
+    config, tensors = weights.config, {}
+    for name, shape in weight_shapes(config).items():
+        if name.endswith(".gain"):
+            tensors[name] = llama_gain(name, shape, weights)
         else:
             tensors[name] = weights.tensors[name]
+    if config.embed_scale == "sqrt":  # the Decoder multiplies in fp32, too: no bit differs
+        tensors["embed.weight"] = tensors["embed.weight"] * math.sqrt(config.n_embd)
+    if config.norm == "layernorm_nobias":
+        tensors = {name: centred(name, tensor, config) for name, tensor in tensors.items()}
     return tensors
+
+
+def llama_gain(name: str, shape: tuple[int, ...], weights: Weights) -> Tensor:
+    """All by which one of our norms multiplies, as a gain for each channel: rmsnorm1p multiplies by
+    1 + gain, rmsnorm_noparam by nothing, ssnorm by one number, and lns by a factor of the layer.
+    """
+    norm = weights.config.norm
+    gain = torch.ones(1) if norm == "rmsnorm_noparam" else weights.tensors[name]
+    gain = 1 + gain if norm == "rmsnorm1p" else gain
+    if weights.config.norm_pos == "lns" and name.endswith(("attn_norm.gain", "ffn_norm.gain")):
+        gain = gain * (int(name.split(".")[1]) + 1) ** -0.5
+    return gain.expand(shape).contiguous()
+
+
+def centred(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """A weight of a model with LayerNorm as RMSNorm needs it: without the mean over the channels
+    that a norm would subtract from what the weight writes.
+
+    All that adds to the residual stream is centred so: the rows of the embedding, and what `out`
+    and `down` write. Then the stream's mean is 0, and LayerNorm is RMSNorm (Jiang et al. 2023,
+    arXiv 2305.14858). With qk_norm the same holds of each head's queries and keys.
+    """
+    *_, role, leaf = name.split(".")
+    over = None  # the dimension of the channels
+    wide = tensor.double()
+    if role == "embed":
+        over = -1
+    elif role in ("out", "down"):
+        over = -2
+    elif config.qk_norm and role in ("q", "k") and leaf == "weight":
+        over, wide = -2, wide.view(-1, config.head_size, config.n_embd)  # [H or K, D, C]
+    if over is None:
+        return tensor
+    return (wide - wide.mean(over, keepdim=True)).view(tensor.shape).to(tensor.dtype)
 
 
 # The files of the exported folder

@@ -21,7 +21,7 @@ from config.command import split_arguments
 from config.schema import knobs_of, parse_knobs
 from lab.measure import check_count, chosen, in_turn, machine_line
 from model import knob
-from norm import EAGER, IMPLEMENTED, Norm
+from norm import IMPLEMENTED, NORMS, Norm
 from run.machine import choose_device, choose_dtype, keep_freed_memory, synchronize
 
 EPS = 1e-5
@@ -95,7 +95,7 @@ def norms(arguments: list[str]) -> None:
     check_count("steps", options.steps)
     device = choose_device(options.device)
     shapes, dtypes = inputs_to_time(options, device)
-    kinds = chosen("kinds", options.kinds, tuple(kind for kind in EAGER if kind != "none"))
+    kinds = chosen("kinds", options.kinds, tuple(kind for kind in NORMS if kind != "none"))
     impls = impls_to_time(options.impls, device)
     names = [
         (operation, kind, impl)

@@ -35,7 +35,6 @@ if __name__ == "__main__":  # before the imports that take seconds
 import torch
 from tqdm import tqdm
 
-import norm
 import train
 from config.command import names_folder, one_line, printable, run_command, user_errors
 from config.help import help_text, training_help
@@ -55,6 +54,7 @@ from lab.report import WRITTEN, Study, best_cells, speed_section, write_report
 from lab.timing import read_timing, time_in_processes
 from lab.verdict import time_ratio
 from model import knob
+from norm import NORMS
 from run.machine import choose_device, processor, versions
 from run.metrics import METRICS_FILE, is_number, read_metrics, training_seconds
 from run.setup import find_dataset, read_config
@@ -180,8 +180,8 @@ def main(argv: list[str]) -> int:
         print(help_text(USAGE, CompareOptions), training_help(EVERY_KNOB), sep="\n\n")
         return 0
     if argv == ["--list"]:
-        for kind, words in norm.IN_WORDS.items():
-            print(f"{kind:18}{words}")
+        for kind, entry in NORMS.items():
+            print(f"{kind:18}{entry.words}")
         return 0
     with user_errors():
         plan = read_plan(argv)

@@ -21,10 +21,11 @@ ELEMENTS_AT_ONCE = 2**26
 
 def group_of(name: str, parameter: Tensor) -> str:
     """The optimizer group of a parameter: `hidden` (a Block's matrix, or an adapter's), `head`,
-    `embed`, or `gain` (all that a norm learns). ValueError for a parameter of unknown role."""
+    `embed`, `gain` (of a norm) or `norm` (what else a norm learns, and the scale of the embedding).
+    ValueError for a parameter of unknown role."""
     *_, role, leaf = name.split(".")
     if leaf in NORM_LEAVES:
-        return "gain"
+        return "gain" if leaf == "gain" and role != "embed_scale" else "norm"
     if role in ("embed", "head"):
         return role
     if name.startswith("blocks.") and parameter.ndim == 2:
@@ -37,9 +38,9 @@ def group_of(name: str, parameter: Tensor) -> str:
 class Optimizers:
     """One or two torch optimizers over one model. Each trained parameter is in exactly one group.
 
-    With optimizer="muon" the Blocks' matrices go to Muon and the rest to AdamW. Gains, biases and
-    the embedding have no weight decay. The learning rate of embedding and head is multiplied by
-    `embed_lr`.
+    With optimizer="muon" the Blocks' matrices go to Muon and the rest to AdamW. Biases and the
+    embedding have no weight decay, and gains have one of their own. The learning rate of embedding
+    and head is multiplied by `embed_lr`.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Optimizers:
         betas: tuple[float, float],
         momentum: float,
         embed_lr: float = 1.0,
+        gain_decay: float = 0.0,
         muon: "type[Muon] | None" = None,
     ):
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -59,7 +61,8 @@ class Optimizers:
             "hidden": {"params": [], "weight_decay": weight_decay, "scale": 1.0},
             "head": {"params": [], "weight_decay": weight_decay, "scale": embed_lr},
             "embed": {"params": [], "weight_decay": 0.0, "scale": embed_lr},
-            "gain": {"params": [], "weight_decay": 0.0, "scale": 1.0},
+            "gain": {"params": [], "weight_decay": gain_decay, "scale": 1.0},
+            "norm": {"params": [], "weight_decay": 0.0, "scale": 1.0},
         }
         for name, parameter in trained:
             groups[group_of(name, parameter)]["params"].append(parameter)

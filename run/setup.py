@@ -375,6 +375,7 @@ def build(config: Config, data: Data, begin: dict[str, Any], ranks: Ranks) -> Ru
         betas=(config.beta1, config.beta2),
         momentum=config.muon_momentum,
         embed_lr=config.embed_lr,
+        gain_decay=config.gain_decay,
         muon=muon_class(config, ranks),
     )
     scaler_device = torch.device(config.device).type

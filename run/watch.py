@@ -57,9 +57,10 @@ def observe(
     ffn_rms              RMS of what the feed-forward's matrix `down` reads
     attn_logit_max       largest |q.k| / sqrt(D) of a query and a key that the query may see
     NORM_gain_min, NORM_gain_mean, NORM_gain_max
-                         of each norm that has a gain. NORM is the norm's path in the Block, such as
-                         attn_norm or attn.q_norm; `norm` is the model's last norm, with one number.
-                         Gains are as they are stored, so those of rmsnorm1p are relative to 1
+                         of each norm that has a gain, and the same of whatever else it learns, such
+                         as NORM_bias_min. NORM is the norm's path in the Block, such as attn_norm
+                         or attn.q_norm; `norm` is the model's last norm, with one number. Gains are
+                         as they are stored, so those of rmsnorm1p are relative to 1
     blocks_grad_norm     norm of the gradient of all parameters of a Block
     embed_grad_norm, embed_scale_grad_norm, norm_grad_norm, head_grad_norm
                          the same for the other parts that the model has and trains, one number
@@ -102,7 +103,7 @@ def measure_once(
     with recording(model) as seen, autocast(str(ids.device), dtype):
         loss = model(ids, targets, positions)
     gradients = torch.autograd.grad(loss * loss_scale, trained_parameters(model))
-    scales = seen | gains(model) | gradient_norms(model, gradients, loss_scale)
+    scales = seen | learned_by_norms(model) | gradient_norms(model, gradients, loss_scale)
     return {name: torch.stack(values).tolist() for name, values in scales.items()}
 
 
@@ -162,15 +163,17 @@ def largest_logit(
     return torch.stack(largest).amax() / math.sqrt(D)
 
 
-def gains(model: Decoder) -> dict[str, list[Tensor]]:
-    """Smallest, mean and largest gain of every norm that has gains. Norms with the same role in
-    their Block share a list."""
+def learned_by_norms(model: Decoder) -> dict[str, list[Tensor]]:
+    """Smallest, mean and largest number of each parameter of every norm. Norms with the same role
+    in their Block share a list."""
     found = defaultdict(list)
     for path, module in model.named_modules():
-        if isinstance(module, Norm) and hasattr(module, "gain"):
-            role, gain = re.sub(r"^blocks\.\d+\.", "", path), module.gain.detach()
-            for name, value in (("min", gain.amin()), ("mean", gain.mean()), ("max", gain.amax())):
-                found[f"{role}_gain_{name}"].append(value)
+        if isinstance(module, Norm):
+            role = re.sub(r"^blocks\.\d+\.", "", path)
+            for leaf, parameter in module.named_parameters():
+                for part in ("amin", "mean", "amax"):
+                    value = getattr(parameter.detach(), part)()
+                    found[f"{role}_{leaf}_{part.removeprefix('a')}"].append(value)
     return found
 
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, launch_here
 
-import norm
 import train
 from lab import compare, timing
 from lab.measure import as_arguments
+from norm import NORMS as ENTRIES
 from run.metrics import read_metrics
 from weights import checkpoint
 from weights.lock import Lock
@@ -173,7 +173,7 @@ def test_a_bad_comparison_is_one_line_and_nothing_is_made(compared, tmp_path, ar
 def test_list_tells_every_norm_in_a_line(capsys):
     assert compare.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(norm.EAGER)
+    assert [line.split()[0] for line in lines] == list(ENTRIES)
     assert any(line.startswith("rmsnorm ") and "re-scales only" in line for line in lines)
 
 
@@ -698,7 +698,7 @@ def test_all_arms_are_timed_compiled_however_many(compared, no_code):
     from torch._dynamo.utils import counters
 
     before = counters["frames"]["ok"]
-    eight = "norm=" + ",".join(list(norm.EAGER)[:8])  # and the control: the ninth is one too many
+    eight = "norm=" + ",".join(list(ENTRIES)[:8])  # and the control: the ninth is one too many
     out_dir = f"out_dir={compared.folder}"
     lab = compare.Lab(plan(eight, "compile=true", "n_layer=1", "steps=2", out_dir), "")
     found = timing.time_arms(lab.command_lines(), 2)["seconds"]

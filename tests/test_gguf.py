@@ -170,8 +170,13 @@ def test_the_settings_are_those_of_the_model(tmp_path):
     assert found["general.architecture"] == "qwen3" and found["qwen3.context_length"] == 512
 
 
-def test_a_hugging_face_folder_and_the_file_of_a_checkpoint_give_the_same_file(tmp_path):
-    run, file = written(tmp_path / "a", model_of(n_kv_head=2))
+@pytest.mark.parametrize(
+    "knobs",
+    [{"n_kv_head": 2}, dict(norm="layernorm_nobias", norm_pos="lns", embed_scale="sqrt")],
+    ids=str,
+)
+def test_a_hugging_face_folder_and_the_file_of_a_checkpoint_give_the_same_file(tmp_path, knobs):
+    run, file = written(tmp_path / "a", model_of(**knobs))
     (tmp_path / "b").mkdir()
     run_hf("export", run, tmp_path / "b" / "run")
     for place in (run / "ckpt_00000003.pt", tmp_path / "b" / "run"):
@@ -383,6 +388,11 @@ def test_a_normal_form_that_llama_cpp_lacks_is_a_warning(capsys):
 @pytest.mark.parametrize(
     "model, knob, words",
     [
+        (
+            dict(norm="layernorm_nobias", tie_embeddings=True),
+            "f32",
+            "train with tie_embeddings=false",
+        ),
         (dict(norm="layernorm"), "f32", "norm=layernorm: Llama's norms are RMSNorm"),
         (dict(qk_norm=True, **LLAMA3), "f32", "rope_scaling=llama3 with qk_norm=true"),
         (dict(n_hidden=100), "q8_0", "ffn_down.weight has 100 numbers in a row, and q8_0"),

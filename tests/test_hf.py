@@ -7,6 +7,7 @@ import contextlib
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -189,6 +190,10 @@ def test_a_char_run_says_that_it_has_no_bos_and_no_eos(tmp_path):
     [
         {"norm": "rmsnorm1p"},
         {"norm": "rmsnorm_noparam"},
+        {"norm": "ssnorm", "qk_norm": True},
+        {"norm": "rmsnorm1p", "norm_pos": "lns", "n_layer": 3, "qk_norm": True},
+        {"norm": "rmsnorm_noparam", "norm_pos": "lns", "n_layer": 3},
+        {"embed_scale": "sqrt"},
         {"qk_norm": True, "n_kv_head": 2},
         {"head_dim": 24},
     ],
@@ -198,8 +203,42 @@ def test_models_beside_llama_are_exported_too(tmp_path, knobs):
     run = save_run(tmp_path / "run", model_of(**knobs))
     out, again = export_and_import(run)
     assert_the_same(run, out)
-    plain = {"norm": "rmsnorm"} if "norm" in knobs else {}
+    plain = {"norm": "rmsnorm", "norm_pos": "pre", "embed_scale": "none"}
     assert open_weights(again).config == model_of(**knobs | plain).config
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"n_kv_head": 2, "n_layer": 4, "n_embd": 128},
+        {"qk_norm": True, "n_kv_head": 1, "head_dim": 24},
+        {"norm_pos": "lns", "embed_scale": "sqrt", "n_layer": 3, **LLAMA3},
+    ],
+    ids=str,
+)
+def test_layernorm_without_bias_is_exported_as_the_llama_that_it_is(tmp_path, knobs):
+    """Pre-LayerNorm without bias is pre-RMSNorm with centred weights (arXiv 2305.14858)."""
+    model = model_of(norm="layernorm_nobias", **knobs)
+    out, again = export_and_import(run := save_run(tmp_path / "run", model))
+    x, found = torch.tensor([list(TEXT.encode())]), compare(run, out)
+    size = model(x).abs().max().item()
+    assert found.difference <= 1e-4 * size and found.text and found.distinct > 3
+    plain = Decoder(replace(model.config, norm="rmsnorm", norm_pos="pre", embed_scale="none"))
+    assert open_weights(again).config == plain.config
+    plain.load_state_dict(model.state_dict())  # as it was, uncentred, it is another model
+    assert (plain.eval()(x) - model(x)).abs().max() > 0.1 * size
+
+
+def test_why_a_tied_head_keeps_layernorm_from_being_a_llama():
+    """Centring the embedding leaves the features alone, but not the logits of a tied head."""
+    model = model_of(norm="layernorm_nobias", tie_embeddings=True).double()
+    x = torch.tensor([list(TEXT.encode())])
+    features, logits = model.features(x), model(x)
+    with torch.no_grad():
+        model.embed.weight -= model.embed.weight.mean(1, keepdim=True)
+    assert torch.allclose(model.features(x), features)
+    assert (model(x) - logits).abs().max() > 0.01 * logits.abs().max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -409,6 +448,15 @@ def test_the_card_of_an_imported_model_tells_of_no_run(tmp_path):
         ({"norm": "none"}, "norm=none"),
         ({"norm_pos": "post"}, "norm_pos=post: Llama's norms stand before"),
         ({"norm_pos": "sandwich"}, "norm_pos=sandwich"),
+        ({"norm_pos": "mix"}, "norm_pos=mix"),
+        (
+            {"norm": "layernorm_nobias", "tie_embeddings": True},
+            "norm=layernorm_nobias with tie_embeddings=true: as RMSNorm it needs the rows",
+        ),
+        (
+            {"embed_scale": "sqrt", "tie_embeddings": True},
+            "embed_scale=sqrt with tie_embeddings=true: the factor would go into the embedding",
+        ),
         ({"ffn": "geglu"}, "ffn=geglu"),
         ({"ffn": "relu2", "norm": "layernorm"}, "norm=layernorm"),
     ],

@@ -211,6 +211,7 @@ def formula(block, x, cos, sin):
     a = 4**0.25  # (2 n_layer)^1/4, two Blocks
     return {
         "pre": lambda: (h := x + f(N(x))) + g(M(h)),
+        "lns": lambda: (h := x + f(N(x) / 2**0.5)) + g(M(h) / 2**0.5),  # the second Block
         "post": lambda: M((h := N(x + f(x))) + g(h)),
         "out": lambda: (h := x + N(f(x))) + M(g(h)),
         "sandwich": lambda: (h := x + N_out(f(N(x)))) + M_out(g(M(h))),
@@ -218,7 +219,7 @@ def formula(block, x, cos, sin):
     }[block.norm_pos]()
 
 
-POSITIONS = ["pre", "post", "sandwich", "out", "deepnorm"]
+POSITIONS = ["pre", "post", "sandwich", "out", "deepnorm", "lns", "mix"]
 
 
 @pytest.mark.parametrize("place", POSITIONS)
@@ -228,17 +229,47 @@ def test_a_block_is_the_formula_of_its_norm_pos(place):
     block, angles = model.blocks[1], (model.cos, model.sin)
     assert torch.allclose(block(x, *angles), formula(block, x, *angles), atol=1e-6)
     has_final_norm = "norm.gain" in dict(model.named_parameters())
-    assert has_final_norm == (place in ("pre", "sandwich", "out"))
+    assert has_final_norm == (place not in ("post", "deepnorm"))
 
 
-def test_all_norm_positions_share_their_matrices_but_deepnorm_only_those_outside_its_blocks():
+@pytest.mark.parametrize("layers, first", [(2, 1), (4, 1), (5, 2), (8, 2)])
+def test_mix_is_post_in_the_first_quarter_of_the_blocks_and_then_pre(layers, first):
+    blocks = Decoder(config(n_layer=layers, norm_pos="mix")).blocks
+    assert [block.norm_pos for block in blocks] == ["post"] * first + ["pre"] * (layers - first)
+
+
+def test_lns_divides_each_norm_by_the_root_of_its_layer_and_its_writers_do_not_start_smaller():
+    model = Decoder(config(n_layer=8, norm_pos="lns"))
+    x, norm = torch.randn(2, 64), model.blocks[0].attn_norm
+    for layer, block in enumerate(model.blocks, start=1):
+        assert torch.allclose(block.branch_off(x, norm)[1], norm(x) / layer**0.5)
+        for weight in (block.attn.out.weight, block.ffn.down.weight):
+            assert abs(weight.std().item() / 0.02 - 1) < 0.05
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_embedding_is_multiplied_by_the_root_of_the_width(tied):
+    plain, scaled = (
+        Decoder(config(tie_embeddings=tied, embed_scale=scale)) for scale in ("none", "sqrt")
+    )
+    block = plain.blocks[0]
+    block.forward = lambda x, *_: x * 8  # sqrt(64), before the first Block reads it
+    for each in (plain, scaled):
+        each.blocks = each.blocks[:1]
+    scaled.blocks[0].forward = lambda x, *_: x
+    assert torch.equal(plain(tokens()), scaled(tokens()))
+    assert parameter_count(scaled.config) == parameter_count(plain.config)
+
+
+def test_all_norm_positions_share_their_matrices_but_for_those_that_have_their_own_start():
     pre, *others = (
         {n: p for n, p in Decoder(config(norm_pos=place)).named_parameters() if p.ndim > 1}
         for place in POSITIONS
     )
     for place, matrices in zip(POSITIONS[1:], others, strict=True):
         assert matrices.keys() == pre.keys()
-        own = {name for name in pre if name.startswith("blocks.")} if place == "deepnorm" else set()
+        roles = {"deepnorm": ("weight",), "lns": ("out.weight", "down.weight")}.get(place, ())
+        own = {name for name in pre if name.startswith("blocks.") and name.endswith(roles)}
         assert {name for name, p in matrices.items() if not torch.equal(p, pre[name])} == own, place
 
 
@@ -289,6 +320,8 @@ VARIANTS += [{"ffn": kind} for kind in ("geglu", "gelu", "relu2")]
 VARIANTS += [
     {"qk_norm": True},
     {"qk_norm": True, "norm": "layernorm"},
+    {"qk_norm": True, "norm": "ssnorm"},
+    {"embed_scale": "sqrt", "norm_pos": "sandwich"},
     {"qk_norm": True, "norm": "dyt"},
     {"norm": "layernorm", "norm_pos": "deepnorm"},
     {"norm": "derf", "norm_pos": "sandwich"},

@@ -111,6 +111,29 @@ def test_gains_biases_and_the_embedding_are_not_decayed():
         assert decay[parameter] == (0.0 if plain else 0.1), name
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["rmsnorm", "rmsnorm1p", "ssnorm", "derf"])
+def test_gain_decay_takes_a_share_of_the_gains_and_of_nothing_else_that_a_norm_learns(
+    kind, optimizer
+):
+    model, rules = build(norm=kind)[0], dict(weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95)
+    optimizers = Optimizers(model, optimizer=optimizer, gain_decay=0.5, **rules)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.ndim == 1}
+    with torch.no_grad():
+        model.norm.gain.fill_(3.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # so that nothing else moves it
+    optimizers.set_lr(0.1)
+    for each in optimizers:
+        each.step()
+    start = {"rmsnorm1p": 0.0}.get(kind, 1.0)  # zero, where rmsnorm1p multiplies by one, is kept
+    assert torch.allclose(model.norm.gain, torch.tensor(0.95 * 3.0))
+    assert torch.allclose(model.blocks[0].attn_norm.gain, torch.tensor(0.95 * start))
+    for name, parameter in model.named_parameters():
+        if name in before and (not name.endswith("gain") or "embed_scale" in name):
+            assert torch.equal(parameter, before[name]), name
+
+
 def test_embedding_and_head_learn_at_a_multiple_of_the_rate():
     model = build()[0]
     optimizers = Optimizers(

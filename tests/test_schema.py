@@ -93,7 +93,7 @@ def test_knobs_are_checked_together():
         ("learning_rate=inf", "must be finite"),
         ("learning_rate=1e400", "must be finite"),
         ("tie_embeddings=maybe", "tie_embeddings must be true or false, got 'maybe'"),
-        ("norm_pos=middle", "must be pre, post, sandwich, out or deepnorm, got 'middle'"),
+        ("norm_pos=middle", "must be pre, post, sandwich, out, deepnorm, lns or mix, got 'middle'"),
         ("norm=" + "x" * 9999, "or none, got 'xxx"),
         ("out_dir=", "out_dir must be a folder, got ''"),
         # words
@@ -111,6 +111,7 @@ def test_knobs_are_checked_together():
         ("n_head=5", "must be a multiple of 2 * n_head=5"),
         ("norm=none norm_pos=out", "norm=none has nothing to place"),
         ("norm=none qk_norm=true", "norm=none has nothing to place"),
+        ("norm=dyt embed_scale=sqrt", "scales the embedding by a learned factor already"),
         ("norm=dyt norm_pos=deepnorm", "norm=dyt does not: use norm_pos=post or another norm"),
         ("norm=prmsnorm norm_impl=fused", "norm_impl=fused has no kernel for norm=prmsnorm"),
         ("norm=prmsnorm prms_p=0", "prms_p must be in (0, 1], got 0.0"),
@@ -140,6 +141,11 @@ def test_knobs_are_checked_together():
         ("decay_fraction=0.1", "decay_fraction=0.1 has no effect without lr_schedule=wsd"),
         ("init_from=x lora_alpha=8", "lora_alpha=8.0 has no effect without lora_rank above 0"),
         ("norm=none norm_impl=fused", "norm_impl=fused has no effect without a norm"),
+        ("norm=rmsnorm_noparam gain_decay=0.1", "gain_decay=0.1 has no effect without a norm with"),
+        (
+            "init_from=x lora_rank=2 gain_decay=1",
+            "gain_decay=1.0 has no effect without lora_rank=0",
+        ),
         ("init_from=x lora_rank=2 embed_lr=3", "embed_lr=3.0 has no effect without lora_rank=0"),
         ("init_from=x lora_rank=2 optimizer=muon beta1=0.8", "without optimizer=adamw or lora_"),
         ("sample_tokens=0 sample_prompt=a", "has no effect without sample_tokens above 0"),

@@ -149,6 +149,17 @@ def test_gains_go_by_the_path_of_their_norm():
     assert seen["norm_gain_max"] == [model.norm.gain.max().item()]
 
 
+def test_whatever_a_norm_learns_is_watched():
+    model, *batch = model_and_batch(norm="derf", qk_norm=True)
+    with torch.no_grad():
+        for i, block in enumerate(model.blocks):
+            block.attn.q_norm.alpha.fill_(0.5 + i)
+        model.norm.bias[3] = -2.0
+    seen = recording.observe(model, *batch)
+    assert seen["attn.q_norm_alpha_max"][:2] == [0.5, 1.5] and seen["norm_bias_min"] == [-2.0]
+    assert {name for name in seen if "shift" in name} >= {"ffn_norm_shift_mean"}
+
+
 @pytest.mark.parametrize("norm", ["none", "rmsnorm_noparam"])
 def test_norms_without_gains_have_none(norm):
     model, *batch = model_and_batch(norm=norm)
