@@ -55,8 +55,7 @@ def test_what_was_watched_is_read_back_by_step_and_layer_and_null_is_nan(tmp_pat
 
 
 def test_a_run_that_ended_with_nan_is_drawn(draw, tmp_path):
-    names = ("residual_rms", "residual_mean_share", "ffn_rms", "attn_logit_max")
-    names += ("blocks_grad_norm", "embed_grad_norm")
+    names = (*watch.ALWAYS, "embed_grad_norm")
     record = {"step": 1, "watch": {name: [1.0, None] for name in names}}
     (tmp_path / METRICS_FILE).write_text(json.dumps(record) + "\n")
     assert draw(tmp_path)[0] == 0 and is_picture(tmp_path / "watch.png")
@@ -81,6 +80,13 @@ def test_matplotlib_that_is_missing_is_named(draw, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, _, err = draw(tmp_path)
     assert code == 2 and "pip install matplotlib" in err
+
+
+def test_a_scale_that_is_missing_is_named(draw, tmp_path):
+    record = {"step": 1, "watch": {name: [1.0] for name in watch.ALWAYS if name != "ffn_in_mean"}}
+    (tmp_path / METRICS_FILE).write_text(json.dumps(record) + "\n")
+    code, _, err = draw(tmp_path)
+    assert code == 2 and "lacks ffn_in_mean" in err and err.count("\n") == 1
 
 
 def test_help_needs_no_run(draw):
