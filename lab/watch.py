@@ -91,6 +91,17 @@ def watched(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return np.array([record["step"] for record in records]), values
 
 
+def drawable(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What `watched` gives. ValueError if a quantity is missing that the picture needs."""
+    steps, values = watched(folder)
+    if missing := [name for name in ALWAYS if name not in values]:
+        raise ValueError(
+            f"{folder / METRICS_FILE} lacks {missing[0]}: it is damaged, or from an older version, "
+            f"so train the run again with watch=true"
+        )
+    return steps, values
+
+
 def plot(folders: list[Path], file: Path) -> None:
     """Draws what was watched in these runs, one column per run; the panels of a row share a scale.
 
@@ -102,13 +113,7 @@ def plot(folders: list[Path], file: Path) -> None:
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ValueError("this picture needs matplotlib: pip install matplotlib") from error
-    runs = [watched(folder) for folder in folders]
-    for folder, (_, values) in zip(folders, runs, strict=True):
-        if missing := [name for name in ALWAYS if name not in values]:
-            raise ValueError(
-                f"{folder / METRICS_FILE} lacks {missing[0]}: it is damaged, or from an older "
-                f"version; train the run again with watch=true"
-            )
+    runs = [drawable(folder) for folder in folders]
     last_step = max(steps[-1] for steps, _ in runs)
     n_layer = max(values["ffn_rms"].shape[1] for _, values in runs)
     by_step = ScalarMappable(Normalize(0, last_step), "viridis")
@@ -158,12 +163,14 @@ def draw_feed_forward(
 ) -> None:
     """What the feed-forwards read, hold inside and write, in the order of the computation."""
     reads, gates, inside, outliers, writes, negative = panels
-    draw_by_step(reads, steps, values["ffn_in_mean"] / values["ffn_in_sd"], colours)
+    with np.errstate(invalid="ignore"):  # 0 / 0, where a feed-forward writes nothing but zeros
+        drift = [values[f"ffn_{end}_mean"] / values[f"ffn_{end}_sd"] for end in ("in", "out")]
+    draw_by_step(reads, steps, drift[0], colours)
     draw_by_step(gates, steps, values["ffn_gate_closed"], colours)
     draw_by_step(gates, steps, values["ffn_gate_open"], colours, ".:")
     draw_by_step(inside, steps, values["ffn_rms"], colours)
     draw_by_step(outliers, steps, values["ffn_kurtosis"], colours)
-    draw_by_step(writes, steps, values["ffn_out_mean"] / values["ffn_out_sd"], colours)
+    draw_by_step(writes, steps, drift[1], colours)
     draw_by_step(negative, steps, values["ffn_out_negative"], colours)
 
 
