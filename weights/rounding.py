@@ -19,9 +19,9 @@ def simulate_quantization(model: Decoder, kind: str) -> Decoder:
     """Rounds the matrices of attention and feed-forward as KINDS[kind] says, in place, and for w4a4
     also what they multiply.
 
-    Embedding, head and norms stay as they are, because programs for quantised models keep them
-    wider too: most rows of embedding and head belong to rare tokens. Products of queries and keys,
-    and of attention weights and values, are not rounded. ValueError for a kind that there is not.
+    Embedding, head and norms stay as they are, as in GPTQ and AWQ, so what is seen is the doing of
+    the Blocks. Products of queries and keys, and of attention weights and values, are not rounded.
+    ValueError for a kind that there is not.
     """
     if kind not in KINDS:
         raise ValueError(f"a kind of quantisation must be one of {', '.join(KINDS)}, got {kind!r}")
