@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from data.loader import read_meta
 from data.mixture import read_shares
 from lab.measure import (
     as_arguments,
+    chosen,
     fresh_run,
     in_turn,
     read_options,
@@ -59,10 +60,11 @@ from run.machine import choose_device, processor, versions
 from run.metrics import METRICS_FILE, is_number, read_metrics, training_seconds
 from run.setup import find_dataset, read_config
 from run.signals import Interrupts
-from train import NOT_FINITE
+from train import NOT_FINITE, validation_losses
 from weights.checkpoint import NEVER_COMPARED, all_in
 from weights.lock import Lock
-from weights.open import open_weights
+from weights.open import load_model, open_weights
+from weights.rounding import KINDS, simulate_quantization
 
 USAGE = """\
 Compare norms, or any other knobs, on equal terms.
@@ -110,6 +112,10 @@ class CompareOptions:
     equal_time: bool = knob(
         True, "train each arm that is faster or slower for the reference's time, too"
     )
+    quantize: str = knob(
+        "",
+        f"evaluate each cell with its matrices rounded, too: a list of {', '.join(KINDS)}; or all",
+    )
 
     def __post_init__(self):
         for name, least in (
@@ -121,6 +127,13 @@ class CompareOptions:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        if self.kinds and not self.seeds:
+            raise ValueError("quantize evaluates trained cells, and seeds=0 trains none: leave one")
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of quantisation that are asked for."""
+        return chosen("quantize", self.quantize, tuple(KINDS)) if self.quantize else []
 
 
 @dataclass(frozen=True)
@@ -414,7 +427,7 @@ def is_result(record: dict[str, Any]) -> bool:
     is of the right type. TypeError, LookupError and AttributeError also mean that it is not."""
     numbers = "learning_rate seed max_iters train_seconds peak_memory_mb parameters threads".split()
     loss, bits, versions_of = record["val_loss"], record["val_bpb"], record["versions"].values()
-    knobs = record["knobs"]
+    knobs, quantized = record["knobs"], record.get("quantized", {"none": None})
     return (
         all(is_number(record[name]) for name in numbers)
         and all(type(record[name]) is bool for name in ("diverged", "compile"))
@@ -427,6 +440,8 @@ def is_result(record: dict[str, Any]) -> bool:
         and all(record[name] == knobs[name] for name in ("learning_rate", "seed", "max_iters"))
         and record["learning_rate"] > 0
         and CELL_NAME.fullmatch(record["cell"]) is not None  # no path to another folder
+        and "none" in quantized
+        and all(is_number(loss) or loss is None for loss in quantized.values())
     )
 
 
@@ -461,6 +476,21 @@ def result_of(cell: Cell, folder: Path, exit_code: int) -> dict[str, Any]:
         **{name: about[name] for name in ("micro_batch_size", "parameters", "versions")},
         "knobs": json.loads(cell.key),
     }
+
+
+def quantized_losses(config: Config, folder: Path, kinds: list[str]) -> dict[str, float | None]:
+    """The validation loss of a cell's last checkpoint for each kind of simulated quantisation, and
+    under "none" without one; None where it is not finite. All are computed here and uncompiled, so
+    that they differ in the rounding alone."""
+    run, losses = fresh_run(config, compile=False), {}
+    for kind in ("none", *kinds):
+        model, _, _ = load_model(folder, device=run.config.device)
+        run.model = run.forward = model if kind == "none" else simulate_quantization(model, kind)
+        try:
+            losses[kind] = run.data.mean(validation_losses(run, Interrupts()))
+        except FloatingPointError:  # a result, like a loss that diverged
+            losses[kind] = None
+    return losses
 
 
 # -- The processes in which cells are trained ------------------------------------------------------
@@ -534,6 +564,7 @@ class Lab:
         self.record = self.checked_record()
         self.threads = max(1, torch.get_num_threads() // self.options.jobs)
         self.choices = self.choose()
+        self.refuse_missing_kinds()
         self.timed, self.control = self.timed_cells()
 
     def checked_record(self) -> dict[str, Any]:
@@ -559,6 +590,16 @@ class Lab:
         self.check_lock()
         text = json.dumps(self.record) + "\n"
         write_atomically(self.plan_file, lambda file: file.write(text.encode()))
+
+    def refuse_missing_kinds(self) -> None:
+        """ValueError if a finished cell, whose weights are gone, was not evaluated as is asked."""
+        for result in (self.results[c.key] for c in self.cells if c.key in self.results):
+            for kind in self.options.kinds:
+                if not result["diverged"] and kind not in result.get("quantized", {}):
+                    raise ValueError(
+                        f"the cell {result['cell']} was finished without quantize={kind}, and its "
+                        f"weights are deleted: leave {kind} out, or name another out_dir"
+                    )
 
     def choose(self) -> dict[str, Any]:
         """What auto means in this comparison: what it meant for the cells that are finished, else
@@ -670,6 +711,9 @@ class Lab:
         Returns a line to print."""
         folder = self.folder_of(cell)
         result = result_of(cell, folder, code) | {"threads": self.threads}
+        if self.options.kinds and not result["diverged"]:
+            config = replace(cell.config, **self.choices)
+            result["quantized"] = quantized_losses(config, folder, self.options.kinds)
         self.check_lock()
         self.lines += (json.dumps(result) + "\n").encode()
         write_atomically(self.results_file, lambda file: file.write(self.lines))
@@ -771,6 +815,7 @@ class Lab:
             control=self.control,
             facts=self.facts(timing) if self.cells else {},
             tokens={name: c.batch_size * c.model.block_size for name, c in configs.items()},
+            kinds=self.options.kinds,
             margin=self.options.margin,
             square=square_of(plan.arms),
         )

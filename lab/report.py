@@ -5,7 +5,7 @@ section by section; last the plots. Losses are in nats per token, and a lower on
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lab.verdict import (
     Estimate,
     doubt_about_time,
     interaction,
+    interval,
     judge,
     log_ratio,
     time_ratio,
@@ -36,6 +37,14 @@ CAVEATS = [
     "test for equality or for an interaction; p is for all of them.",
 ]
 SUFFIXES = (".png", ".pdf")  # of every plot: for a page, and for a paper
+QUANTIZED = (
+    "The loss of the last checkpoint, in nats per token, with the matrices of the Blocks rounded, "
+    "and what this adds to the loss without rounding, paired by seed. Quantisation is simulated, "
+    "to the nearest value; embedding, head and norms stay as they are. int8, int4: a scale for "
+    "each row of a matrix; int4g32: one for each 32 neighbours in a row; w4a4: int4, and what a "
+    "matrix multiplies has 4 bits, too, with a scale for each token; ternary: -s, 0 and s, with s "
+    "the mean of |w|. The intervals are not corrected for their number."
+)
 Cells = list[dict[str, Any]]
 
 
@@ -59,6 +68,9 @@ class Study:
     facts: dict[str, str]  # how the comparison was made: what -> which
     margin: float  # nats per token within which two arms count as equal; 0 = not asked
     square: list[str]  # the four arms of two knobs with two values each, in order; else []
+    # Of simulated quantisation; a cell then also has quantized: kind, or none -> loss, None where
+    # it was not finite.
+    kinds: list[str] = field(default_factory=list)
 
 
 # -- The selection of cells ------------------------------------------------------------------------
@@ -262,11 +274,12 @@ def write_report(study: Study) -> str:
         "Loss of every seed": seeds_section(study) + picture["loss_curves"],
         "Speed": speed_section(study) + picture["step_time"],
         "Loss versus learning rate": rates_section(study) + picture["learning_rate"],
+        "Quality when quantised": quantized_section(study) if study.kinds else "",
         "How it was made": bullets([f"{what}: {which}" for what, which in study.facts.items()]),
         "What to keep in mind": bullets(rate_notes(study) + CAVEATS),
     }
     verdict = verdicts_text(study)
-    page = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items())
+    page = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items() if body)
     text = f"# {study.title}\n\n{verdict}\n\n{page}\n"
     page = printable(text).encode()
     write_atomically(study.folder / "report.md", lambda file: file.write(page))
@@ -362,6 +375,46 @@ def seeds_section(study: Study) -> str:
         f"\n\nFinal validation loss in nats per token, {which_rate(study)}. Every cell is in "
         f"results.jsonl."
     )
+
+
+def quantized_section(study: Study) -> str:
+    """For each kind every arm: what rounding adds to its loss, and to its less the reference's."""
+    head = ["quantised", "arm", "val loss, mean", "added", "95% CI"]
+    head += [f"added, less `{study.arms[0]}`", "95% CI"]
+    rows = []
+    for kind in study.kinds:
+        reference = added_by_seed(study, study.arms[0], kind)
+        for arm in study.arms:
+            added = added_by_seed(study, arm, kind)
+            if not added:
+                rows.append([kind, f"`{arm}`", "not finite", *["-"] * 4])
+                continue
+            losses = [cell["quantized"][kind] for cell in best_cells(study.cells, arm)]
+            less = [added[seed] - reference[seed] for seed in added if seed in reference]
+            columns = ["-", "-"] if arm == study.arms[0] else mean_and_interval(less)
+            own = mean_and_interval(list(added.values()))
+            rows.append([kind, f"`{arm}`", f"{np.mean(losses):.4f}", *own, *columns])
+    return f"{markdown_table(head, rows)}\n\n{QUANTIZED}"
+
+
+def added_by_seed(study: Study, arm: str, kind: str) -> dict[int, float]:
+    """Seed -> what this kind of rounding adds to the loss of the arm's cells at its best learning
+    rate; {} if the arm has none, or if a loss is not finite."""
+    both = {
+        c["seed"]: (c["quantized"][kind], c["quantized"]["none"])
+        for c in best_cells(study.cells, arm)
+    }
+    if any(loss is None for pair in both.values() for loss in pair):
+        return {}
+    return {seed: rounded - loss for seed, (rounded, loss) in both.items()}
+
+
+def mean_and_interval(values: list[float]) -> list[str]:
+    """Two columns of a table; '-' for what so few values cannot give."""
+    mean = f"{np.mean(values):+.4f}" if values else "-"
+    if len(values) < 2:
+        return [mean, "-"]
+    return [mean, "{:+.4f} to {:+.4f}".format(*interval(values))]
 
 
 def speed_section(study: Study) -> str:

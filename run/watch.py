@@ -22,6 +22,11 @@ from run.setup import Run
 
 # About how many attention logits are computed at once to find the largest: 64 MB.
 LOGITS_AT_ONCE = 2**24
+# An activation is z times a share that grows from 0 to 1: sigmoid(z) in silu, the normal
+# distribution's P(Z < z) in gelu. Below minus this z the share is under 0.1, above it over 0.9,
+# which is where a gate counts as saturated (Karpathy et al. 2015, arXiv 1506.02078). In relu2 it
+# jumps at 0.
+SATURATED = {"swiglu": math.log(9), "geglu": 1.2816, "gelu": 1.2816, "relu2": 0.0}
 
 Scales = dict[str, list[float]]
 
@@ -54,13 +59,27 @@ def observe(
     residual_mean_share  RMS over tokens of the mean over channels, divided by residual_rms, so
                          between 0 and 1 (n_layer + 1 numbers). LayerNorm removes this mean, RMSNorm
                          leaves it
+    ffn_in_mean, ffn_in_sd
+                         mean and standard deviation of what the feed-forward reads, over tokens and
+                         channels; a mean keeps its sign
+    ffn_in_mean_rms      RMS over tokens of the mean over channels of the same: it shows means of
+                         tokens that cancel in ffn_in_mean
+    ffn_gate_closed, ffn_gate_open
+                         share of the values z that enter the activation where it is nearly 0 and
+                         nearly z: see SATURATED
     ffn_rms              RMS of what the feed-forward's matrix `down` reads
+    ffn_kurtosis         excess kurtosis of the same over tokens and channels: the mean of
+                         ((x - mean) / sd)^4, less the 3 of a normal distribution. It is large if a
+                         few outliers stand out, and these decide how well few bits can hold x
+    ffn_out_mean, ffn_out_sd, ffn_out_negative
+                         mean and standard deviation of what the feed-forward writes, and the share
+                         of it that is below 0
     attn_logit_max       largest |q.k| / sqrt(D) of a query and a key that the query may see
-    NORM_gain_min, NORM_gain_mean, NORM_gain_max
-                         of each norm that has a gain, and the same of whatever else it learns, such
-                         as NORM_bias_min. NORM is the norm's path in the Block, such as attn_norm
-                         or attn.q_norm; `norm` is the model's last norm, with one number. Gains are
-                         as they are stored, so those of rmsnorm1p are relative to 1
+    NORM_PARAMETER_min, NORM_PARAMETER_mean, NORM_PARAMETER_max, NORM_PARAMETER_sd
+                         of each parameter of each norm. NORM is the norm's path in the Block, such
+                         as attn_norm or attn.q_norm; `norm` is the model's last norm, with one
+                         number. PARAMETER is gain, bias, alpha or shift, as it is stored, so the
+                         gains of rmsnorm1p are relative to 1
     blocks_grad_norm     norm of the gradient of all parameters of a Block
     embed_grad_norm, embed_scale_grad_norm, norm_grad_norm, head_grad_norm
                          the same for the other parts that the model has and trains, one number
@@ -103,7 +122,7 @@ def measure_once(
     with recording(model) as seen, autocast(str(ids.device), dtype):
         loss = model(ids, targets, positions)
     gradients = torch.autograd.grad(loss * loss_scale, trained_parameters(model))
-    scales = seen | learned_by_norms(model) | gradient_norms(model, gradients, loss_scale)
+    scales = seen | norm_parameters(model) | gradient_norms(model, gradients, loss_scale)
     return {name: torch.stack(values).tolist() for name, values in scales.items()}
 
 
@@ -123,12 +142,32 @@ def recording(model: Decoder) -> Iterator[dict[str, list[Tensor]]]:
         seen["attn_logit_max"].append(largest_logit(*module.queries_and_keys(x, cos, sin), mask))
 
     @torch.no_grad()
-    def feed_forward(module: nn.Module, inputs: tuple, _: Tensor) -> None:
+    def feed_forward(module: nn.Module, inputs: tuple, y: Tensor) -> None:
+        x, y = inputs[0].float(), y.float()
+        seen["ffn_in_mean"].append(x.mean())
+        seen["ffn_in_sd"].append(x.std(correction=0))
+        seen["ffn_in_mean_rms"].append(rms(x.mean(-1)))
+        seen["ffn_out_mean"].append(y.mean())
+        seen["ffn_out_sd"].append(y.std(correction=0))
+        seen["ffn_out_negative"].append((y < 0).float().mean())
+
+    @torch.no_grad()
+    def activation(module: nn.Module, inputs: tuple, z: Tensor) -> None:
+        bound = SATURATED[model.config.ffn]
+        seen["ffn_gate_closed"].append((z < -bound).float().mean())
+        seen["ffn_gate_open"].append((z > bound).float().mean())
+
+    @torch.no_grad()
+    def down(module: nn.Module, inputs: tuple, _: Tensor) -> None:
         seen["ffn_rms"].append(rms(inputs[0]))
+        seen["ffn_kurtosis"].append(excess_kurtosis(inputs[0]))
 
     handles = [module.register_forward_hook(stream) for module in (model.dropout, *model.blocks)]
-    handles += [block.attn.register_forward_hook(attention) for block in model.blocks]
-    handles += [block.ffn.down.register_forward_hook(feed_forward) for block in model.blocks]
+    for block in model.blocks:
+        ffn = block.ffn
+        enters = ffn.up if ffn.gate is None else ffn.gate
+        hooks = {block.attn: attention, ffn: feed_forward, enters: activation, ffn.down: down}
+        handles += [module.register_forward_hook(hook) for module, hook in hooks.items()]
     try:
         yield seen
     finally:
@@ -139,6 +178,13 @@ def recording(model: Decoder) -> Iterator[dict[str, list[Tensor]]]:
 def rms(x: Tensor) -> Tensor:
     """sqrt(mean(x^2)) over all of x, a scalar in fp32."""
     return x.float().square().mean().sqrt()
+
+
+def excess_kurtosis(x: Tensor) -> Tensor:
+    """mean(((x - mean) / sd)^4) - 3 over all of x, a scalar in fp32; NaN if all of x is equal."""
+    x = x.float()
+    centred = x - x.mean()
+    return (centred / rms(centred)).pow(4).mean() - 3
 
 
 def largest_logit(
@@ -163,17 +209,18 @@ def largest_logit(
     return torch.stack(largest).amax() / math.sqrt(D)
 
 
-def learned_by_norms(model: Decoder) -> dict[str, list[Tensor]]:
-    """Smallest, mean and largest number of each parameter of every norm. Norms with the same role
-    in their Block share a list."""
+def norm_parameters(model: Decoder) -> dict[str, list[Tensor]]:
+    """Smallest, mean and largest element, and standard deviation, of every parameter of every norm.
+    Norms with the same role in their Block share a list."""
     found = defaultdict(list)
     for path, module in model.named_modules():
         if isinstance(module, Norm):
             role = re.sub(r"^blocks\.\d+\.", "", path)
-            for leaf, parameter in module.named_parameters():
-                for part in ("amin", "mean", "amax"):
-                    value = getattr(parameter.detach(), part)()
-                    found[f"{role}_{leaf}_{part.removeprefix('a')}"].append(value)
+            for name, x in module.named_parameters():
+                x = x.detach()
+                parts = {"min": x.amin(), "mean": x.mean(), "max": x.amax()}
+                for part, value in (parts | {"sd": x.std(correction=0)}).items():
+                    found[f"{role}_{name}_{part}"].append(value)
     return found
 
 

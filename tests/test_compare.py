@@ -154,6 +154,8 @@ def test_comparisons_that_begin_from_runs_have_a_folder_each(tmp_path, monkeypat
         ("margin=-0.01", "margin must be 0 or more"),
         ("jobs=x", "jobs must be a whole number"),
         ("equal_time=maybe", "equal_time must be true or false"),
+        ("quantize=int8,int3", "quantize must be int8, int4, int4g32, w4a4 or ternary, got 'int3'"),
+        ("quantize=int8 seeds=0", "quantize evaluates trained cells, and seeds=0 trains none"),
         ("n_head=1,3", "n_head=3, learning_rate=0.001, seed=1337: n_embd=32 must be a multiple"),
         ("norm=rmsnorm,none norm_pos=post", "none, learning_rate=0.001, seed=1337: norm=none has "),
         ("warmup_iters=2,5", "seed=1337: warmup_iters=5 must not be above"),
@@ -180,7 +182,8 @@ def test_list_tells_every_norm_in_a_line(capsys):
 def test_help_has_the_options_and_every_knob(capsys):
     assert compare.main(["--help"]) == 0
     out = capsys.readouterr().out
-    names = ("seeds", "jobs", "steps", "processes", "margin", "equal_time", "norm", "learning_rate")
+    names = ("seeds", "jobs", "steps", "processes", "margin", "equal_time", "quantize", "norm")
+    names += ("learning_rate",)
     assert all(f"  {name}=" in out for name in names) and "python -m lab.compare" in out
 
 
@@ -233,6 +236,33 @@ def test_a_finished_cell_keeps_its_curves_but_not_its_weights(compared):
     assert cell["parameters"] > 0 and cell["threads"] >= 1
     assert cell["versions"]["torch"] == torch.__version__
     assert "step 4/4" in (folder / "log.txt").read_text()
+
+
+def test_cells_are_evaluated_as_they_are_and_rounded_before_their_weights_are_deleted(compared):
+    assert compared(*BOTH, "seeds=1", "quantize=int8,ternary")[0] == 0
+    for cell in results(compared.folder):
+        losses = cell["quantized"]
+        assert list(losses) == ["none", "int8", "ternary"]
+        assert losses["none"] == cell["val_loss"]  # the same windows, dtype and kernel
+        assert 0 < abs(losses["int8"] - losses["none"]) < abs(losses["ternary"] - losses["none"])
+    text = (compared.folder / "report.md").read_text()
+    assert "## Quality when quantised" in text and "| ternary | `layernorm` |" in text
+    assert compared(*BOTH, "seeds=1", "quantize=int8")[0] == 0 and compared.cells == []
+    before = (compared.folder / "report.md").read_text()
+    code, _, err = compared(*BOTH, "seeds=1", "quantize=int8,int4")
+    assert code == 2 and "was finished without quantize=int4, and its weights are deleted" in err
+    assert err.count("\n") == 1 and (compared.folder / "report.md").read_text() == before
+
+
+def test_a_loss_that_rounding_makes_infinite_is_a_result(compared, monkeypatch):
+    def ruin(model, kind):
+        model.head.weight.data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(compare, "simulate_quantization", ruin)
+    assert compared("equal_time=false", "seeds=1", "quantize=int4")[0] == 0
+    assert results(compared.folder)[0]["quantized"]["int4"] is None
+    assert "| int4 | `tiny` | not finite |" in (compared.folder / "report.md").read_text()
 
 
 def test_finished_cells_are_never_trained_again(compared, monkeypatch):
@@ -430,6 +460,7 @@ WRONG = {
     "cell": "../../outside",
     "compile": "auto",
     "threads": True,
+    "quantized": {"none": 2.0, "int8": "2"},
 }
 
 

@@ -35,11 +35,10 @@ def test_the_picture_of_one_run_is_in_its_folder_and_that_of_several_where_it_is
     start("watch=true", "n_layer=1", "qk_norm=true", out="other")
     one, other, both = tmp_path / "run", tmp_path / "other", tmp_path / "both.png"
     assert draw(one) == (0, f"{one / 'watch.png'}\n", "") and is_picture(one / "watch.png")
-    assert draw(one, other, f"out={both}")[0] == 0
-    assert is_picture(both) and not (other / "watch.png").exists()
     # A name that matplotlib would take for a formula, and one that it cannot write.
     odd = one.rename(tmp_path / "$x_{$"), other.rename(tmp_path / "\udcff")
     assert draw(*odd, f"out={both}")[0] == 0
+    assert is_picture(both) and not (odd[1] / "watch.png").exists()
 
 
 def test_what_was_watched_is_read_back_by_step_and_layer_and_null_is_nan(tmp_path):
@@ -55,8 +54,7 @@ def test_what_was_watched_is_read_back_by_step_and_layer_and_null_is_nan(tmp_pat
 
 
 def test_a_run_that_ended_with_nan_is_drawn(draw, tmp_path):
-    names = ("residual_rms", "residual_mean_share", "ffn_rms", "attn_logit_max")
-    names += ("blocks_grad_norm", "embed_grad_norm")
+    names = (*watch.ALWAYS, "embed_grad_norm")
     record = {"step": 1, "watch": {name: [1.0, None] for name in names}}
     (tmp_path / METRICS_FILE).write_text(json.dumps(record) + "\n")
     assert draw(tmp_path)[0] == 0 and is_picture(tmp_path / "watch.png")
@@ -81,6 +79,13 @@ def test_matplotlib_that_is_missing_is_named(draw, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, _, err = draw(tmp_path)
     assert code == 2 and "pip install matplotlib" in err
+
+
+def test_a_scale_that_is_missing_is_named(draw, tmp_path):
+    record = {"step": 1, "watch": {name: [1.0] for name in watch.ALWAYS if name != "ffn_in_mean"}}
+    (tmp_path / METRICS_FILE).write_text(json.dumps(record) + "\n")
+    code, _, err = draw(tmp_path)
+    assert code == 2 and "lacks ffn_in_mean" in err and err.count("\n") == 1
 
 
 def test_help_needs_no_run(draw):

@@ -144,14 +144,15 @@ def test_sampling_asks_of_mps_what_it_has(like_mps, int8):
     model = a_model(n_kv_head=2, tie_embeddings=False).eval()
     if int8:
         quantize_int8(model)
-    cache = KVCache(model.config, 1, 16, "meta")
+    cache = KVCache(model.config, 4, 16, "meta")
     seen = torch.zeros(4, 40_000, dtype=torch.bool, device="meta")
     uniform = torch.rand(4, 1, device="meta")
     unread = some_ids(1, 3)
     for drawing in ((0.8, 50, 0.9, 0.05), (0,), (0.8, 50, 0.9, 0.05)):
         new = next_ids(model, unread, cache, uniform, seen, 1.2, 39_000, *drawing)
+        if len(unread) < 4:
+            cache.repeat()
         unread = new[:-1, None].clone()
-        cache.repeat(4)
         seen.scatter_(1, unread, True)
 
 

@@ -129,6 +129,87 @@ def test_the_feed_forward_is_measured_where_down_reads():
     assert seen == pytest.approx(inside)
 
 
+def parts_of_feed_forwards(model, ids):
+    """Of each Block what the feed-forward reads and writes, what enters its activation, and what
+    `down` reads: float64 [3, 8, ...]."""
+    found = []
+    for block in model.blocks:
+        ffn, own = block.ffn, {}
+        found.append(own)
+        ffn.register_forward_hook(
+            lambda _, inputs, y, own=own: own.update(x=inputs[0].double(), y=y.double())
+        )
+        (ffn.gate or ffn.up).register_forward_hook(lambda _, __, z, own=own: own.update(z=z))
+        ffn.down.register_forward_pre_hook(
+            lambda _, inputs, own=own: own.update(inside=inputs[0].double())
+        )
+    streams(model, ids)
+    return found
+
+
+def kurtosis_by_hand(x):
+    values = x.flatten().tolist()
+    mean = sum(values) / len(values)
+    second, fourth = (sum((v - mean) ** n for v in values) / len(values) for n in (2, 4))
+    return fourth / second**2 - 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"norm": "layernorm", "ffn": "gelu"}, {"norm_pos": "out", "ffn": "relu2"}],
+    ids=str,
+)
+def test_the_feed_forward_is_measured_where_it_reads_and_where_it_writes(changes):
+    model, *batch = model_and_batch(**changes)
+    seen, parts = recording.observe(model, *batch), parts_of_feed_forwards(model, batch[0])
+    by_hand = {
+        "ffn_in_mean": lambda p: p["x"].mean(),
+        "ffn_in_sd": lambda p: (p["x"] - p["x"].mean()).square().mean().sqrt(),
+        "ffn_in_mean_rms": lambda p: p["x"].mean(-1).square().mean().sqrt(),
+        "ffn_out_mean": lambda p: p["y"].mean(),
+        "ffn_out_sd": lambda p: (p["y"] - p["y"].mean()).square().mean().sqrt(),
+        "ffn_out_negative": lambda p: (p["y"] < 0).sum() / p["y"].numel(),
+        "ffn_kurtosis": lambda p: kurtosis_by_hand(p["inside"]),
+    }
+    for name, wanted in by_hand.items():
+        assert seen[name] == pytest.approx([float(wanted(p)) for p in parts], rel=1e-4), name
+
+
+@pytest.mark.parametrize("ffn", ["swiglu", "geglu", "gelu", "relu2"])
+def test_a_gate_is_closed_below_a_tenth_of_what_it_could_let_through_and_open_above_nine(ffn):
+    model, *batch = model_and_batch(ffn=ffn)
+    seen, parts = recording.observe(model, *batch), parts_of_feed_forwards(model, batch[0])
+    for layer, z in enumerate(part["z"].double() for part in parts):
+        share = model.blocks[layer].ffn.activation(z) / z
+        if ffn == "relu2":  # this share grows without an end, but it begins where the gate opens
+            share = (share > 0).double()
+        for name, of in (("closed", share < 0.1), ("open", share > 0.9)):
+            wanted = of.double().mean().item()
+            assert wanted > 0 and seen[f"ffn_gate_{name}"][layer] == pytest.approx(wanted)
+
+
+def test_excess_kurtosis_of_numbers_known_by_hand():
+    """Two points have 1 - 3, one among n zeros n^2 / (n - 1) - 6, a normal distribution 0."""
+    one_of = torch.zeros(100)
+    one_of[7] = -5.0
+    normal = torch.randn(100_000, generator=torch.Generator().manual_seed(1))
+    assert recording.excess_kurtosis(torch.tensor([3.0, 5.0])).item() == pytest.approx(-2)
+    assert recording.excess_kurtosis(one_of).item() == pytest.approx(100**2 / 99 - 6)
+    assert recording.excess_kurtosis(1e12 * normal + 5).item() == pytest.approx(0, abs=0.05)
+    assert math.isnan(recording.excess_kurtosis(torch.ones(5)).item())
+
+
+def test_every_parameter_of_a_norm_is_recorded_not_gains_alone():
+    model, *batch = model_and_batch(norm="derf")
+    seen = recording.observe(model, *batch)
+    for name in ("gain", "bias", "alpha", "shift"):
+        own = [getattr(block.ffn_norm, name).detach().double() for block in model.blocks]
+        assert seen[f"ffn_norm_{name}_mean"] == pytest.approx([x.mean().item() for x in own])
+        deviations = [(x - x.mean()).square().mean().sqrt().item() for x in own]
+        assert seen[f"ffn_norm_{name}_sd"] == pytest.approx(deviations, abs=1e-7)
+        assert seen[f"norm_{name}_max"] == [getattr(model.norm, name).max().item()]
+
+
 def test_gains_go_by_the_path_of_their_norm():
     model, *batch = model_and_batch(qk_norm=True, norm_pos="sandwich")
     seen = recording.observe(model, *batch)
