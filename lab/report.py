@@ -20,6 +20,7 @@ from lab.verdict import (
     Difference,
     Estimate,
     doubt_about_time,
+    estimate,
     interaction,
     interval,
     judge,
@@ -414,7 +415,7 @@ def mean_and_interval(values: list[float]) -> list[str]:
     mean = f"{np.mean(values):+.4f}" if values else "-"
     if len(values) < 2:
         return [mean, "-"]
-    return [mean, "{:+.4f} to {:+.4f}".format(*interval(values))]
+    return [mean, "{:+.4f} to {:+.4f}".format(*interval(estimate(values)))]
 
 
 def speed_section(study: Study) -> str:
