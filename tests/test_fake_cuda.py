@@ -1,4 +1,4 @@
-"""What can be proved of CUDA without a GPU, see docs/cuda.md. The fast tests need no Triton.
+"""What can be proved of CUDA without a GPU, see docs/cuda.md. It takes minutes: `make cuda`.
 
 Private names of PyTorch are replaced for it, so it is for the version in requirements.txt alone.
 """
@@ -38,7 +38,10 @@ def reason_to_skip() -> str:
     return ""
 
 
-pytestmark = pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip() or "it can run")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip() or "it can run"),
+]
 
 
 @pytest.fixture(scope="session")
@@ -151,7 +154,6 @@ def test_a_rank_compiles_blocks_and_loss_and_sends_what_the_formulas_say(ask, da
 CARDS = (24, 40, 80, 141)  # GB
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["llama_124m", "llama_350m", "llama_1b"])
 def test_the_automatic_micro_batch_fills_a_card_and_fits_it(ask, tmp_path, preset):
     """The peak of one and of two layers is simulated and goes on linearly, as a third shows."""
@@ -170,7 +172,6 @@ def test_the_automatic_micro_batch_fills_a_card_and_fits_it(ask, tmp_path, prese
         assert three - two == two - one
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which make cuda installs")
 def test_every_kernel_of_a_step_and_of_a_token_becomes_machine_code(ask, data_folder):
     """For compute capability 8.0, 8.9 and 9.0."""

@@ -512,7 +512,8 @@ def model_config(state: dict[str, Any]) -> ModelConfig:
     missing = [name for name, value in knobs.items() if value is None]
     if missing:
         raise ValueError(
-            f"the checkpoint does not say its {', '.join(missing)}: it is not from this program"
+            f"the checkpoint does not say its {', '.join(missing)}: use the version of the "
+            f"program that wrote it"
         )
     return ModelConfig(**knobs)
 
