@@ -122,9 +122,8 @@ def wrap(model: Decoder, config: Config, ranks: Ranks) -> nn.Module:
     if ranks.size == 1:
         return torch.compile(model, dynamic=False) if config.compile else model
     if config.compile:
-        for block in model.blocks:
-            block.forward = torch.compile(block.forward, dynamic=False)
-        model.loss = torch.compile(model.loss, dynamic=False)
+        for part, name in compiled_alone(model):
+            setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
         # Else a Block would be cut again where its gradients fill one of DDP's buckets.
         torch._dynamo.config.optimize_ddp = False
     if config.parallel == "fsdp":
@@ -134,12 +133,17 @@ def wrap(model: Decoder, config: Config, ranks: Ranks) -> nn.Module:
     return ddp(model, gradient_as_bucket_view=True)
 
 
+def compiled_alone(model: Decoder) -> list[tuple[nn.Module, str]]:
+    """Each part of the model that several ranks compile by itself, and its method."""
+    return [*((block, "forward") for block in model.blocks), (model, "loss")]
+
+
 @contextmanager
 def uncompiled(model: Decoder) -> Iterator[Decoder]:
     """A context in which the parts that `wrap` compiled in place run as they are written: the
     compiled code is for the shapes of a training batch alone."""
-    places = [*((block, "forward") for block in model.blocks), (model, "loss")]
-    compiled = [(part, name, vars(part).pop(name)) for part, name in places if name in vars(part)]
+    places = [(part, name) for part, name in compiled_alone(model) if name in vars(part)]
+    compiled = [(part, name, vars(part).pop(name)) for part, name in places]
     try:
         yield model
     finally:
