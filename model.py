@@ -496,7 +496,8 @@ class Decoder(nn.Module):
 
     `initialise` draws the weights from `seed`. With seed=None they are left without numbers, for
     those of a checkpoint. `activation_checkpointing` saves memory: a Block's forward is computed a
-    second time during backward.
+    second time during backward. `stream_dtype` is that of the residual stream and of its gradient,
+    if it is not the embedding's; it saves memory, too, where autocast makes the products as narrow.
     """
 
     def __init__(self, config: ModelConfig, seed: int | None = 0):
@@ -509,6 +510,7 @@ class Decoder(nn.Module):
             )
         self.config = config
         self.activation_checkpointing = False
+        self.stream_dtype = None
         self.embed = nn.utils.skip_init(nn.Embedding, V, C, device=torch.get_default_device())
         learned = NORMS[config.norm].scales_embedding
         scaled = learned or config.embed_scale == "sqrt"
@@ -554,6 +556,8 @@ class Decoder(nn.Module):
             flex = torch.compiler.is_compiling() and ids.is_cuda and not self.config.dropout
             mask = document_mask(positions, flex)
         x = self.dropout(self.embed_scale(self.embed(ids)))  # [B, T, C]
+        if self.stream_dtype is not None:
+            x = x.to(self.stream_dtype)
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, cos, sin, None, mask, use_reentrant=False)

@@ -142,6 +142,11 @@ class MachineKnobs:
         "type of the matrix products; weights stay float32. auto = bfloat16 where the hardware "
         "has it, else float32",
     )
+    stream_dtype: Literal["float32", "bfloat16"] = knob(
+        "float32",
+        "type of the residual stream in training; bfloat16 takes less memory and less time on a "
+        "GPU, and needs dtype=bfloat16",
+    )
     compile: Literal["auto", True, False] = knob(
         "auto", "torch.compile; auto = where it works and saves more time than it takes"
     )

@@ -324,18 +324,19 @@ def memory_estimate(config: Config, micro_batch: int, shards: int = 1) -> tuple[
     model = config.model
     C, F, T, V = model.n_embd, model.hidden_size, model.block_size, model.vocab_size
     s = 4 if config.dtype == "float32" else 2  # bytes of a number in a matrix product
+    r = getattr(torch, config.stream_dtype).itemsize
     on_cuda = config.device.startswith("cuda")
     compiled = on_cuda and config.compile is not False
 
     if compiled:
-        block = 4 * 2 * C + s * (8 * C + 3 * F)  # residual stream, inputs of the matrix products
+        block = r * 2 * C + s * (8 * C + 3 * F)  # residual stream, inputs of the matrix products
     else:
-        block = 4 * 8 * C + s * (8 * C + 4 * F)  # the norms keep theirs, too
+        block = (r + 3 * 4) * 2 * C + s * (8 * C + 4 * F)  # the norms keep theirs, too
     if config.device == "cpu" and config.dtype == "bfloat16" and T <= UNFUSED_UP_TO:
         block += s * model.n_head * T  # the scores, which model.unfused_attention keeps
     per_token = block * model.n_layer
     if config.activation_checkpointing:
-        per_token = block + 4 * C * model.n_layer
+        per_token = block + r * C * model.n_layer
     tokens = micro_batch * T
     rows = min(tokens, rows_at_once(tokens, V, on_cuda))
     if compiled:  # the gradient of the head is kept for each piece, and summed at the end

@@ -71,6 +71,7 @@ def build_on_ranks(config: Config, ranks: Ranks, seed: int | None) -> Decoder:
     if config.lora_rank:
         add_adapters(model, config.lora_rank, config.lora_alpha, config.seed)
     model.activation_checkpointing = config.activation_checkpointing
+    model.stream_dtype = getattr(torch, config.stream_dtype)
     if not shared:
         return model.to(config.device)
 

@@ -40,6 +40,7 @@ CHANGES_BESIDE = (  # the same, and which knobs must be set beside it
     ("rope_low_freq=0.5", "rope_scaling=llama3"),
     ("rope_high_freq=8", "rope_scaling=llama3"),
     ("rope_original_context=4096", "rope_scaling=llama3"),
+    ("stream_dtype=bfloat16", "dtype=bfloat16"),
 )
 ROUNDS = (("micro_batch_size=2", ""), ("norm_impl=fused", "norm=layernorm"))
 KEEPS = (  # sharded does nothing with one rank

@@ -280,6 +280,8 @@ def test_compiled_code_on_cuda_needs_less_than_the_same_uncompiled():
     rows = 5376  # 128 times 42: 2^28 logits, in 4 pieces
     assert activations == tokens * kept + 4 * rows * V + (4 + 2 * (2 + 4)) * V * C
     assert sum(memory_estimate(replace(gpu, compile=False), 16)) > fixed + activations
+    narrow = memory_estimate(replace(gpu, stream_dtype="bfloat16"), 16)
+    assert narrow == (fixed, activations - tokens * 12 * 2 * 2 * C)
 
 
 @pytest.mark.parametrize(

@@ -452,6 +452,29 @@ def test_activation_checkpointing_changes_memory_and_nothing_else():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("place", POSITIONS)
+def test_the_stream_and_its_gradient_can_be_narrow_from_the_first_block_to_the_last(place):
+    model = with_random_gains(Decoder(config(norm_pos=place, dropout=0.1)))
+    types, losses = [], []
+
+    def look(block, inputs, output):
+        types.append((inputs[0].dtype, output.dtype))
+        output.register_hook(lambda gradient: types.append((gradient.dtype, gradient.dtype)))
+
+    for block in model.blocks:
+        block.register_forward_hook(look)
+    for model.stream_dtype in (None, torch.bfloat16):
+        types.clear()
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(tokens(), tokens(seed=1)))
+        losses[-1].backward()
+        assert len(types) == 2 * len(model.blocks)
+        assert set(types) == {(model.stream_dtype or torch.float32,) * 2}
+    assert losses[0] != losses[1] and torch.allclose(*losses, rtol=5e-3)
+    assert losses[1].dtype == model.embed.weight.grad.dtype == torch.float32
+
+
 def test_dropout_acts_on_embedding_and_attention_in_training_only():
     model, x = Decoder(config(dropout=0.5)), tokens()
     embedded = torch.randn(2, 64, 64)

@@ -769,6 +769,7 @@ def test_the_python_data_set_is_prepared_when_it_is_missing(
         (["device=cdua"], "device=cdua is not on this machine; it has cpu"),  # 52
         (["device=cuda:7"], "is not on this machine"),
         (["dtype=float16"], "dtype=float16 needs a CUDA device"),  # 53
+        (["stream_dtype=bfloat16", "dtype=float32"], "set dtype=bfloat16, or leave stream_dtype"),
         (["out_dir=/proc/nothing/here"], "/proc/nothing"),  # 30
         (["out_dir={file}"], "is a file: name a folder"),
         (["learing_rate=1"], "did you mean learning_rate?"),
