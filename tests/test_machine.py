@@ -5,6 +5,7 @@ parameters are counted in test_model.py.
 import ast
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ from run.machine import (
     to_device,
     total_memory,
 )
-from run.setup import read_config
+from run.ranks import ALONE
+from run.setup import read_config, resolve
 
 
 def has_devices(monkeypatch, gpus=0, mps=False):
@@ -282,6 +284,31 @@ def test_compiled_code_on_cuda_needs_less_than_the_same_uncompiled():
     assert sum(memory_estimate(replace(gpu, compile=False), 16)) > fixed + activations
     narrow = memory_estimate(replace(gpu, stream_dtype="bfloat16"), 16)
     assert narrow == (fixed, activations - tokens * 12 * 2 * 2 * C)
+
+
+def on_a_card(monkeypatch, preset, gigabytes):
+    """The resolved config of a preset on one GPU with that much memory."""
+    monkeypatch.setattr("run.setup.total_memory", lambda device: gigabytes * 10**9)
+    monkeypatch.setattr("run.setup.choose_dtype", lambda wanted, device: "bfloat16")
+    config = replace(read_config([str(ROOT / "config" / f"{preset}.py")]), parallel="ddp")
+    data = SimpleNamespace(fingerprint={"vocab_size": config.model.vocab_size})
+    return resolve(config, "cuda:0", data, None, ALONE)
+
+
+def test_a_micro_batch_fills_nine_tenths_of_a_card_by_the_estimate(monkeypatch):
+    chosen = on_a_card(monkeypatch, "llama_124m", 80)
+    micro, share = chosen.micro_batch_size, chosen.batch_size
+    larger = min(m for m in range(micro + 1, share + 1) if share % m == 0)
+    fits, does_not = (sum(memory_estimate(chosen, m)) for m in (micro, larger))
+    assert fits < 0.9 * 80e9 <= does_not
+
+
+def test_a_card_may_have_a_little_less_than_the_estimate_and_no_less(monkeypatch):
+    chosen = on_a_card(monkeypatch, "llama_7b", 142)
+    assert 1.04 * 142e9 < sum(memory_estimate(chosen, 1)) < 1.05 * 142e9
+    words = "6.9 billion parameters need about 148 GB to train, cuda:0 has 141 GB"
+    with pytest.raises(ValueError, match=words):
+        on_a_card(monkeypatch, "llama_7b", 141)
 
 
 @pytest.mark.parametrize(

@@ -1259,6 +1259,16 @@ def test_the_next_windows_are_read_while_the_device_computes(start, beside, monk
     assert steps == ["read 0", "read 1", "waited", "read 2", "waited", "waited"]
 
 
+def test_windows_read_ahead_are_those_of_their_step_alone(claimed):
+    """The first steps of a run with a budget of minutes are undone, and done again."""
+    zero = train.windows_of(claimed, 0)
+    claimed.config = replace(claimed.config, device="cpu:0")
+    claimed.step = 4
+    train.read_ahead(claimed)
+    assert train.windows_of(claimed, 5) is claimed.ahead[1]
+    assert all(map(torch.equal, train.windows_of(claimed, 0), zero))
+
+
 def test_reading_ahead_changes_nothing_and_its_failure_is_that_of_the_next_step(
     start, request, tmp_path, monkeypatch
 ):
