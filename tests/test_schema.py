@@ -93,7 +93,7 @@ def test_knobs_are_checked_together():
         ("learning_rate=inf", "must be finite"),
         ("learning_rate=1e400", "must be finite"),
         ("tie_embeddings=maybe", "tie_embeddings must be true or false, got 'maybe'"),
-        ("norm_pos=middle", "must be pre, post, sandwich, out, deepnorm, lns or mix, got 'middle'"),
+        ("norm_pos=middle", "sandwich, out, deepnorm, lns, mix or final, got 'middle'"),
         ("norm=" + "x" * 9999, "or none, got 'xxx"),
         ("out_dir=", "out_dir must be a folder, got ''"),
         # words
