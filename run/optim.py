@@ -58,8 +58,8 @@ def stream_dimension(name: str) -> int | None:
 
 
 def subtract_mean(x: Tensor, dimension: int) -> None:
-    """Takes the mean over a dimension from x, in place. As a sum, which is right for a tensor whose
-    rows are shared among ranks in unequal parts, too."""
+    """Takes the mean over a dimension from x, in place. By a sum: for a mean, ranks that share the
+    rows in unequal parts would send each other all of them, and not their sums alone."""
     x.sub_(x.sum(dimension, keepdim=True) / x.shape[dimension])
 
 
