@@ -32,7 +32,7 @@ from norm import NORM_LEAVES, NORMS, Norm, at_least_fp32, norm_problem
 LARGEST = {"n_layer": 700, "n_head": 10_000, "n_embd": 1_000_000, "block_size": 100_000_000}
 LARGEST_ALPHA = 1_000_000  # of norm_alpha, which is far less in every use; fp32 has an end
 UNGATED = ("gelu", "relu2")  # feed-forwards without a gate
-FINAL_NORM = ("pre", "lns", "mix", "sandwich", "out")  # else the last Block ends in a norm
+FINAL_NORM = ("pre", "lns", "mix", "sandwich", "out", "final")  # else the last Block ends in a norm
 
 
 def knob(default, help: str):
@@ -69,13 +69,13 @@ class ModelConfig:
     norm: Literal[tuple(NORMS)] = knob(
         "rmsnorm", "kind of every norm; python -m lab.compare --list explains them"
     )
-    norm_pos: Literal["pre", "post", "sandwich", "out", "deepnorm", "lns", "mix"] = knob(
+    norm_pos: Literal["pre", "post", "sandwich", "out", "deepnorm", "lns", "mix", "final"] = knob(
         "pre",
         "where norms stand around attention and feed-forward: before them (LLaMA), after the sum "
         "(2017), before and after them (Gemma 2), after them (OLMo 2), post with DeepNet's "
         "constants; lns = pre with LayerNorm Scaling, and so without GPT-2's smaller start of the "
         "matrices that write into the stream; mix = post in the first quarter of the Blocks, then "
-        "pre (Mix-LN)",
+        "pre (Mix-LN); final = none in the Blocks, only the last one before the head",
     )
     embed_scale: Literal["none", "sqrt"] = knob(
         "none", "sqrt = the embedding is multiplied by sqrt(n_embd), as in Gemma"
@@ -415,6 +415,8 @@ class Block(nn.Module):
       sandwich  x + N'(f(N(x)))     Gemma 2, arXiv 2408.00118
       mix       post in the first quarter of the Blocks (rounded up), then pre; Mix-LN, Li et al.
                 2024, arXiv 2412.13795
+      final     x + f(x)            The Decoder's last norm alone sets the scale; Kanavalau et al.
+                                    2026, arXiv 2602.10408, who fade the norms of the Blocks away
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -424,9 +426,10 @@ class Block(nn.Module):
             self.norm_pos = "post" if 4 * layer < config.n_layer else "pre"
         self.norm_weight = (layer + 1) ** -0.5  # of lns
         self.stream_weight = (2 * config.n_layer) ** 0.25 if config.norm_pos == "deepnorm" else 1
-        self.attn_norm = config.norm_for(config.n_embd)
+        normed = config.norm_pos != "final"
+        self.attn_norm = config.norm_for(config.n_embd) if normed else nn.Identity()
         self.attn = Attention(config, layer)
-        self.ffn_norm = config.norm_for(config.n_embd)
+        self.ffn_norm = config.norm_for(config.n_embd) if normed else nn.Identity()
         self.ffn = FeedForward(config.ffn, config.n_embd, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.attn_norm_out = self.ffn_norm_out = None
@@ -451,14 +454,14 @@ class Block(nn.Module):
             return x, norm(x)
         if self.norm_pos == "lns":
             return x, norm(x) * self.norm_weight
-        if self.norm_pos == "out":
+        if self.norm_pos in ("out", "final"):
             return x, x
         return self.stream_weight * x, x
 
     def join(self, stream: Tensor, y: Tensor, norm: Norm, norm_out: Norm | None) -> Tensor:
         """The residual stream with the output y of a branch added; all [B, T, C]."""
         y = self.dropout(y)
-        if self.norm_pos in ("pre", "lns"):
+        if self.norm_pos in ("pre", "lns", "final"):
             return stream + y
         if self.norm_pos == "sandwich":
             return stream + norm_out(y)
@@ -641,7 +644,7 @@ def parameter_count(config: ModelConfig) -> int:
     if config.qk_norm:
         attention += 2 * norm.size(D)
     feed_forward = C * config.hidden_size * (2 if config.ffn in UNGATED else 3)
-    norms = norm.size(C) * (4 if config.norm_pos == "sandwich" else 2)
+    norms = norm.size(C) * {"sandwich": 4, "final": 0}.get(config.norm_pos, 2)
     count = config.n_layer * (attention + feed_forward + norms)
     count += V * C * (1 if config.tie_embeddings else 2)  # embed, head
     if config.norm_pos in FINAL_NORM:

@@ -183,6 +183,7 @@ def train_step(run: Run, interrupts: Interrupts | None = None) -> tuple[float, f
     read_ahead(run)  # the GPU is still at work
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
+    optimizers.centre_gradients()  # nothing unless centred_writers is set
     norm = parallel.clip_gradients(run.model.parameters(), config.grad_clip)
     loss, norm = torch.stack((ranks.mean_(loss), norm)).tolist()  # the one wait for the device
 
@@ -193,6 +194,7 @@ def train_step(run: Run, interrupts: Interrupts | None = None) -> tuple[float, f
         if norm <= threshold:
             for optimizer in optimizers:
                 scaler.step(optimizer)
+            optimizers.centre_writers()
         elif ranks.is_main:
             warn(f"step {run.step + 1}: gradient norm {norm:.3g} > {threshold:.3g}, update skipped")
     scaler.update()

@@ -46,6 +46,12 @@ class OptimizerKnobs:
         0.0,
         "decay of the norms' gains to 0; those of rmsnorm1p, which multiplies by 1 + gain, to 1",
     )
+    centred_writers: bool = knob(
+        False,
+        "keep the mean over the channels of the residual stream out of all weights that write into "
+        "it, at the start and after each step, and out of their gradients: so LayerNorm is "
+        "RMSNorm; with tie_embeddings the rows of the head lose their means, too",
+    )
     beta1: float = knob(0.9, "AdamW: decay of the first moment")
     beta2: float = knob(0.95, "AdamW: decay of the second moment")
     muon_momentum: float = knob(0.95, "Muon: decay of the momentum")
@@ -299,6 +305,17 @@ class Config(OptimizerKnobs, DataKnobs, RunKnobs, MachineKnobs):
         if self.lora_rank > self.model.n_embd:
             problems.append(
                 f"lora_rank={self.lora_rank} must be at most n_embd={self.model.n_embd}"
+            )
+        if self.centred_writers and self.lora_rank:
+            problems.append(
+                f"centred_writers=true would move the weights that lora_rank={self.lora_rank} "
+                f"freezes: leave out one of the two"
+            )
+        if self.centred_writers and self.model.norm_pos not in ("pre", "lns", "final"):
+            problems.append(
+                f"centred_writers=true is for a stream that no norm writes into: with "
+                f"norm_pos={self.model.norm_pos} gains would bring the mean back, so use "
+                f"norm_pos=pre, lns or final"
             )
         return problems
 

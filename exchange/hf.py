@@ -33,6 +33,7 @@ from data.files import new_folder, write_atomically
 from model import ModelConfig, knob, parameter_count
 from run.machine import versions
 from run.metrics import METRICS_FILE, read_metrics
+from run.optim import stream_dimension
 from text.chat import template_learned
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.tokenizer_export import json_bytes, tokenizer_files
@@ -274,14 +275,8 @@ def centred(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     and `down` write. Then the stream's mean is 0, and LayerNorm is RMSNorm (Jiang et al. 2023,
     arXiv 2305.14858). With qk_norm the same holds of each head's queries and keys.
     """
-    *_, role, leaf = name.split(".")
-    over = None  # the dimension of the channels
-    wide = tensor.double()
-    if role == "embed":
-        over = -1
-    elif role in ("out", "down"):
-        over = -2
-    elif config.qk_norm and role in ("q", "k") and leaf == "weight":
+    over, wide = stream_dimension(name), tensor.double()
+    if config.qk_norm and name.endswith((".q.weight", ".k.weight")):
         over, wide = -2, wide.view(-1, config.head_size, config.n_embd)  # [H or K, D, C]
     if over is None:
         return tensor

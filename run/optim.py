@@ -14,6 +14,9 @@ FUSED_ADAMW_DEVICES = ("cuda", "cpu", "mps")
 ADAMW_KEEPS = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter; `step` is a scalar
 SPIKE_WINDOW = 128  # how many recent gradient norms tell what is usual
 SPIKE_LEAST = 32  # with fewer recent norms, nothing is called a spike
+# The weights that write into the residual stream, [V, C] or [C, in], and which of their dimensions
+# the stream's channels C are; and the matrices that do not write into it.
+WRITERS, READERS = {"embed": 1, "out": 0, "down": 0}, ("q", "k", "v", "gate", "up", "head")
 # Muon orthogonalises matrices of up to this many elements at once, or one larger matrix. It needs a
 # few times their memory.
 ELEMENTS_AT_ONCE = 2**26
@@ -35,12 +38,38 @@ def group_of(name: str, parameter: Tensor) -> str:
     )
 
 
+def stream_dimension(name: str) -> int | None:
+    """The dimension of a weight that holds the channels of the residual stream, if it writes into
+    the stream; None if it does not. ValueError for a parameter of unknown role, and for an adapter
+    or a bias of a matrix that writes.
+
+    Without its mean over that dimension no weight gives the stream a mean, and a LayerNorm that
+    reads the stream is an RMSNorm (Jiang et al. 2023, arXiv 2305.14858).
+    """
+    *_, role, leaf = name.split(".")
+    if leaf == "weight" and role in WRITERS:
+        return WRITERS[role]
+    if role in READERS or (leaf in NORM_LEAVES and role not in WRITERS):
+        return None
+    raise ValueError(
+        f"it is not known whether the parameter {name} writes into the residual stream: say it in "
+        f"optim.stream_dimension()"
+    )
+
+
+def subtract_mean(x: Tensor, dimension: int) -> None:
+    """Takes the mean over a dimension from x, in place. By a sum: for a mean, ranks that share the
+    rows in unequal parts would send each other all of them, and not their sums alone."""
+    x.sub_(x.sum(dimension, keepdim=True) / x.shape[dimension])
+
+
 class Optimizers:
     """One or two torch optimizers over one model. Each trained parameter is in exactly one group.
 
     With optimizer="muon" the Blocks' matrices go to Muon and the rest to AdamW. Biases and the
     embedding have no weight decay, and gains have one of their own. The learning rate of embedding
-    and head is multiplied by `embed_lr`.
+    and head is multiplied by `embed_lr`. With centred_writers, the weights that write into the
+    residual stream, and their gradients, can be centred.
     """
 
     def __init__(
@@ -53,6 +82,7 @@ class Optimizers:
         momentum: float,
         embed_lr: float = 1.0,
         gain_decay: float = 0.0,
+        centred_writers: bool = False,
         muon: "type[Muon] | None" = None,
     ):
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -79,6 +109,8 @@ class Optimizers:
         held = [p for o in self.all for g in o.param_groups for p in g["params"]]
         if len(held) != len(trained) or set(held) != set(self.names):
             raise RuntimeError("each parameter that is trained must be in exactly one optimizer")
+        over = [(p, stream_dimension(name)) for name, p in trained] if centred_writers else []
+        self.writers = [(p, dimension) for p, dimension in over if dimension is not None]
 
     def __iter__(self) -> Iterator[torch.optim.Optimizer]:
         return iter(self.all)
@@ -91,6 +123,19 @@ class Optimizers:
     def zero_grad(self) -> None:
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def centre_writers(self) -> None:
+        """Takes their mean from the weights that write into the residual stream."""
+        for parameter, dimension in self.writers:
+            subtract_mean(parameter, dimension)
+
+    @torch.no_grad()
+    def centre_gradients(self) -> None:
+        """The same for their gradients. So what an RMSNorm sends back along the mean, and LayerNorm
+        does not, reaches neither the clipping nor the moments."""
+        for parameter, dimension in self.writers:
+            subtract_mean(parameter.grad, dimension)
 
     def reserve_moments(self) -> list[Tensor]:
         """Tensors as large as the moments that the first step will make. No tensors after it."""

@@ -381,6 +381,7 @@ def build(config: Config, data: Data, begin: dict[str, Any], ranks: Ranks) -> Ru
         momentum=config.muon_momentum,
         embed_lr=config.embed_lr,
         gain_decay=config.gain_decay,
+        centred_writers=config.centred_writers,
         muon=muon_class(config, ranks),
     )
     scaler_device = torch.device(config.device).type
@@ -388,12 +389,15 @@ def build(config: Config, data: Data, begin: dict[str, Any], ranks: Ranks) -> Ru
     forward = wrap(model, config, ranks)
     run = Run(config, data, model, forward, optimizers, scaler, ranks, base=begin["base"])
     if not saved:
+        optimizers.centre_writers()
         return run
 
     if in_parts:
         optimizers.load_state_dict(read_parts_into(model, saved))
     else:
         optimizers.load_state_dict(spread_optimizer_state(saved["optimizer"], model, ranks))
+    if not saved["config"].get("centred_writers"):  # else they are, and rounding would move them
+        optimizers.centre_writers()
     if saved["scaler"]:  # it is empty if the run was not in float16
         scaler.load_state_dict(saved["scaler"])
     run.step, run.grad_norms, run.past = saved["step"], saved["grad_norms"], saved["folder"]

@@ -449,6 +449,7 @@ def test_the_card_of_an_imported_model_tells_of_no_run(tmp_path):
         ({"norm_pos": "post"}, "norm_pos=post: Llama's norms stand before"),
         ({"norm_pos": "sandwich"}, "norm_pos=sandwich"),
         ({"norm_pos": "mix"}, "norm_pos=mix"),
+        ({"norm_pos": "final"}, "norm_pos=final"),
         (
             {"norm": "layernorm_nobias", "tie_embeddings": True},
             "norm=layernorm_nobias with tie_embeddings=true: as RMSNorm it needs the rows",

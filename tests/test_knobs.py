@@ -19,6 +19,7 @@ CHANGES = (
     "seed=5 dataset=OTHER init_from=BASE batch_size=2 max_iters=6 dtype=bfloat16 "
     "optimizer=muon learning_rate=2e-3 embed_lr=2 min_lr=1e-4 lr_schedule=linear warmup_iters=1 "
     "weight_decay=0 gain_decay=0.5 beta1=0.8 beta2=0.9 grad_clip=0.01 skip_spikes=6 "
+    "centred_writers=true "
     "n_layer=1 n_head=1 n_kv_head=1 n_embd=16 head_dim=8 ffn=geglu n_hidden=32 block_size=16 "
     "vocab_size=20 tie_embeddings=true dropout=0.1 norm=layernorm norm_pos=post qk_norm=true "
     "norm_eps=1e-3 embed_scale=sqrt rope_theta=500000 rope_scaling=llama3"
@@ -35,6 +36,7 @@ CHANGES_BESIDE = (  # the same, and which knobs must be set beside it
     ("norm=ssnorm", "n_layer=1"),
     ("norm_pos=lns", "n_layer=2"),
     ("norm_pos=mix", "n_layer=2"),
+    ("norm_pos=final", "n_layer=2"),
     ("norm_alpha=0.25", "norm=dyt"),
     ("rope_factor=4", "rope_scaling=llama3"),
     ("rope_low_freq=0.5", "rope_scaling=llama3"),

@@ -19,7 +19,7 @@ from model import (
     rotate,
     unfused_attention,
 )
-from norm import EAGER
+from norm import EAGER, Norm
 from sample import KVCache
 
 LLAMA3 = dict(
@@ -216,10 +216,11 @@ def formula(block, x, cos, sin):
         "out": lambda: (h := x + N(f(x))) + M(g(h)),
         "sandwich": lambda: (h := x + N_out(f(N(x)))) + M_out(g(M(h))),
         "deepnorm": lambda: M(a * (h := N(a * x + f(x))) + g(h)),
+        "final": lambda: (h := x + f(x)) + g(h),
     }[block.norm_pos]()
 
 
-POSITIONS = ["pre", "post", "sandwich", "out", "deepnorm", "lns", "mix"]
+POSITIONS = ["pre", "post", "sandwich", "out", "deepnorm", "lns", "mix", "final"]
 
 
 @pytest.mark.parametrize("place", POSITIONS)
@@ -230,6 +231,8 @@ def test_a_block_is_the_formula_of_its_norm_pos(place):
     assert torch.allclose(block(x, *angles), formula(block, x, *angles), atol=1e-6)
     has_final_norm = "norm.gain" in dict(model.named_parameters())
     assert has_final_norm == (place not in ("post", "deepnorm"))
+    norms = [module for module in block.modules() if isinstance(module, Norm)]
+    assert len(norms) == {"sandwich": 4, "final": 0}.get(place, 2)
 
 
 @pytest.mark.parametrize("layers, first", [(2, 1), (4, 1), (5, 2), (8, 2)])

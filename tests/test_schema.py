@@ -93,7 +93,7 @@ def test_knobs_are_checked_together():
         ("learning_rate=inf", "must be finite"),
         ("learning_rate=1e400", "must be finite"),
         ("tie_embeddings=maybe", "tie_embeddings must be true or false, got 'maybe'"),
-        ("norm_pos=middle", "must be pre, post, sandwich, out, deepnorm, lns or mix, got 'middle'"),
+        ("norm_pos=middle", "sandwich, out, deepnorm, lns, mix or final, got 'middle'"),
         ("norm=" + "x" * 9999, "or none, got 'xxx"),
         ("out_dir=", "out_dir must be a folder, got ''"),
         # words
@@ -156,6 +156,12 @@ def test_knobs_are_checked_together():
         ("batch_size=12 micro_batch_size=5", "the nearest is 4"),
         ("dataset=..", "dataset must be the name of a folder"),
         ("lora_rank=2", "lora_rank=2 needs weights to adapt: name them with init_from"),
+        (
+            "centred_writers=true lora_rank=2 init_from=x",
+            "centred_writers=true would move the weights that lora_rank=2 freezes",
+        ),
+        ("centred_writers=true norm_pos=out", "with norm_pos=out gains would bring the mean back"),
+        ("centred_writers=true norm_pos=mix", "so use norm_pos=pre, lns or final"),
         ("lora_rank=999 init_from=x", "lora_rank=999 must be at most n_embd=128"),
     ],
 )

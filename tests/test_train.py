@@ -120,7 +120,9 @@ HARD = ["dropout=0.1", "micro_batch_size=2", "eval_interval=3"]
 
 
 @pytest.mark.parametrize(
-    "knobs", [["optimizer=adamw"], ["optimizer=muon", "dtype=bfloat16"]], ids=["adamw", "muon-bf16"]
+    "knobs",
+    [["optimizer=adamw"], ["optimizer=muon", "dtype=bfloat16"], ["centred_writers=true"]],
+    ids=["adamw", "muon-bf16", "centred"],
 )
 def test_resume_is_bit_exact(start, tmp_path, monkeypatch, knobs):
     assert start(*HARD, *knobs, out="whole")[0] == 0

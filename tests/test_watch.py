@@ -60,7 +60,9 @@ def records_of(folder):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"norm": "layernorm"}, {"norm_pos": "post"}, {"norm": "dyt"}], ids=str
+    "changes",
+    [{}, {"norm": "layernorm"}, {"norm_pos": "post"}, {"norm_pos": "final"}, {"norm": "dyt"}],
+    ids=str,
 )
 def test_the_residual_stream_is_measured_before_each_block_and_after_the_last(changes):
     model, *batch = model_and_batch(**changes)
