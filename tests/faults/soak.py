@@ -13,16 +13,16 @@ import train
 
 from .harness import Child, Report, bad_end, before_call, fault
 
-STEPS_PER_TRY, STEPS_PER_LOOK, WARM = 250, 50, 150
+STEPS_PER_TRY, STEPS_PER_LOOK, WARM = 500, 100, 150
 MODEL = dict(n_layer=1, n_embd=16, n_hidden=16, block_size=8, batch_size=2)
 MODEL |= dict(save_interval=10, keep=3, eval_interval=100, eval_iters=2, log_interval=10)
 DRIFT = 0.01  # of the memory, over the second half of the run
-LONG = 20  # tries; memory is only compared in a run that is longer, in which it has settled
+LONG = 10  # tries; memory is only compared in a run that is longer, in which it has settled
 
 
-@fault("10,000 steps with a save at each tenth", whole=40, few=1)
+@fault("10,000 steps with a save at each tenth", whole=20, few=1)
 def soak(report: Report, tries: int, folder: Path) -> None:
-    """One run, of which each try is 250 steps."""
+    """One run, of which each try is 500 steps."""
     out, looks = folder / "run", folder / "looks"
     before = partial(look_often, out, looks)
     ended = Child(out, before, max_iters=STEPS_PER_TRY * tries, **MODEL).end(60 * tries)
@@ -41,7 +41,7 @@ def soak(report: Report, tries: int, folder: Path) -> None:
             failure = failure or "nobody looked"
         if i == tries - 1 > LONG and abs(drift) > DRIFT:
             failure = failure or f"memory {drift:+.1%}"
-        report.count(f"{STEPS_PER_TRY} steps from {i * STEPS_PER_TRY}", failure)
+        report.count(f"500 steps from {i * STEPS_PER_TRY}", failure)
     report.note = (
         f"{warm['descriptors']} descriptors, {warm['threads']} threads, {warm['files']} files, "
         f"memory {drift:+.2%} of {statistics.median(half) / 2**20:.0f} MB"
