@@ -2,12 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint faults bench cuda gpu
+.PHONY: train test test-all lint faults bench cuda gpu
 train: .venv/run.stamp
 	$(BIN)/python train.py config/small.py resume=auto
 
 test: .venv/dev.stamp lint
 	$(BIN)/python -m pytest -n 3 --dist worksteal
+
+test-all: .venv/dev.stamp lint
+	$(BIN)/python -m pytest -m '' -n 3 --dist worksteal --ignore=tests/test_fake_cuda.py
 
 cuda: .venv/dev.stamp
 	$(BIN)/python -m pip install -e '.[cubin]'

@@ -44,6 +44,11 @@ SMALL = [
 ]
 
 
+def slow(*values):
+    """A row of a parametrized test that only `make test-all` tries: other rows show the same."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def prepare_words(folder, name="words", seed=0):
     """Makes the data set folder/name: made-up prose, one token per character."""
     pick = random.Random(seed)

@@ -152,7 +152,7 @@ def save_the_start(folder: Path) -> None:
 def count_graphs() -> None:
     """The compiler finds its graphs, but makes no code of them, which would take a minute. At the
     end the rank says how many there were, and how many parts of the model are compiled."""
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     torch.compile = partial(torch.compile, backend=counter)
 
     def tell(_, begun, tracker):

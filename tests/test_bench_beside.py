@@ -3,6 +3,7 @@ as they should. Small programs that write what nanoGPT writes stand for it.
 """
 
 import os
+import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -81,7 +82,14 @@ def test_transformers_is_timed_without_the_first_token_and_makes_as_many_as_ours
     assert 3 * 5 / 1.0 < beside.generate_rate(slow, 5, 3) <= 3 * 5 / (5 * 0.02)
 
 
-def test_without_transformers_one_line_says_how_to_get_it(measure, monkeypatch, tmp_path):
+def test_without_transformers_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match="^transformers is not installed: pip install"):
+        beside.hf_model(ModelConfig())
+
+
+@pytest.mark.slow
+def test_without_transformers_the_command_says_so_in_one_line(measure, monkeypatch, tmp_path):
     (tmp_path / "transformers.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     code, _, err = measure("sample", *SHAPE, "beside=transformers")

@@ -89,6 +89,7 @@ def test_a_part_that_fails_keeps_its_figures_and_its_last_words_become_one_line(
 # The whole command
 
 
+@pytest.mark.slow
 def test_on_a_cpu_a_part_trains_a_tiny_model_and_what_needs_a_card_is_named(measure, tmp_path):
     code, out, err = measure("gpu", "parts=124m,memory", "device=cpu", "dataset=words")
     assert code == 0, err

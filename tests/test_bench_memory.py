@@ -36,6 +36,7 @@ def test_bench_memory_holds_ours_against_transformers(measure, data_folder):
     assert float(rows["ours"][2]) == pytest.approx(ours / fixed, rel=0.05)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_process_itself_not_of_the_one_that_started_it():
     ballast = bytearray(700_000_000)
     ballast[::4096] = bytes(len(ballast[::4096])).replace(b"\0", b"\1")

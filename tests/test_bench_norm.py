@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from conftest import slow
 
 import norm
 from lab import bench_norm
@@ -45,6 +46,7 @@ def test_bench_norm_prints_a_table_for_each_shape_and_dtype_with_a_row_for_each_
         assert sorted(names_in(table)) == sorted(NAMES)
 
 
+@pytest.mark.slow
 def test_all_of_what_runs_here_is_timed_and_the_rest_is_told(measure):
     options = "shapes=4x8 dtypes=float32 steps=1 device=cpu".split()
     code, out, err = measure("norm", *options)
@@ -85,16 +87,17 @@ def graphs(monkeypatch):
     forget_compiled_norms()
 
 
-def test_all_compiled_norms_get_static_graphs_of_their_own_for_each_shape(graphs):
+@pytest.mark.parametrize("names", [[COMPILED[0], COMPILED[-1]], slow(COMPILED)])
+def test_all_compiled_norms_get_static_graphs_of_their_own_for_each_shape(graphs, names):
     """However few graphs of one function the compiler allows, none falls back to eager."""
     with torch._dynamo.config.patch(recompile_limit=1):
         for shape in ((8, 16), (4, 32)):
-            table = bench_norm.measure_norms("cpu", shape, torch.float32, COMPILED, 2)
-            assert [(r.operation, r.kind, r.impl) for r in table.rows] == COMPILED
+            table = bench_norm.measure_norms("cpu", shape, torch.float32, names, 2)
+            assert [(r.operation, r.kind, r.impl) for r in table.rows] == names
             assert all(0 < r.forward and 0 < r.both and r.kept >= 4 for r in table.rows)
             assert table.copy > 0
     half = len(graphs) // 2
-    assert half >= 2 * len(COMPILED)  # without and with gradients
+    assert half >= 2 * len(names)  # without and with gradients
     assert len(graphs) == 2 * half and not any(graphs)
 
 

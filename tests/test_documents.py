@@ -144,10 +144,10 @@ def test_windows_of_documents_begin_with_them_and_cut_only_long_ones(texts):
 # The mask in the model
 
 
-def packed(heads=4, kv_heads=0, **knobs):
+def packed(heads=4, kv_heads=0, layers=2, **knobs):
     """A model, two windows of which the first holds three texts, and their positions."""
     config = ModelConfig(
-        n_layer=2,
+        n_layer=layers,
         n_head=heads,
         n_kv_head=kv_heads,
         n_embd=64,
@@ -200,7 +200,7 @@ class SPECIAL:
 def test_the_mask_for_flex_attention_is_the_same_and_traces_as_one_graph(monkeypatch):
     """As on CUDA: there compiled code gets it. Here the graph runs without Inductor, whose kernel
     for this needs other processors."""
-    model, ids, positions = packed(kv_heads=2)
+    model, ids, positions = packed(kv_heads=2, layers=1)
     dense = model(ids, positions=positions)
     monkeypatch.setattr(model_module, "document_mask", lambda p, flex: document_mask(p, flex=True))
     traced = torch.compile(model, fullgraph=True, backend="eager")

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, largest_file
+from conftest import ROOT, largest_file, slow
 from safetensors.torch import load_file
 from test_weights import DEFAULT_ROPE, KINDS, edit, save_hf
 from test_weights import LLAMA3 as THEIR_LLAMA3
@@ -38,7 +38,10 @@ ROPES = {  # name -> (our knobs, their rope_parameters)
     "default": ({}, DEFAULT_ROPE | {"rope_theta": 10000.0}),
     "llama3 scaling": (LLAMA3, THEIR_LLAMA3),
 }
+# Each value of each column once.
+QUICK = [("MHA", False, "llama3 scaling"), ("GQA", True, "default"), ("MQA", False, "default")]
 GRID = [(heads, tied, rope) for heads in HEADS for tied in (False, True) for rope in ROPES]
+GRID = QUICK + [slow(*row) for row in GRID if row not in QUICK]
 TEXT = "def main():\n    return [x for x in range(10)]  # a comment\n"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tiktoken
+from conftest import slow
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_tokenizer import TRICKY, byte_level_json, llama_json, random_texts
@@ -120,10 +121,11 @@ def assert_equal(ours, theirs, text: str) -> None:
         assert ours.decode(ids) == text
 
 
+@pytest.mark.parametrize("sources", [SOURCES[:3], slow(SOURCES[3:])], ids=["some", "others"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_gives_our_ids_and_texts_of_the_standard_library(made, kind):
+def test_transformers_gives_our_ids_and_texts_of_the_standard_library(made, kind, sources):
     ours, theirs, _ = made[kind]
-    for text in SOURCES:
+    for text in sources:
         assert_equal(ours, theirs, text)
 
 

@@ -32,7 +32,7 @@ def test_the_picture_of_one_run_is_in_its_folder_and_that_of_several_where_it_is
     start, draw, tmp_path
 ):
     start("watch=true", "max_iters=1", "warmup_iters=0", "norm=rmsnorm_noparam")
-    start("watch=true", "n_layer=1", "qk_norm=true", out="other")
+    start("watch=true", "max_iters=2", "n_layer=1", "qk_norm=true", out="other")
     one, other, both = tmp_path / "run", tmp_path / "other", tmp_path / "both.png"
     assert draw(one) == (0, f"{one / 'watch.png'}\n", "") and is_picture(one / "watch.png")
     # A name that matplotlib would take for a formula, and one that it cannot write.

@@ -56,8 +56,8 @@ def test_other_work_for_a_moment_of_the_trial_does_not_shorten_the_run(
 
     passed = itertools.cycle((0.25, 0.25, 1.0, 1.0))
     monkeypatch.setattr(train.time, "perf_counter", clock)
-    code, _, _ = start("max_iters=0", "minutes=0.5", "eval_interval=0", "warmup_iters=0")
-    assert code == 0 and steps_of(tmp_path / "run") == 30 / 0.25
+    code, _, _ = start("max_iters=0", "minutes=0.2", "eval_interval=0", "warmup_iters=0")
+    assert code == 0 and steps_of(tmp_path / "run") == 12 / 0.25
 
 
 def test_what_was_fixed_stays_on_a_resume(start, steady, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from conftest import ROOT
+from conftest import ROOT, slow
 from faults.harness import command, difference, train_child, train_ranks
 from ranks import only
 
@@ -86,28 +86,36 @@ def same(a, b):
 # The same training
 
 
-EVERY_WAY = [(*way, {"optimizer": optimizer}) for way in WAYS for optimizer in ("adamw", "muon")]
-IN_PARTS = [(2, way, {"micro_batch_size": 1}) for way in ("ddp", "fsdp")]
-ODD_MODEL = [(4, way, ODD) for way in ("ddp", "fsdp")]
-COMPUTED_TWICE = [(2, "fsdp", {"activation_checkpointing": True})]
+QUICK = [
+    (2, "ddp", {}),
+    (2, "fsdp", {"micro_batch_size": 1}),
+    (2, "fsdp", {"optimizer": "muon", "activation_checkpointing": True}),
+    (4, "fsdp", ODD),
+]
+EVERY_WAY = [slow(*way, {"optimizer": name}) for way in WAYS for name in ("adamw", "muon")]
+OTHERS = [slow(2, "ddp", {"micro_batch_size": 1}), slow(4, "ddp", ODD)]
 
 
-@pytest.mark.parametrize("size, way, knobs", EVERY_WAY + IN_PARTS + ODD_MODEL + COMPUTED_TWICE)
+@pytest.mark.parametrize("size, way, knobs", QUICK + EVERY_WAY + OTHERS)
 def test_the_training_is_that_of_one_process(whole, size, way, knobs):
     assert_same_training(whole(size, parallel=way, **knobs), whole(1, **knobs))
 
 
 @pytest.mark.parametrize(
     "size, way, adapters",
-    [(4, "fsdp", {}), (4, "fsdp", {"lora_rank": 2}), (2, "ddp", {"lora_rank": 2})],
-    ids=["all weights, fsdp", "adapters, fsdp", "adapters, ddp"],
+    [
+        (2, "fsdp", {"lora_rank": 2}),
+        slow(4, "fsdp", {}),
+        slow(4, "fsdp", {"lora_rank": 2}),
+        slow(2, "ddp", {"lora_rank": 2}),
+    ],
 )
 def test_ranks_begin_with_other_weights_and_train_adapters_as_one_does(whole, size, way, adapters):
     knobs = {"init_from": str(whole(1)), "learning_rate": 1e-2, **adapters}
     assert_same_training(whole(size, parallel=way, **knobs), whole(1, **knobs))
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", slow("fsdp")])
 def test_every_token_of_an_answer_counts_the_same_on_whichever_rank(whole, tmp_path, way):
     lines = [{"prompt": f"{i}?", "completion": "so " * (i % 9)} for i in range(60)]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -116,12 +124,13 @@ def test_every_token_of_an_answer_counts_the_same_on_whichever_rank(whole, tmp_p
     assert_same_training(whole(2, parallel=way, **knobs), whole(1, **knobs))
 
 
+@pytest.mark.slow
 def test_in_bfloat16_both_ways_are_the_same(whole):
     ddp, fsdp = (whole(2, parallel=way, dtype="bfloat16") for way in ("ddp", "fsdp"))
     assert_same_training(ddp, fsdp)
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", [slow("ddp"), "fsdp"])
 def test_compiled_ranks_train_the_same_with_a_graph_for_all_blocks_and_one_for_the_loss(
     whole, tmp_path, way
 ):
@@ -145,15 +154,16 @@ def test_dropout_has_other_masks_on_each_rank(tmp_path):
     assert codes == [0, 0] and len(seeds[0]) == len(seeds[1]) == 4 and not seeds[0] & seeds[1]
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("kind", ["FSDPMuon", "DDPMuon"])
+@pytest.mark.parametrize(
+    "size, kind", [(3, "FSDPMuon"), (2, "DDPMuon"), slow(2, "FSDPMuon"), slow(3, "DDPMuon")]
+)
 def test_muon_divided_among_ranks_is_muon(tmp_path, size, kind):
     compare = partial(ranks.instead, partial(ranks.compare_muons, kind))
     codes, texts = train_ranks(size, tmp_path / "run", compare)
     assert codes == [0] * size, texts
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [slow("float32"), "bfloat16"])
 def test_a_shared_model_is_never_whole_but_for_its_gains(tmp_path, dtype):
     before = partial(ranks.find_parts_only, dtype)
     knobs = SHORT | {"parallel": "fsdp", "dtype": dtype, "qk_norm": True}
@@ -167,11 +177,11 @@ def test_a_shared_model_is_never_whole_but_for_its_gains(tmp_path, dtype):
 @pytest.mark.parametrize(
     "before, after",
     [
-        ((1, "ddp"), (2, "ddp")),
-        ((2, "ddp"), (4, "fsdp")),
-        ((4, "fsdp"), (1, "ddp")),
         ((2, "fsdp"), (2, "fsdp")),
-        ((4, "ddp"), (4, "ddp")),
+        slow((1, "ddp"), (2, "ddp")),
+        slow((2, "ddp"), (4, "fsdp")),
+        slow((4, "fsdp"), (1, "ddp")),
+        slow((4, "ddp"), (4, "ddp")),
     ],
     ids=lambda way: f"{way[0]} {way[1]}",
 )
@@ -198,7 +208,8 @@ def places(folder):
 
 
 @pytest.mark.parametrize(
-    "rank, way, micro, saved", [(0, "fsdp", 1, 2), (1, "ddp", 1, 2), (1, "ddp", 0, 3)]
+    "rank, way, micro, saved",
+    [(1, "fsdp", 1, 2), slow(0, "fsdp", 1, 2), slow(1, "ddp", 1, 2), slow(1, "ddp", 0, 3)],
 )
 def test_a_signal_to_one_rank_saves_and_ends_all(whole, tmp_path, rank, way, micro, saved):
     """In step 3, which is thrown away if it has several micro-batches."""
@@ -211,6 +222,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(whole, tmp_path, rank, way, mic
     assert difference(whole(2, **knobs), out) == ""
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_in_an_evaluation_loses_nothing(whole, tmp_path):
     out, knobs = tmp_path / "run", SHORT | {"micro_batch_size": 1}  # so it has more than one part
     codes, texts = train_ranks(2, out, partial(only, 1, ranks.stop_in_evaluation), **knobs)
@@ -219,7 +231,7 @@ def test_a_signal_to_one_rank_in_an_evaluation_loses_nothing(whole, tmp_path):
     assert difference(whole(2, micro_batch_size=1), out) == ""
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", slow("fsdp")])
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path, way):
     out, before = tmp_path / "run", partial(only, 1, partial(ranks.poison_from, 4))
     codes, (said, *others) = train_ranks(2, out, before, parallel=way, **SHORT)
@@ -231,7 +243,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path, way):
 # Main, and hosts
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", slow("fsdp")])
 def test_main_alone_has_the_folder_and_speaks(tmp_path, way):
     out = tmp_path / "run"
     before = partial(only, 1, partial(ranks.never_look_into, out))
@@ -270,6 +282,7 @@ def hosts():
                 time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_two_hosts_train_as_two_ranks_on_one(whole, hosts, tmp_path):
     jobs = []
     for i, host in enumerate(hosts, start=1):

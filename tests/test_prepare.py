@@ -174,8 +174,10 @@ def test_preparing_twice_gives_the_same_files(text, tmp_path):
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char"])
-def test_a_text_of_several_chunks_gives_the_ids_of_the_whole(tmp_path, tokenizer):
-    line = "".join(random.Random(0).choices("ab \u4f60\U0001f600", k=CHUNK))  # 2 MB in one line
+def test_a_text_of_several_chunks_gives_the_ids_of_the_whole(tmp_path, monkeypatch, tokenizer):
+    for module in ("data.corpus", "data.prepare"):
+        monkeypatch.setattr(f"{module}.CHUNK", 5001)
+    line = "".join(random.Random(0).choices("ab \u4f60\U0001f600", k=20_000))  # of 44 kB
     (tmp_path / "line.txt").write_text(line, encoding="utf-8")
     prepare([str(tmp_path / "line.txt")], tmp_path / "out", tokenizer)
     dataset = open_dataset(tmp_path / "out")

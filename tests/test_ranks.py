@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import ranks
+from conftest import slow
 from faults.harness import Child, RankProcesses, train_ranks
 from faults.launched import own_data
 from ranks import instead
@@ -34,8 +35,15 @@ def test_ranks_agree_and_those_started_again_do_not_ask_for_the_dead(tmp_path):
     assert codes == [0, 0, 0], texts
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("error", [ValueError("wrong"), OSError("wrong")], ids=["user", "machine"])
+@pytest.mark.parametrize(
+    "rank, error",
+    [
+        (0, OSError("wrong")),
+        (2, ValueError("wrong")),
+        slow(0, ValueError("wrong")),
+        slow(2, OSError("wrong")),
+    ],
+)
 def test_a_fault_on_any_rank_is_one_line_by_main(tmp_path, rank, error):
     act = partial(instead, partial(ranks.fail, rank, error, "all_or_exit"))
     codes, texts = train_ranks(3, tmp_path / "run", act)
@@ -43,8 +51,15 @@ def test_a_fault_on_any_rank_is_one_line_by_main(tmp_path, rank, error):
     assert texts == [f"error: {'rank 2: ' if rank else ''}wrong\n", "", ""]
 
 
-@pytest.mark.parametrize("how", ["all_or_exit", "all_or_none"])
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(
+    "rank, how",
+    [
+        (0, "all_or_none"),
+        (2, "all_or_exit"),
+        slow(0, "all_or_exit"),
+        slow(2, "all_or_none"),
+    ],
+)
 def test_any_other_error_is_the_traceback_of_its_rank(tmp_path, rank, how):
     act = partial(instead, partial(ranks.fail, rank, KeyError("bug"), how))
     codes, texts = train_ranks(3, tmp_path / "run", act)
@@ -80,7 +95,7 @@ def test_the_words_of_gloo_and_nccl_for_a_rank_that_has_gone_are_known(words, lo
 
 
 def test_a_rank_whose_peer_hangs_leaves_with_one_line_when_its_patience_is_over(tmp_path):
-    hang = partial(instead, partial(ranks.hang, 2))
+    hang = partial(instead, partial(ranks.hang, 1))
     codes, texts = train_ranks(2, tmp_path / "run", hang)
     assert codes == [1, 0]
     assert texts[0].startswith("error: another rank has gone or does not answer (Timed out")

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ COMMANDS = {
 }
 
 
+@cache
 def tracked():
     """Every file of the repository, as git lists them."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
@@ -48,6 +50,7 @@ def tracked():
     return [name for name in done.stdout.split("\n") if (ROOT / name).is_file()]
 
 
+@cache
 def trees():
     """name of a file outside tests -> its syntax tree."""
     names = [n for n in tracked() if n.endswith(".py") and not n.startswith("tests/")]
@@ -129,7 +132,7 @@ def test_model_and_norm_work_copied_out_alone(tmp_path):
         (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / "use.py").write_text(
         "import torch, model\n"
-        "decoder = model.Decoder(model.ModelConfig(vocab_size=9))\n"
+        "decoder = model.Decoder(model.ModelConfig(vocab_size=9, n_layer=1, n_embd=16, n_head=2))\n"
         "ids = torch.zeros(1, 3).long()\n"
         "decoder(ids, ids).backward()\n"
         "print(*decoder(ids).shape)\n"

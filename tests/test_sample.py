@@ -219,9 +219,11 @@ def test_a_prompt_longer_than_the_context_keeps_its_end_and_warns(run, capsys):
 
 
 def test_interactive_asks_until_the_input_ends_and_survives_bad_prompts(run, capsys, monkeypatch):
-    texts = [sampled(capsys, run, f"prompt={p}")[0].removeprefix(p) for p in ("ab", "", "cd")]
+    short = "max_new_tokens=20"
+    texts = [sampled(capsys, run, f"prompt={p}", short)[0] for p in ("ab", "", "cd")]
+    texts = [text.removeprefix(p) for text, p in zip(texts, ("ab", "", "cd"), strict=True)]
     give_input(monkeypatch, b"ab\nxyz\n\na\xff\ncd\n")
-    out, err = sampled(capsys, run, "interactive=true")
+    out, err = sampled(capsys, run, "interactive=true", short)
     assert out == "".join(texts)
     assert "error: the prompt is not text in UTF-8 after 'a'" in err
     assert "error: characters 'xyz' are not among" in err and err.count("tokens/s") == 3
@@ -433,13 +435,14 @@ def test_a_reader_that_stops_early_ends_the_command_quietly(run):
 def test_the_named_checkpoint_is_sampled(tmp_path, capsys):
     model = tiny(vocab_size=len(CHARS))
     run = save_run(tmp_path / "run", CharTokenizer(CHARS), model, step=10)
-    early, _ = sampled(capsys, run, "prompt=a")
+    words = ("prompt=a", "max_new_tokens=50")
+    early, _ = sampled(capsys, run, *words)
     model.head.weight.data.neg_()
     save_run(run, CharTokenizer(CHARS), model, step=20)
-    assert sampled(capsys, run, "prompt=a")[0] != early
-    assert sampled(capsys, run, "prompt=a", "checkpoint=10")[0] == early
+    assert sampled(capsys, run, *words)[0] != early
+    assert sampled(capsys, run, *words, "checkpoint=10")[0] == early
     checkpoint.path_of(run, 10).rename(run / "best.pt")
-    assert sampled(capsys, run, "prompt=a", "checkpoint=best")[0] == early
+    assert sampled(capsys, run, *words, "checkpoint=best")[0] == early
     assert "steps in" in refused(capsys, run, "prompt=a", "checkpoint=30")
     assert "latest, best or a step" in refused(capsys, run, "prompt=a", "checkpoint=newest")
 

@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import slow
 from faults.harness import train_ranks
 from ranks import fill_disk, only, save_the_start
 from test_checkpoint import MODEL, flip_bit, state
@@ -357,7 +358,7 @@ def test_a_moment_of_parts_that_cannot_be_negative_is_refused(tmp_path):
         read(parts)
 
 
-@pytest.mark.parametrize("which", ["latest", "best", "7"])
+@pytest.mark.parametrize("which", ["latest", "best", slow("7")])
 def test_parts_become_the_file_that_one_process_would_have_saved(tmp_path, which, capsys):
     whole = state(7, optimizer=moments(state(7)["model"]))
     for path in (tmp_path / "ckpt_00000007.pt", tmp_path / "best.pt"):
@@ -442,7 +443,9 @@ SHORT = {"max_iters": 4, "eval_interval": 2, "save_interval": 2, "keep": 9}
 RANKS = SHORT | {"optimizer": "muon", "parallel": "fsdp", "sharded": True}
 
 
-@pytest.mark.parametrize("before, after, way", [(2, 2, "fsdp"), (2, 4, "fsdp"), (4, 1, "ddp")])
+@pytest.mark.parametrize(
+    "before, after, way", [(2, 1, "ddp"), slow(2, 2, "fsdp"), slow(2, 4, "fsdp"), slow(4, 1, "ddp")]
+)
 def test_any_number_of_ranks_reads_what_some_wrote_bit_for_bit(tmp_path, before, after, way):
     uncut, out, again = (tmp_path / name for name in ("uncut", "run", "again"))
     codes, texts = train_ranks(before, uncut, **RANKS)

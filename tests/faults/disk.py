@@ -66,7 +66,7 @@ def other_state(whole: Path, out: Path) -> str:
 # A save
 
 
-@fault("full disk in a save", whole=20, few=2)
+@fault("full disk in a save", whole=20, few=1)
 def full_in_a_save(report: Report, tries: int, folder: Path) -> None:
     """From step 6 on. In every second try there is room again for the last save."""
     whole = uncut(folder / "whole", **KNOBS)
@@ -152,7 +152,7 @@ def no_room_for_records(steps: range, room: int) -> None:
     Log._append = limited
 
 
-@fault("full disk under metrics.jsonl at a resume", whole=10, few=1)
+@fault("full disk under metrics.jsonl at a resume", whole=10, few=0)
 def full_at_a_resume(report: Report, tries: int, folder: Path) -> None:
     """A run that goes on writes the file anew, without the records of the steps that it repeats.
     There is no room for that. A warning must say so, and the next record must mend the file."""
@@ -186,7 +186,7 @@ def no_room_at_first(room: int) -> None:
     Log._write_all = limited
 
 
-@fault("full disk under the printed log", whole=10, few=1)
+@fault("full disk under the printed log", whole=10, few=0)
 def full_under_the_log(report: Report, tries: int, folder: Path) -> None:
     """Its lines are lost, which the exit code says, and nothing else may be."""
     whole = uncut(folder / "whole")
@@ -264,7 +264,7 @@ def small_disk(size: int, disk: Path, aside: Path) -> None:
     train.main = copied
 
 
-@fault("full file system", whole=20, few=1)
+@fault("full file system", whole=20, few=0)
 def full_file_system(report: Report, tries: int, folder: Path) -> None:
     """From a fraction of a checkpoint to room for all. What could be saved must be resumed where
     there is room. If that is best.pt alone, which a fresh start would overwrite, the run must be
@@ -351,7 +351,7 @@ def full_in_prepare(report: Report, tries: int, folder: Path) -> None:
 # The folder of the run
 
 
-@fault("read-only or vanished out_dir, deleted files, EIO", whole=24, few=3)
+@fault("read-only or vanished out_dir, deleted files, EIO", whole=24, few=1)
 def without_out_dir(report: Report, tries: int, folder: Path) -> None:
     """At step 5, 6 or 7. What is lost must be made again, and what cannot be written must be
     named."""

@@ -39,7 +39,7 @@ from weights.hf_folder import hf_name, read_hf
 from .harness import ROOT, SERVER, Report, fault, words
 from .hostile import TIKTOKEN, limit_data, sound_model, torch_file, with_pickle
 
-EACH, FEW = 2000, 100
+EACH, FEW = 2000, 10
 MEMORY = 1_000_000_000  # bytes that a row may take beyond what it starts with
 PARTS = "ckpt_00000003.shards"
 SECONDS = 2  # of computing, for one mutation

@@ -107,7 +107,7 @@ class Fault:
     name: str
     make_tries: Callable[[Report, int, Path], None]
     whole: int  # tries of `make faults`
-    few: int  # tries of `make test`; 0: none, because it takes too long
+    few: int  # tries of `make test`; 0: none, because it takes long or tests/test_*.py try it, too
 
     def run(self, tries: int, folder: Path) -> Report:
         report = Report()
@@ -285,10 +285,23 @@ def train_child(out: Path, before: Before = None, **others: object) -> Ended:
 
 def uncut(out: Path, before: Before = None, **others: object) -> Path:
     """`out`, with a finished run to which nothing has happened; it is made if it is not there."""
-    if not out.exists():
+    if not out.exists() and not before:
+        shutil.copytree(_finished(**others), out)
+    elif not out.exists():
         ended = train_child(out, before, **others)
         assert ended.code == 0, ended
     return out
+
+
+@cache
+def _finished(**others: object) -> Path:
+    """The folder of such a run, which each process makes once: many faults compare with the same
+    one."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    ended = train_child(folder / "run", **others)
+    assert ended.code == 0, ended
+    return folder / "run"
 
 
 def start_program(

@@ -747,4 +747,4 @@ def cases() -> list[Case]:
 
 
 CASES = cases()
-fault("hostile files", whole=len(CASES), few=14)(hostile_files)
+fault("hostile files", whole=len(CASES), few=8)(hostile_files)

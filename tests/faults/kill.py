@@ -58,7 +58,7 @@ class Kill(NamedTuple):
     recovery: float | None  # seconds; None if it was killed before its first new step
 
 
-@fault("kill -9 at any moment", whole=300, few=4)
+@fault("kill -9 at any moment", whole=300, few=1)
 def kill_at_any_moment(report: Report, tries: int, folder: Path) -> None:
     """Each run is killed up to 10 times. No kill may cost more than the steps since the last save,
     and every kill must leave whole checkpoints."""
@@ -180,7 +180,7 @@ def last_step(out: Path) -> int:
 # A kill at every call that changes a file
 
 
-@fault("kill -9 before, in and after each call that changes a file", whole=1000, few=8)
+@fault("kill -9 before, in and after each call that changes a file", whole=1000, few=1)
 def kill_at_each_call(report: Report, tries: int, folder: Path) -> None:
     """Both of a run from its start and of one that is resumed. There are no more tries than there
     are such moments."""

@@ -227,7 +227,7 @@ def signalled(report: Report, tries: int, folder: Path) -> None:
         report.count(f"{number.name}, {size} {way}", failure, lost)
 
 
-@fault("full disk in a save of several ranks", whole=6, few=1)
+@fault("full disk in a save of several ranks", whole=6, few=0)
 def full(report: Report, tries: int, folder: Path) -> None:
     """From step 6 on, for main. In every second try there is room again for the last save."""
     for i in range(tries):

@@ -43,27 +43,27 @@ data/files.py
 + [old.unlink() for old in path.parent.glob("ckpt_*")]
 + os.replace(temporary, path)
 
-the CRC is not looked at | bit rot of a checkpoint
+the CRC is not looked at | bit rot of a checkpoint | 95
 weights/checkpoint.py
 - broken = archive.testzip()
 + broken = None
 
-a damaged checkpoint ends the search | newest j of k
+a damaged checkpoint ends the search | newest j of k | 14
 weights/checkpoint.py
 - if isinstance(error, OSError) and error.errno not in (errno.EIO, errno.ELOOP):
 + if True:
 
-the step in the name is not compared | another's name
+the step in the name is not compared | another's name | 5
 weights/checkpoint.py
 - if step_in_name(path) not in (None, state["step"]):
 + if False:
 
-the lock is not asked | two writers
+the lock is not asked | two writers | 2
 weights/lock.py
 - fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 + pass
 
-the lock is a file that must not exist | killed writer
+the lock is a file that must not exist | killed writer | 1
 weights/lock.py
 - flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 + if self.path.exists():
@@ -82,12 +82,12 @@ weights/checkpoint.py
 -     raise FloatingPointError(f"{bad} holds NaN or Inf after step {state['step']}: not saved")
 + pass
 
-the loader draws from the global generator | stopped at a random step
+the loader draws from the global generator | stopped at a random step | 6
 data/loader.py
 - starts = train_starts(n_tokens, block_size, seed, numbers)
 + starts = np.random.randint(0, n_tokens - block_size, len(numbers))
 
-the loader draws from the generator that others draw from | other intervals
+the loader draws from the generator that others draw from | other intervals | 2
 data/loader.py
 - starts = train_starts(n_tokens, block_size, seed, numbers)
 + starts = np.random.randint(0, n_tokens - block_size, len(numbers))
@@ -107,7 +107,7 @@ train.py
 - last = interrupts.agreed() or at_end
 + last = (interrupts.agreed() and run.step % 4 == 0) or at_end
 
-a long step is not left | many micro-batches
+a long step is not left | many micro-batches | 1
 train.py
 - if i and interrupts is not None and interrupts.agreed():
 + if False:
@@ -122,7 +122,7 @@ run/signals.py
 - raise SystemExit(128 + number)
 + pass
 
-nohup is not respected | nohup
+nohup is not respected | nohup | 1
 config/command.py
 - caught = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 + caught = numbers
@@ -137,12 +137,12 @@ run/setup.py
 - add_in_fixed_order(bool(config.compile))
 + pass
 
-a full disk at a resume ends the run | metrics.jsonl at a resume
+a full disk at a resume ends the run | metrics.jsonl at a resume | 1
 run/log.py
 - warn(f"metrics.jsonl failed, it is written again with the next record: {error}")
 + raise
 
-a file that was not written anew is added to | metrics.jsonl at a resume
+a file that was not written anew is added to | metrics.jsonl at a resume | 1
 run/log.py
 - if not (self.file_is_ours and is_own_file(path)):
 + if not is_own_file(path):
@@ -152,12 +152,12 @@ run/folder.py
 - _restore_what_was_lost(run)
 + pass
 
-a save that fails ends the training | full disk in a save
+a save that fails ends the training | full disk in a save | 2
 run/folder.py
 - if required:
 + if True:
 
-a failed save leaves its temporary file | full disk in a save
+a failed save leaves its temporary file | full disk in a save | 2
 data/files.py
 - except BaseException:
 -     temporary.unlink(missing_ok=True)
@@ -169,7 +169,7 @@ run/log.py
 - file.truncate(before)
 + pass
 
-tokens are not compared with their checksum | data, before
+tokens are not compared with their checksum | data, before | 150
 data/loader.py
 - if zlib.crc32(part) != checksums[i]:
 + if False:
@@ -179,7 +179,7 @@ data/loader.py
 - if meta.get("checksum") != found:
 + if False:
 
-nobody looks whether the data change | data change while
+nobody looks whether the data change | data change while | 4
 data/loader.py
 - for path, before in self.opened.items():
 + for path, before in ():

@@ -102,7 +102,7 @@ def taken_for(found: object, right: object, name: str) -> str:
 # Checkpoints
 
 
-@fault("bit rot of a checkpoint", whole=1900, few=95)
+@fault("bit rot of a checkpoint", whole=1900, few=10)
 def rotten_checkpoint(report: Report, tries: int, folder: Path) -> None:
     """The newest checkpoint is damaged. In four of five tries the one before it is there and must
     be taken, with a warning that names both. In the fifth try there must be an error that names the
@@ -152,7 +152,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-@fault("bit rot of best.pt, then sampled", whole=200, few=15)
+@fault("bit rot of best.pt, then sampled", whole=200, few=4)
 def rotten_best(report: Report, tries: int, folder: Path) -> None:
     """sample.py must have the right weights, or an error that names the file."""
     whole = trained(folder)
@@ -165,7 +165,7 @@ def rotten_best(report: Report, tries: int, folder: Path) -> None:
         report.count(f"{kind}, try {i}", taken_for(found, right, "best.pt"))
 
 
-@fault("the newest j of k checkpoints damaged", whole=14, few=14)
+@fault("the newest j of k checkpoints damaged", whole=14, few=5)
 def depth(report: Report, tries: int, folder: Path) -> None:
     """Every j up to k, for k up to 4. The newest sound one must be taken, each damaged one must be
     named, and none may be deleted."""
@@ -213,7 +213,7 @@ SWAPS = {  # what is done to the files of a run (8, 12, 16, best, 12 of another 
 }
 
 
-@fault("a checkpoint under another's name", whole=len(SWAPS), few=len(SWAPS))
+@fault("a checkpoint under another's name", whole=len(SWAPS), few=1)
 def swapped(report: Report, tries: int, folder: Path) -> None:
     """Training must resume from one that is what its name says, or, if the newest is of another
     run, not at all."""
@@ -231,7 +231,7 @@ def swapped(report: Report, tries: int, folder: Path) -> None:
         report.count(name, failure or (difference(whole, scene) if goes_on else ""))
 
 
-@fault("bit rot, then resume=auto to the end", whole=38, few=3)
+@fault("bit rot, then resume=auto to the end", whole=38, few=0)
 def rotten_and_resumed(report: Report, tries: int, folder: Path) -> None:
     """The whole command. It must go back to the checkpoint before the damaged one, and end as the
     run that was never cut."""
@@ -258,7 +258,7 @@ def opened(folder: Path) -> list:
 FILES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")
 
 
-@fault("bit rot of the data, before a start", whole=1900, few=150)
+@fault("bit rot of the data, before a start", whole=1900, few=40)
 def rotten_data(report: Report, tries: int, folder: Path) -> None:
     """The data must be opened as they were, or be refused with an error that names the folder."""
     scene, right = folder / "words", opened(words())
@@ -299,7 +299,7 @@ def change_at(step: int, place: str, change: Callable[[], None]) -> None:
     before_call(train, place, lambda run, *_: change() if run.step == step else None)
 
 
-@fault("the data change while they are read", whole=48, few=4)
+@fault("the data change while they are read", whole=48, few=1)
 def data_change(report: Report, tries: int, folder: Path) -> None:
     """A file that is changed in place must end the run in one line, and when the file is back, the
     run must go on to the end of the uncut one. A file that is put in the place of the old one is no

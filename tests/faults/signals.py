@@ -225,13 +225,13 @@ def resumed(whole: Path, cut: Path, text: str, step: int) -> tuple[str, int | No
     return bad_end(ended) or difference(whole, cut), done - at
 
 
-for name, whole, place, occasions, numbers in (
-    ("SIGTERM, SIGINT or SIGHUP in a step", 30, in_a_step, 24, (*SIGNALS, signal.SIGHUP)),
-    ("SIGTERM or SIGINT in a micro-batch", 20, in_a_micro_batch, 48, SIGNALS[::-1]),
-    ("SIGTERM or SIGINT in an evaluation", 20, in_an_evaluation, 8, SIGNALS),
-    ("SIGTERM or SIGINT in a save", 20, in_a_save, 12, SIGNALS[::-1]),
+for name, whole, few, place, occasions, numbers in (
+    ("SIGTERM, SIGINT or SIGHUP in a step", 30, 0, in_a_step, 24, (*SIGNALS, signal.SIGHUP)),
+    ("SIGTERM or SIGINT in a micro-batch", 20, 0, in_a_micro_batch, 48, SIGNALS[::-1]),
+    ("SIGTERM or SIGINT in an evaluation", 20, 0, in_an_evaluation, 8, SIGNALS),
+    ("SIGTERM or SIGINT in a save", 20, 1, in_a_save, 12, SIGNALS[::-1]),
 ):
-    fault(name, whole, few=1)(partial(stop_in_training, place, occasions, numbers))
+    fault(name, whole, few)(partial(stop_in_training, place, occasions, numbers))
 
 
 def in_a_long_step(trap: Trap) -> None:
@@ -245,7 +245,7 @@ def in_a_long_step(trap: Trap) -> None:
     before_call(Decoder, "forward", reached)
 
 
-@fault("SIGTERM or SIGINT in a step of many micro-batches", whole=8, few=1)
+@fault("SIGTERM or SIGINT in a step of many micro-batches", whole=8, few=0)
 def stopped_in_a_long_step(report: Report, tries: int, folder: Path) -> None:
     """The run must not wait for the step, which would take 13 seconds. What is done of it must be
     thrown away, and the run must be saved as it was before."""
@@ -298,7 +298,7 @@ def ignoring_hang_up(place: Callable[[Trap], None], occasion: int) -> None:
     trapped(place, occasion, hang_up)
 
 
-@fault("SIGHUP under nohup", whole=5, few=1)
+@fault("SIGHUP under nohup", whole=5, few=0)
 def not_stopped_under_nohup(report: Report, tries: int, folder: Path) -> None:
     """The run must not even notice."""
     whole = uncut(folder / "whole")
@@ -376,7 +376,7 @@ def half_prepared(data_sets: Path, name: str) -> str:
     return left_over(data_sets)
 
 
-@fault("SIGTERM or SIGINT in data/prepare.py", whole=20, few=1)
+@fault("SIGTERM or SIGINT in data/prepare.py", whole=20, few=0)
 def stopped_prepare(report: Report, tries: int, folder: Path) -> None:
     """At any moment after it has made its first file, with a tokenizer that is trained and with one
     that is not. There must be a whole data set or none."""

@@ -1,4 +1,4 @@
-"""A few tries of every fault; `make faults` makes all of them."""
+"""A quick try of each kind of fault; `make faults` makes all tries of all."""
 
 import pytest
 

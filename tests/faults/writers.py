@@ -29,7 +29,7 @@ from .resume import book_of, first_other_step, witness
 PATIENCE = 30  # seconds for what takes far less
 
 
-@fault("two writers at once", whole=40, few=2)
+@fault("two writers at once", whole=40, few=1)
 def two_writers(report: Report, tries: int, folder: Path) -> None:
     """In each first try both start afresh, in each second one both resume."""
     whole, begun, seconds = uncut(folder / "whole"), folder / "begun", []
@@ -77,7 +77,7 @@ def wait_until(there: Path) -> None:
         time.sleep(0.001)
 
 
-@fault("the lock of a killed writer", whole=20, few=1)
+@fault("the lock of a killed writer", whole=20, few=0)
 def lock_of_a_killed_writer(report: Report, tries: int, folder: Path) -> None:
     """kill -9 leaves the file of the lock behind. The next run must start all the same."""
     whole = folder / "whole"
