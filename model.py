@@ -499,8 +499,8 @@ class Decoder(nn.Module):
 
     `initialise` draws the weights from `seed`. With seed=None they are left without numbers, for
     those of a checkpoint. `activation_checkpointing` saves memory: a Block's forward is computed a
-    second time during backward. `stream_dtype` is that of the residual stream and of its gradient,
-    if it is not the embedding's; it saves memory, too, where autocast makes the products as narrow.
+    second time during backward. `stream_dtype`, if it is set, is the dtype of the residual stream
+    and of its gradient: bfloat16 saves memory, too, if autocast makes the products as narrow.
     """
 
     def __init__(self, config: ModelConfig, seed: int | None = 0):

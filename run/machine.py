@@ -324,14 +324,14 @@ def memory_estimate(config: Config, micro_batch: int, shards: int = 1) -> tuple[
     model = config.model
     C, F, T, V = model.n_embd, model.hidden_size, model.block_size, model.vocab_size
     s = 4 if config.dtype == "float32" else 2  # bytes of a number in a matrix product
-    r = getattr(torch, config.stream_dtype).itemsize
+    r = getattr(torch, config.stream_dtype).itemsize  # of one in the residual stream
     on_cuda = config.device.startswith("cuda")
     compiled = on_cuda and config.compile is not False
 
     if compiled:
-        block = r * 2 * C + s * (8 * C + 3 * F)  # residual stream, inputs of the matrix products
+        block = 2 * r * C + s * (8 * C + 3 * F)  # residual stream, inputs of the matrix products
     else:
-        block = (r + 3 * 4) * 2 * C + s * (8 * C + 4 * F)  # the norms keep theirs, too
+        block = 2 * r * C + 4 * 6 * C + s * (8 * C + 4 * F)  # the norms keep theirs, too
     if config.device == "cpu" and config.dtype == "bfloat16" and T <= UNFUSED_UP_TO:
         block += s * model.n_head * T  # the scores, which model.unfused_attention keeps
     per_token = block * model.n_layer

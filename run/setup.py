@@ -187,7 +187,7 @@ def resolve(
     if saved:
         kept = kept_choices(wanted, device, saved["config"], ranks.size)
         config = replace(config, max_iters=kept_length(wanted, saved["config"]), **kept)
-    if config.stream_dtype != "float32" and config.dtype != config.stream_dtype:
+    if config.stream_dtype not in ("float32", config.dtype):
         raise ValueError(
             f"stream_dtype={config.stream_dtype} needs products of the same type, and here they "
             f"are in {config.dtype}: set dtype={config.stream_dtype}, or leave stream_dtype=float32"
