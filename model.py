@@ -232,8 +232,9 @@ def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
     Channels i and i + D/2 are a pair, as in Hugging Face, so both halves of D have the same angles.
     In sin the sign of the first half is turned already.
     """
-    positions = torch.arange(config.block_size, dtype=torch.float32)
-    angles = torch.outer(positions, rope_frequencies(config))  # [block_size, D/2]
+    with torch.device("cpu"):  # on meta, to count would import PyTorch's compiler, for two seconds
+        positions = torch.arange(config.block_size, dtype=torch.float32)
+        angles = torch.outer(positions, rope_frequencies(config))  # [block_size, D/2]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -514,7 +515,7 @@ class Decoder(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.stream_dtype = None
-        self.embed = nn.utils.skip_init(nn.Embedding, V, C, device=torch.get_default_device())
+        self.embed = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)
         learned = NORMS[config.norm].scales_embedding
         scaled = learned or config.embed_scale == "sqrt"
         self.embed_scale = Scale(math.sqrt(C), learned) if scaled else nn.Identity()

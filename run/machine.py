@@ -133,7 +133,8 @@ def add_in_fixed_order(compiled: bool) -> None:
     runs share. PyTorch's own kernel, which it calls with this setting, has a fixed order. Eager
     runs always use that kernel, so for them the setting would change nothing.
     """
-    torch.use_deterministic_algorithms(compiled)
+    if compiled != torch.are_deterministic_algorithms_enabled():  # the call imports the compiler
+        torch.use_deterministic_algorithms(compiled)
     # Else it would also fill each new tensor, to hide the faults of code that reads before it
     # writes. We have none, and it takes time.
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from norm import NORM_LEAVES
 from run.machine import choose_dtype
 
-FUSED_ADAMW_DEVICES = ("cuda", "cpu", "mps")
 ADAMW_KEEPS = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter; `step` is a scalar
 SPIKE_WINDOW = 128  # how many recent gradient norms tell what is usual
 SPIKE_LEAST = 32  # with fewer recent norms, nothing is called a spike
@@ -64,7 +64,7 @@ def subtract_mean(x: Tensor, dimension: int) -> None:
 
 
 class Optimizers:
-    """One or two torch optimizers over one model. Each trained parameter is in exactly one group.
+    """One or two optimizers over one model. Each trained parameter is in exactly one group.
 
     With optimizer="muon" the Blocks' matrices go to Muon and the rest to AdamW. Biases and the
     embedding have no weight decay, and gains have one of their own. The learning rate of embedding
@@ -98,21 +98,20 @@ class Optimizers:
             groups[group_of(name, parameter)]["params"].append(parameter)
         groups = {name: group for name, group in groups.items() if group["params"]}
 
-        self.all: list[torch.optim.Optimizer] = []
+        self.all: list[Optimizer] = []
         if optimizer == "muon":
             self.all.append((muon or Muon)([groups.pop("hidden")], momentum))
         elif optimizer != "adamw":
             raise ValueError(f"optimizer={optimizer} is not built here")
         if groups:  # if Muon trains adapters, which are all `hidden`, nothing is left for AdamW
-            fused = next(model.parameters()).device.type in FUSED_ADAMW_DEVICES
-            self.all.append(torch.optim.AdamW(list(groups.values()), betas=betas, fused=fused))
+            self.all.append(AdamW(list(groups.values()), betas))
         held = [p for o in self.all for g in o.param_groups for p in g["params"]]
         if len(held) != len(trained) or set(held) != set(self.names):
             raise RuntimeError("each parameter that is trained must be in exactly one optimizer")
         over = [(p, stream_dimension(name)) for name, p in trained] if centred_writers else []
         self.writers = [(p, dimension) for p, dimension in over if dimension is not None]
 
-    def __iter__(self) -> Iterator[torch.optim.Optimizer]:
+    def __iter__(self) -> Iterator["Optimizer"]:
         return iter(self.all)
 
     def set_lr(self, lr: float) -> None:
@@ -121,8 +120,8 @@ class Optimizers:
                 group["lr"] = lr * group["scale"]
 
     def zero_grad(self) -> None:
-        for optimizer in self.all:
-            optimizer.zero_grad(set_to_none=True)
+        for parameter in self.names:
+            parameter.grad = None
 
     @torch.no_grad()
     def centre_writers(self) -> None:
@@ -201,7 +200,57 @@ def list_names(names: Iterable[str], what: str) -> str:
     return f" {len(names)} {what} ({', '.join(names[:3])}{more})"
 
 
-class Muon(torch.optim.Optimizer):
+class Optimizer:
+    """Groups of parameters, each with a learning rate of its own, and what is kept of each
+    parameter. It has what a GradScaler asks for: param_groups and step().
+
+    It is not a torch.optim.Optimizer, since to build one imports all of PyTorch's compiler: two
+    seconds of every start.
+    """
+
+    def __init__(self, groups: Iterable[dict]):
+        self.param_groups = [{"lr": 0.0, "weight_decay": 0.0} | group for group in groups]
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+
+
+class AdamW(Optimizer):
+    """Loshchilov & Hutter 2019, as PyTorch's fused kernels compute it."""
+
+    def __init__(self, groups: Iterable[dict], betas: tuple[float, float]):
+        super().__init__(groups)
+        self.beta1, self.beta2 = betas
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
+                if p not in self.state:
+                    self.state[p] = {
+                        "step": torch.zeros((), device=p.device),
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
+            kept = [self.state[p] for p in parameters]
+            adamw(
+                parameters,
+                [p.grad for p in parameters],
+                [state["exp_avg"] for state in kept],
+                [state["exp_avg_sq"] for state in kept],
+                [],
+                [state["step"] for state in kept],
+                fused=True,
+                amsgrad=False,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=1e-8,
+                maximize=False,
+            )
+
+
+class Muon(Optimizer):
     """Each matrix moves by its momentum, made orthogonal (Jordan et al. 2024). The step is scaled
     to the size of AdamW's, so one learning rate serves both (Liu et al. 2025, arXiv 2502.16982).
 
@@ -209,8 +258,9 @@ class Muon(torch.optim.Optimizer):
     stacked for one product, because one alone is too small to keep a processor busy.
     """
 
-    def __init__(self, params: Iterable, momentum: float):
-        super().__init__(params, {"lr": 0.0, "momentum": momentum, "weight_decay": 0.0})
+    def __init__(self, groups: Iterable[dict], momentum: float):
+        super().__init__(groups)
+        self.momentum = momentum
 
     @torch.no_grad()
     def step(self) -> None:
@@ -231,13 +281,13 @@ class Muon(torch.optim.Optimizer):
     def update(self, matrices: list[Tensor], group: dict) -> None:
         """One step for matrices that all have one shape or its transpose."""
         for p in matrices:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            if p not in self.state:
+                self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
         buffers = [self.state[p]["momentum_buffer"] for p in matrices]
-        gradients, momentum = [p.grad for p in matrices], group["momentum"]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        gradients = [p.grad for p in matrices]
+        torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
         # Nesterov's momentum: the gradient counts once more.
-        momenta = [g.lerp(b, momentum) for g, b in zip(gradients, buffers, strict=True)]
+        momenta = [g.lerp(b, self.momentum) for g, b in zip(gradients, buffers, strict=True)]
         # An orthogonal matrix has an RMS of 1 / sqrt(longer side); AdamW's steps have about 0.2.
         size = 0.2 * math.sqrt(max(matrices[0].shape))
         for p, direction in zip(matrices, self.orthogonal_directions(momenta), strict=True):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import sentencepiece
 import torch
-import torch._dynamo  # every optimizer imports it
+import torch._dynamo  # tests that compile need it; here, so that the garbage collector skips it
 
 import train
 from data.prepare import prepare

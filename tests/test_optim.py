@@ -11,6 +11,7 @@ from norm import EAGER
 from run.optim import (
     SPIKE_LEAST,
     SPIKE_WINDOW,
+    AdamW,
     Muon,
     Optimizers,
     group_of,
@@ -149,7 +150,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     model, optimizers = build("muon")
     muon, adamw = optimizers
     names = {p: n for n, p in model.named_parameters()}
-    assert isinstance(muon, Muon) and isinstance(adamw, torch.optim.AdamW)
+    assert isinstance(muon, Muon) and isinstance(adamw, AdamW)
     for parameter in (p for g in muon.param_groups for p in g["params"]):
         assert names[parameter].startswith("blocks.") and parameter.ndim == 2
 
@@ -230,9 +231,27 @@ def test_a_matrix_without_a_gradient_stays():
     assert matrices[0][0, 0] != 1 and torch.equal(matrices[1].detach(), torch.ones(4, 4))
 
 
-def test_adamw_is_the_fused_one():
-    _, optimizers = build()
-    assert all(o.defaults["fused"] for o in optimizers)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_adamw_moves_as_pytorchs_bit_for_bit(scaled):
+    """With a GradScaler, too, which leaves out a step whose gradient overflowed."""
+    (model, optimizers), (twin, other) = build(), build()
+    optimizers.set_lr(1e-2)
+    groups = [{**group, "lr": 1e-2} for group in other.all[0].param_groups]
+    pytorchs = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    for trained, optimizer in ((model, optimizers.all[0]), (twin, pytorchs)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+        for seed in range(4):
+            x = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(seed))
+            scaler.scale(trained(x, x)).backward()
+            if scaled and seed == 2:
+                trained.embed.weight.grad[3, 4] = math.inf
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            trained.zero_grad()
+    assert not torch.equal(model.embed.weight, build()[0].embed.weight)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, twin.get_parameter(name)), name
 
 
 def test_an_unknown_parameter_is_refused_by_name():

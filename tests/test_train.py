@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -639,7 +640,7 @@ def test_too_little_gpu_memory_in_an_update_is_not_mended(start, monkeypatch):
         tries.append(self)
         raise torch.cuda.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    monkeypatch.setattr("run.optim.AdamW.step", full)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         start()
     assert len(tries) == 1
@@ -1308,3 +1309,23 @@ def test_reading_ahead_changes_nothing_and_its_failure_is_that_of_the_next_step(
     code, _, err = start(out="cut")
     assert code == 1 and "the disk is gone" in err and reads.count(7) == 2
     assert read_metrics(tmp_path / "cut")[-1]["step"] == 7  # the step before was done
+
+
+WITHOUT_COMPILER = """
+import sys
+sys.modules["matplotlib"] = None  # no plot, which takes a second
+import sample, train
+folder, *words = sys.argv[1:]
+assert train.main([*words, f"out_dir={folder}"]) == 0
+assert sample.main([folder, "compile=false", "device=cpu", "max_new_tokens=5"]) == 0
+print(sorted(name for name in sys.modules if name.startswith("torch._dynamo")))
+"""
+
+
+def test_what_is_not_compiled_does_not_wait_for_the_import_of_the_compiler(data_folder, tmp_path):
+    """It takes two seconds."""
+    words = [*SMALL[:-1], f"dataset={data_folder / 'words'}", "optimizer=muon"]
+    code = [sys.executable, "-c", WITHOUT_COMPILER, str(tmp_path / "run"), "config/tiny.py"]
+    done = subprocess.run([*code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n[]\n")

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-OTHERS = "numpy sentencepiece tiktoken torch._dynamo tqdm".split()
+OTHERS = "numpy sentencepiece tiktoken torch tqdm".split()
 NO_MODULES = "fcntl grp pty pwd resource termios".split()
 NO_MODULES += ["matplotlib"]  # which Windows has, but it takes as long as all the rest
 NOT_IN_OS = "O_DIRECTORY O_NOFOLLOW O_NONBLOCK fork getuid sysconf uname".split()

@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-import torch._dynamo  # AdamW would import it in every child
 import torch.distributed as dist
 import torch.distributed.fsdp  # the ranks of a shared model would import this
 from conftest import ROOT, SMALL, prepare_words
