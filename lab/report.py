@@ -275,7 +275,7 @@ def write_report(study: Study) -> str:
         "Loss of every seed": seeds_section(study) + picture["loss_curves"],
         "Speed": speed_section(study) + picture["step_time"],
         "Loss versus learning rate": rates_section(study) + picture["learning_rate"],
-        "Quality when quantised": quantized_section(study) if study.kinds else "",
+        "Quality when quantised": quantized_section(study) + picture["quantized"],
         "How it was made": bullets([f"{what}: {which}" for what, which in study.facts.items()]),
         "What to keep in mind": bullets(rate_notes(study) + CAVEATS),
     }
@@ -379,7 +379,10 @@ def seeds_section(study: Study) -> str:
 
 
 def quantized_section(study: Study) -> str:
-    """For each kind every arm: what rounding adds to its loss, and to its less the reference's."""
+    """For each kind every arm: what rounding adds to its loss, and to its less the reference's. ''
+    if no kind was asked for."""
+    if not study.kinds:
+        return ""
     head = ["quantised", "arm", "val loss, mean", "added", "95% CI"]
     head += [f"added, less `{study.arms[0]}`", "95% CI"]
     rows = []
@@ -524,6 +527,7 @@ def draw_plots(study: Study) -> list[str]:
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(study.arms)}
     one_rate = len(by_rate(study.cells, study.arms[0])) == 1
     empty = {"learning_rate": one_rate, "differences": not forest_rows(study)}
+    empty["quantized"] = not study.kinds
     drawn = [name for name in PLOTS if not empty.get(name)]
     for name in drawn:
         figure = Figure(figsize=(10, 4), layout="constrained")
@@ -650,10 +654,28 @@ def plot_step_times(study: Study, figure: Any, colours: dict[str, str]) -> None:
     axes.margins(x=0.1)
 
 
+def plot_quantized(study: Study, figure: Any, colours: dict[str, str]) -> None:
+    """What each kind of rounding adds to the loss of each arm, by seed, and the mean of these."""
+    axes = figure.add_subplot(ylabel="nats per token that rounding adds")
+    axes.set_yscale("symlog", linthresh=1e-3)  # some kinds add a thousand times as much as others
+    axes.axhline(0, color="#222222", linewidth=1)
+    for i, arm in enumerate(study.arms):
+        aside = 0.6 * ((i + 0.5) / len(study.arms) - 0.5)
+        for x, kind in enumerate(study.kinds):
+            y = list(added_by_seed(study, arm, kind).values())
+            if y:
+                axes.plot([x + aside] * len(y), y, ".", color=colours[arm], alpha=0.4)
+                axes.plot(x + aside, np.mean(y), "D", color=colours[arm], markersize=5)
+        axes.plot([], [], "D", color=colours[arm], label=plot_label(arm))
+    axes.set_xticks(range(len(study.kinds)), study.kinds)
+    figure.legend(loc="outside right upper", title="mean, and\nevery seed")
+
+
 PLOTS = {
     "differences": plot_differences,
     "loss_curves": plot_loss_curves,
     "step_time": plot_step_times,
     "learning_rate": plot_learning_rates,
+    "quantized": plot_quantized,
 }
 WRITTEN = ("report.md", *(name + suffix for name in PLOTS for suffix in SUFFIXES))
