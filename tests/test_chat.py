@@ -10,7 +10,7 @@ import torch
 from gguf import GGUFReader
 from test_tokenizer import BYTE_LEVEL, LLAMA, NAMES, save_hugging_face
 from test_weights import save_hf
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 import sample
 import text.chat
@@ -486,6 +486,14 @@ def test_a_chat_model_is_tuned_exported_and_read_by_transformers(tmp_path, chats
     assert hf.main(["export", str(out), str(exported)]) == 0
     theirs, before = (AutoTokenizer.from_pretrained(place) for place in (exported, source))
     assert theirs.chat_template == before.chat_template
+    # The folder named only </s>; without the end of a turn, others would let the model speak on.
+    end, eos = (theirs.convert_tokens_to_ids(name) for name in ("<|im_end|>", "</s>"))
+    assert GenerationConfig.from_pretrained(source).eos_token_id == eos
+    assert GenerationConfig.from_pretrained(exported).eos_token_id == sorted([eos, end])
+    assert gguf.main([str(out), str(tmp_path / "x.gguf")]) == 0
+    fields = GGUFReader(tmp_path / "x.gguf").fields
+    ends = [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot")]
+    assert ends == [eos, end]
     asked = theirs.apply_chat_template(TALK[:3], add_generation_prompt=True)["input_ids"]
     with Chat(load_tokenizer(out)) as chat:
         chat.messages += TALK[:2]
