@@ -223,9 +223,14 @@ def test_a_prompt_and_its_completion_are_a_message_and_an_answer():
         ({"messages": []}, "its messages are [], not a list of messages"),
         ({"messages": "hi"}, "its messages are 'hi', not a list"),
         ({"messages": [3]}, "message 1 is 3, not an object with role and content"),
-        ({"messages": [TALK[0], {"role": "assistant"}]}, "message 2: its content is None"),
+        ({"messages": [TALK[0], {"role": "assistant"}]}, "message 2 has 'role', but no 'content'"),
+        (
+            {"messages": [{"from": "a", "value": ""}]},
+            "message 1 has 'from', 'value', but no 'role'",
+        ),
+        ({"messages": [{}]}, "message 1 is {}, not an object with role and content"),
         ({"messages": [{"role": 1, "content": ""}]}, "message 1: its role is 1, not a text"),
-        ({"messages": TALK[:1]}, "no message has the role 'assistant'"),
+        ({"messages": TALK[:1]}, "its roles are 'user', and none is 'assistant', whose words"),
         ({"messages": TALK[1:]}, "its first message is the assistant's"),
         ({"prompt": "a", "completion": None}, "message 2: its content is None, not a text"),
         (
