@@ -482,6 +482,11 @@ def find_trunk(config: Config) -> dict[str, Any]:
             f"branch={config.branch} is a run of adapters, which names its weights by their place "
             f"beside it: branch a run that trains all weights"
         )
+    if 0 < config.max_iters <= saved["step"]:
+        raise ValueError(
+            f"branch={config.branch} has done {saved['step']} steps, and max_iters="
+            f"{config.max_iters} counts them, too: set a larger one, or name an earlier checkpoint"
+        )
     print(f"branching off at step {saved['step']} of {place.parent}")
     begun = {"best_val_loss": math.inf, "damaged": {}, "folder": place.parent}
     return saved | begun
