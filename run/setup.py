@@ -331,7 +331,8 @@ def refuse_other_tokenizer(folder: Path, data: Data) -> None:
 
 def check_data(config: Config, data: Data, start: Weights | None) -> None:
     """ValueError if the data have another tokenizer than the weights of init_from, more tokens
-    than vocab_size, a split that is shorter than one window, or no answer to evaluate."""
+    than vocab_size, a split that is shorter than one window, or no answer to evaluate; or if
+    answers_only is set for texts, which have none."""
     if start is not None and start.data["tokenizer_sha256"] != data.fingerprint["tokenizer_sha256"]:
         place = shell_path(start.folder)
         raise ValueError(
@@ -344,6 +345,11 @@ def check_data(config: Config, data: Data, start: Weights | None) -> None:
         raise ValueError(
             f"vocab_size={wanted} is below the {tokens} tokens of {data.folder}: "
             f"leave it 0 (automatic) or choose a larger one"
+        )
+    if not config.answers_only and not any(source.answers for source in data.sources):
+        raise ValueError(
+            f"answers_only=false has no effect: {data.place} holds texts, and no conversations "
+            f"with answers: leave it out"
         )
     T = config.model.block_size
     for source in data.sources:

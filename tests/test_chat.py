@@ -371,6 +371,11 @@ def test_all_tokens_can_count_in_training_and_answers_alone_in_evaluation(chats,
     assert torch.equal(*evaluated) and (evaluated[0] == IGNORED).any()
 
 
+def test_texts_have_no_answers_to_count_alone(start):
+    code, _, err = start("answers_only=false")
+    assert code == 2 and "words holds texts, and no conversations with answers: leave it out" in err
+
+
 def test_a_run_on_conversations_is_exact_after_a_resume_and_evaluates_answers(
     start, tmp_path, chats, capsys
 ):

@@ -62,6 +62,13 @@ def test_shares_that_are_none_are_refused(word, said):
         read_shares(word)
 
 
+@pytest.mark.parametrize("word", ["code:0.7,books", "code,books", "code:-1,books:2", "a:x,b:1"])
+def test_what_is_almost_a_mixture_is_told_how_one_is_written(start, word):
+    code, _, err = start(f"dataset={word}")
+    assert code == 2 and err.count("\n") == 1
+    assert "each of its data sets a share above 0, as in dataset=code:0.7,books:0.3" in err
+
+
 def test_the_rows_of_a_cycle_are_the_shares():
     assert share_rows({"a": 0.7, "b": 0.3}) == (700, 300)
     assert share_rows({"a": 1, "b": 1, "c": 1}) == (334, 333, 333)
