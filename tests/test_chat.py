@@ -249,6 +249,22 @@ def test_rows_that_are_no_conversations_say_why(tmp_path, capsys, row, said):
     assert not (tmp_path / "set").exists()
 
 
+def test_conversations_may_stand_in_any_kind_of_rows(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow reads parquet")
+    from pyarrow import parquet
+
+    rows = [{"messages": TALK}, {"messages": [SYSTEM, *TALK]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.json", "a.parquet"):
+        pieces = open_corpus([str(tmp_path / name)]).pieces()
+        assert [piece.messages for piece in pieces] == [row["messages"] for row in rows]
+    (tmp_path / "b.csv").write_text("prompt,completion\nHi,Hello\nBye,Goodbye\n")
+    first = next(open_corpus([str(tmp_path / "b.csv")]).pieces()).messages
+    assert first == conversation_in({"prompt": "Hi", "completion": "Hello"})
+
+
 def test_texts_beside_conversations_are_refused(tmp_path):
     (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
     (tmp_path / "text.txt").write_text("a text")

@@ -150,6 +150,17 @@ def test_a_mixture_resumes_exactly_and_says_if_it_is_another_one(start, tmp_path
     assert code == 2 and "leave dataset as it was" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("order", [("a", "talks"), ("talks", "a")])
+def test_a_mixture_has_answers_if_any_of_its_sources_has_some(folder, order):
+    row = json.dumps({"prompt": "What is it?", "completion": "A word."}) + "\n"
+    (folder / "talks.jsonl").write_text(row * 20)
+    if not (folder / "talks").exists():
+        prepare([str(folder / "talks.jsonl")], folder / "talks", "byte")
+    mixed = mixture(folder, dict.fromkeys(order, 1.0)).fingerprint
+    assert mixed["answers"] is True  # so an export takes the chat template along
+    assert "answers" not in mixture(folder, {"a": 1.0, "b": 1.0}).fingerprint
+
+
 def test_two_tokenizers_are_refused_with_the_way_out(start, folder):
     code, _, err = start(f"dataset={folder}/a:0.5,{folder}/words:0.5")
     assert code == 2 and err.count("\n") == 1
