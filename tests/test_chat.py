@@ -501,7 +501,8 @@ def test_an_answer_ends_with_what_the_template_puts_behind_it(family, end, tmp_p
 # In and out
 
 
-def test_a_chat_model_is_tuned_exported_and_read_by_transformers(tmp_path, chats, capsys):
+def test_a_chat_model_is_tuned_exported_and_read_by_transformers(tmp_path, chats, monkeypatch):
+    monkeypatch.setattr("run.setup.DATA", tmp_path)  # where the talks are prepared
     source, out, exported = tmp_path / "theirs", tmp_path / "tuned", tmp_path / "exported"
     save_hf(source, vocab_size=640)
     save_tokenizer(source, BYTE_LEVEL, marked("chatml"))
