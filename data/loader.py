@@ -331,6 +331,11 @@ def check_prepared(folder: Path) -> None:
     """FileNotFoundError with the command that makes the data set, if `folder` holds none."""
     if (folder / "meta.json").exists() or (folder / "train.bin").exists():
         return
+    if "," in folder.name and not folder.exists():
+        raise FileNotFoundError(
+            f"{folder}: no such data set; a mixture gives each of its data sets a share above 0, "
+            f"as in dataset=code:0.7,books:0.3"
+        )
     if folder.exists():  # a text, or a folder of texts, of which a data set can be made
         words = f"{shlex.quote(str(folder))} name=NAME"
     else:

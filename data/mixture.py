@@ -8,6 +8,7 @@ number of ranks reads the same batch.
 import hashlib
 import json
 import re
+from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,12 +45,14 @@ class Mixture:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """As that of a Dataset. Another share of a source is another content."""
+        """As that of a Dataset. Another share of a source is another content, and there are answers
+        if any source has some."""
         each = [source.fingerprint for source in self.sources]
         parts = [[p["content_sha256"] for p in each], self.rows_of_cycle]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         tokens = {split: sum(p["tokens"][split] for p in each) for split in SPLITS}
-        return each[0] | {"name": self.name, "tokens": tokens, "content_sha256": digest}
+        own = {"name": self.name, "tokens": tokens, "content_sha256": digest}
+        return dict(ChainMap(*each)) | own
 
     def rows(self, numbers: np.ndarray, block_size: int, seed: int) -> tuple[torch.Tensor, ...]:
         """The training windows with these numbers, which count from the first step on."""

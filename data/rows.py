@@ -45,9 +45,11 @@ def texts_in(path: Path, field: str) -> Iterator[str]:
         except ValueError as error:
             raise ValueError(f"{path}: {place} {error}") from None
         except KeyError:
+            talk = "; a conversation has 'messages', or 'prompt' and 'completion'"
             raise ValueError(
                 f"{path}: {place} has {', '.join(map(repr, row)):.200}, but no {field!r}: name the "
                 f"one with the text, as in python data/prepare.py {shell_path(path)} field=NAME"
+                f"{talk if field == 'text' else ''}"
             ) from None
         yield text
 
@@ -75,15 +77,18 @@ def json_lines(path: Path) -> Iterator[Row]:
     """The object on each line of a file of JSON lines. Blank lines are skipped."""
     with open_unpacked(path) as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
+            if not (line := line.rstrip()):
                 continue
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError(f"it is {row!r:.40}")
             except (ValueError, RecursionError) as error:
+                reason = str(error)
+                if isinstance(error, json.JSONDecodeError):  # which counts a line of its own
+                    reason = f"{error.msg}, at character {error.pos + 1}"
                 raise ValueError(
-                    f"{path}: line {number} is not a JSON object ({error}): mend or drop it"
+                    f"{path}: line {number} is not a JSON object ({reason}): mend or drop it"
                 ) from None
             yield f"line {number}", row
 

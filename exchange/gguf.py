@@ -35,7 +35,7 @@ from data.files import new_folder, sync
 from exchange.gguf_vocabulary import gguf_vocabulary
 from exchange.hf import check_llama_can_be, describe_model, llama_tensors
 from model import ModelConfig, knob, rope_frequencies
-from text.chat import template_learned
+from text.chat import template_learned, turn_ends_learned
 from weights.hf_folder import hf_name
 from weights.open import Weights, open_weights
 
@@ -88,7 +88,9 @@ def export_gguf(place: Path, out: Path, options: GGUFOptions) -> None:
     config = replace(weights.config, block_size=weights.context)
     check_llama_cpp_can_be(config)
     tokenizer = weights.tokenizer()
-    settings = gguf_settings(config) | gguf_vocabulary(tokenizer, config.vocab_size)
+    turn_ends = turn_ends_learned(tokenizer, weights.data)
+    settings = gguf_settings(config)
+    settings |= gguf_vocabulary(tokenizer, config.vocab_size, turn_ends)
     if template := template_learned(tokenizer, weights.data):
         settings["chat_template"] = template
     settings |= {

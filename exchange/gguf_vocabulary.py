@@ -7,6 +7,7 @@ there is refused.
 Reading order: gguf_vocabulary; roles; the two kinds; the cut.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from config.command import warn
@@ -50,9 +51,12 @@ CUTS = {
 }
 
 
-def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
+def gguf_vocabulary(
+    tokenizer: Tokenizer, size: int, turn_ends: Collection[int] = ()
+) -> dict[str, Any]:
     """What a GGUF file says of a tokenizer: the name of each setting, as GGUFWriter's method
-    add_NAME has it, and its value. Ids up to `size`, that of the embedding, are filled up.
+    add_NAME has it, and its value. Ids up to `size`, that of the embedding, are filled up. A text
+    ends at `turn_ends`, too, with which the model ends an answer.
 
     ValueError if llama.cpp would make other ids of a text, or could not end one.
     """
@@ -61,9 +65,9 @@ def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
         model = SentencePieceTokenizer(tokenizer.sentencepiece)  # which gives the same ids
     match model:
         case SentencePieceTokenizer():
-            return sentencepiece_vocabulary(model, size) | roles(tokenizer)
+            return sentencepiece_vocabulary(model, size) | roles(tokenizer, turn_ends)
         case ByteTokenizer() | TiktokenTokenizer() | HuggingFaceTokenizer():
-            return byte_level_vocabulary(model, size) | roles(tokenizer)
+            return byte_level_vocabulary(model, size) | roles(tokenizer, turn_ends)
     raise ValueError(
         f"llama.cpp has no vocabulary like {tokenizer.kind}: prepare the data with "
         f"tokenizer=sentencepiece, byte or tiktoken:gpt2"
@@ -73,7 +77,7 @@ def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
 # Roles
 
 
-def roles(tokenizer: Tokenizer) -> dict[str, Any]:
+def roles(tokenizer: Tokenizer, turn_ends: Collection[int]) -> dict[str, Any]:
     """What stands before a prompt, what ends a text, and the chat template. What stands behind a
     document is left out, for a prompt is to go on.
     """
@@ -86,16 +90,16 @@ def roles(tokenizer: Tokenizer) -> dict[str, Any]:
     found = {
         "bos_token_id": tokenizer.bos_id,
         "pad_token_id": pad if pad in range(tokenizer.vocab_size) else None,  # -1 means none, too
-    } | dict(zip(END_KEYS, ends_of_text(tokenizer), strict=False))
+    } | dict(zip(END_KEYS, ends_of_text(tokenizer, turn_ends), strict=False))
     added = {"add_bos_token": bool(tokenizer.before), "add_eos_token": False}
     return {name: value for name, value in found.items() if value is not None} | added
 
 
-def ends_of_text(tokenizer: Tokenizer) -> list[int]:
+def ends_of_text(tokenizer: Tokenizer, turn_ends: Collection[int]) -> list[int]:
     """The ids that end a text; that which tokenizer_config.json names comes first, for chat
     templates write it, and bos last.
     """
-    said = generation_config(tokenizer)["eos_token_id"]
+    said = generation_config(tokenizer, turn_ends)["eos_token_id"]
     ends = said if isinstance(said, list) else [said]
     if ends == [None] or len(ends) > len(END_KEYS):
         raise ValueError(

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,7 @@ from model import ModelConfig, knob, parameter_count
 from run.machine import versions
 from run.metrics import METRICS_FILE, read_metrics
 from run.optim import stream_dimension
-from text.chat import template_learned
+from text.chat import template_learned, turn_ends_learned
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.tokenizer_export import json_bytes, tokenizer_files
 from text.tokenizer_json import ID_NAMES
@@ -181,12 +181,14 @@ def export_run(run: Path, out: Path, options: ExportOptions) -> None:
     tokenizer = weights.tokenizer()
     tensors = {hf_name(name): tensor for name, tensor in llama_tensors(weights).items()}
     config = replace(weights.config, block_size=weights.context)
+    turn_ends = turn_ends_learned(tokenizer, weights.data)
     with new_folder(out) as folder:
         write_safetensors(folder, tensors, options)
-        about = config_to_hf(config, tokenizer, options.dtype)
+        about = config_to_hf(config, tokenizer, options.dtype, turn_ends)
+        generation = generation_config(tokenizer, turn_ends)
         files = tokenizer_files(tokenizer, template_learned(tokenizer, weights.data)) | {
             "config.json": json_bytes(about, indent=2),
-            "generation_config.json": json_bytes(generation_config(tokenizer), indent=2),
+            "generation_config.json": json_bytes(generation, indent=2),
             "README.md": model_card(weights, config, tokenizer, options).encode(),
         }
         for name, content in files.items():
@@ -286,8 +288,11 @@ def centred(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
 # The files of the exported folder
 
 
-def config_to_hf(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+def config_to_hf(
+    config: ModelConfig, tokenizer: Tokenizer, dtype: str, turn_ends: Collection[int] = ()
+) -> dict[str, Any]:
     """config.json, as both transformers 4 and 5 and llama.cpp's converter read it."""
+    generation = generation_config(tokenizer, turn_ends)
     family = ("Qwen3ForCausalLM", "qwen3") if config.qk_norm else ("LlamaForCausalLM", "llama")
     scaling = None
     if config.rope_scaling == "llama3":
@@ -317,12 +322,13 @@ def config_to_hf(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[
         "mlp_bias": False,
         "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": dtype,
-    } | {name: i for name, i in generation_config(tokenizer).items() if name in ID_NAMES}
+    } | {name: i for name, i in generation.items() if name in ID_NAMES}
 
 
-def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+def generation_config(tokenizer: Tokenizer, turn_ends: Collection[int] = ()) -> dict[str, Any]:
     """What a Hugging Face folder said with which the run began, so that programs draw and stop as
     they did there; and the ids of bos and eos. With several eos, a text ends at any of them.
+    `turn_ends`, with which the model ends an answer, are among the eos, too.
 
     If there is no bos or eos, the id is null: a file that leaves it out would mean 1 or 2.
     """
@@ -330,7 +336,10 @@ def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     if tokenizer.config or tokenizer.generation:  # there a bos is no end, unless it says so
         ends = ends - {tokenizer.bos_id} or ends
     eos = sorted(ends) if len(ends) > 1 else next(iter(ends), None)
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos} | tokenizer.generation
+    made = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos} | tokenizer.generation
+    if not ends.issuperset(turn_ends):
+        made["eos_token_id"] = sorted(ends.union(turn_ends))
+    return made
 
 
 def write_safetensors(folder: Path, tensors: dict[str, Tensor], options: ExportOptions) -> None:

@@ -331,7 +331,8 @@ def refuse_other_tokenizer(folder: Path, data: Data) -> None:
 
 def check_data(config: Config, data: Data, start: Weights | None) -> None:
     """ValueError if the data have another tokenizer than the weights of init_from, more tokens
-    than vocab_size, a split that is shorter than one window, or no answer to evaluate."""
+    than vocab_size, a split that is shorter than one window, or no answer to evaluate; or if
+    answers_only is set for texts, which have none."""
     if start is not None and start.data["tokenizer_sha256"] != data.fingerprint["tokenizer_sha256"]:
         place = shell_path(start.folder)
         raise ValueError(
@@ -344,6 +345,11 @@ def check_data(config: Config, data: Data, start: Weights | None) -> None:
         raise ValueError(
             f"vocab_size={wanted} is below the {tokens} tokens of {data.folder}: "
             f"leave it 0 (automatic) or choose a larger one"
+        )
+    if not config.answers_only and not any(source.answers for source in data.sources):
+        raise ValueError(
+            f"answers_only=false has no effect: {data.place} holds texts, and no conversations "
+            f"with answers: leave it out"
         )
     T = config.model.block_size
     for source in data.sources:
@@ -481,6 +487,11 @@ def find_trunk(config: Config) -> dict[str, Any]:
         raise ValueError(
             f"branch={config.branch} is a run of adapters, which names its weights by their place "
             f"beside it: branch a run that trains all weights"
+        )
+    if 0 < config.max_iters <= saved["step"]:
+        raise ValueError(
+            f"branch={config.branch} has done {saved['step']} steps, and max_iters="
+            f"{config.max_iters} counts them, too: set a larger one, or name an earlier checkpoint"
         )
     print(f"branching off at step {saved['step']} of {place.parent}")
     begun = {"best_val_loss": math.inf, "damaged": {}, "folder": place.parent}

@@ -71,12 +71,13 @@ def test_a_branch_that_stopped_goes_on_by_itself_when_the_trunk_is_gone(start, t
         ("{}/none", "none does not exist: name a checkpoint of a run, or its folder"),
         ("{}/trunk/best.pt", "best.pt has no optimizer state"),
         ("{}/empty", "no sound checkpoint in"),
+        ("{}/trunk", "has done 8 steps, and max_iters=8 counts them, too: set a larger one"),
     ],
 )
 def test_what_no_training_can_go_on_from_is_refused(start, tmp_path, branch, said):
     trunk(start)
     (tmp_path / "empty").mkdir()
-    code, _, err = start(f"branch={branch.format(tmp_path)}", out="other")
+    code, _, err = start("max_iters=8", f"branch={branch.format(tmp_path)}", out="other")
     assert code == 2 and said in err and err.count("\n") == 1
     assert not list((tmp_path / "other").glob("ckpt*"))
 

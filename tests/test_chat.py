@@ -10,7 +10,7 @@ import torch
 from gguf import GGUFReader
 from test_tokenizer import BYTE_LEVEL, LLAMA, NAMES, save_hugging_face
 from test_weights import save_hf
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 import sample
 import text.chat
@@ -223,9 +223,14 @@ def test_a_prompt_and_its_completion_are_a_message_and_an_answer():
         ({"messages": []}, "its messages are [], not a list of messages"),
         ({"messages": "hi"}, "its messages are 'hi', not a list"),
         ({"messages": [3]}, "message 1 is 3, not an object with role and content"),
-        ({"messages": [TALK[0], {"role": "assistant"}]}, "message 2: its content is None"),
+        ({"messages": [TALK[0], {"role": "assistant"}]}, "message 2 has 'role', but no 'content'"),
+        (
+            {"messages": [{"from": "a", "value": ""}]},
+            "message 1 has 'from', 'value', but no 'role'",
+        ),
+        ({"messages": [{}]}, "message 1 is {}, not an object with role and content"),
         ({"messages": [{"role": 1, "content": ""}]}, "message 1: its role is 1, not a text"),
-        ({"messages": TALK[:1]}, "no message has the role 'assistant'"),
+        ({"messages": TALK[:1]}, "its roles are 'user', and none is 'assistant', whose words"),
         ({"messages": TALK[1:]}, "its first message is the assistant's"),
         ({"prompt": "a", "completion": None}, "message 2: its content is None, not a text"),
         (
@@ -242,6 +247,22 @@ def test_rows_that_are_no_conversations_say_why(tmp_path, capsys, row, said):
         prepare([str(tmp_path / "talks.jsonl")], tmp_path / "set", "byte")
     assert f"talks.jsonl: line 2: {said}" in str(raised.value) and "\n" not in str(raised.value)
     assert not (tmp_path / "set").exists()
+
+
+def test_conversations_may_stand_in_any_kind_of_rows(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow reads parquet")
+    from pyarrow import parquet
+
+    rows = [{"messages": TALK}, {"messages": [SYSTEM, *TALK]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.json", "a.parquet"):
+        pieces = open_corpus([str(tmp_path / name)]).pieces()
+        assert [piece.messages for piece in pieces] == [row["messages"] for row in rows]
+    (tmp_path / "b.csv").write_text("prompt,completion\nHi,Hello\nBye,Goodbye\n")
+    first = next(open_corpus([str(tmp_path / "b.csv")]).pieces()).messages
+    assert first == conversation_in({"prompt": "Hi", "completion": "Hello"})
 
 
 def test_texts_beside_conversations_are_refused(tmp_path):
@@ -366,6 +387,11 @@ def test_all_tokens_can_count_in_training_and_answers_alone_in_evaluation(chats,
     assert torch.equal(*evaluated) and (evaluated[0] == IGNORED).any()
 
 
+def test_texts_have_no_answers_to_count_alone(start):
+    code, _, err = start("answers_only=false")
+    assert code == 2 and "words holds texts, and no conversations with answers: leave it out" in err
+
+
 def test_a_run_on_conversations_is_exact_after_a_resume_and_evaluates_answers(
     start, tmp_path, chats, capsys
 ):
@@ -475,7 +501,8 @@ def test_an_answer_ends_with_what_the_template_puts_behind_it(family, end, tmp_p
 # In and out
 
 
-def test_a_chat_model_is_tuned_exported_and_read_by_transformers(tmp_path, chats, capsys):
+def test_a_chat_model_is_tuned_exported_and_read_by_transformers(tmp_path, chats, monkeypatch):
+    monkeypatch.setattr("run.setup.DATA", tmp_path)  # where the talks are prepared
     source, out, exported = tmp_path / "theirs", tmp_path / "tuned", tmp_path / "exported"
     save_hf(source, vocab_size=640)
     save_tokenizer(source, BYTE_LEVEL, marked("chatml"))
@@ -486,6 +513,14 @@ def test_a_chat_model_is_tuned_exported_and_read_by_transformers(tmp_path, chats
     assert hf.main(["export", str(out), str(exported)]) == 0
     theirs, before = (AutoTokenizer.from_pretrained(place) for place in (exported, source))
     assert theirs.chat_template == before.chat_template
+    # The folder named only </s>; without the end of a turn, others would let the model speak on.
+    end, eos = (theirs.convert_tokens_to_ids(name) for name in ("<|im_end|>", "</s>"))
+    assert GenerationConfig.from_pretrained(source).eos_token_id == eos
+    assert GenerationConfig.from_pretrained(exported).eos_token_id == sorted([eos, end])
+    assert gguf.main([str(out), str(tmp_path / "x.gguf")]) == 0
+    fields = GGUFReader(tmp_path / "x.gguf").fields
+    ends = [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot")]
+    assert ends == [eos, end]
     asked = theirs.apply_chat_template(TALK[:3], add_generation_prompt=True)["input_ids"]
     with Chat(load_tokenizer(out)) as chat:
         chat.messages += TALK[:2]

@@ -62,6 +62,13 @@ def test_shares_that_are_none_are_refused(word, said):
         read_shares(word)
 
 
+@pytest.mark.parametrize("word", ["code:0.7,books", "code,books", "code:-1,books:2", "a:x,b:1"])
+def test_what_is_almost_a_mixture_is_told_how_one_is_written(start, word):
+    code, _, err = start(f"dataset={word}")
+    assert code == 2 and err.count("\n") == 1
+    assert "each of its data sets a share above 0, as in dataset=code:0.7,books:0.3" in err
+
+
 def test_the_rows_of_a_cycle_are_the_shares():
     assert share_rows({"a": 0.7, "b": 0.3}) == (700, 300)
     assert share_rows({"a": 1, "b": 1, "c": 1}) == (334, 333, 333)
@@ -141,6 +148,17 @@ def test_a_mixture_resumes_exactly_and_says_if_it_is_another_one(start, tmp_path
     assert all(torch.equal(w, parts["model"][n]) for n, w in whole["model"].items())
     code, _, err = start(f"dataset={folder}/a:0.5,{folder}/b:0.5", *again, out="parts")
     assert code == 2 and "leave dataset as it was" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("order", [("a", "talks"), ("talks", "a")])
+def test_a_mixture_has_answers_if_any_of_its_sources_has_some(folder, order):
+    row = json.dumps({"prompt": "What is it?", "completion": "A word."}) + "\n"
+    (folder / "talks.jsonl").write_text(row * 20)
+    if not (folder / "talks").exists():
+        prepare([str(folder / "talks.jsonl")], folder / "talks", "byte")
+    mixed = mixture(folder, dict.fromkeys(order, 1.0)).fingerprint
+    assert mixed["answers"] is True  # so an export takes the chat template along
+    assert "answers" not in mixture(folder, {"a": 1.0, "b": 1.0}).fingerprint
 
 
 def test_two_tokenizers_are_refused_with_the_way_out(start, folder):

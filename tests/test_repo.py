@@ -355,6 +355,7 @@ def test_readme_commands_run_one_after_the_other(
             few = {k: v for k, v in FEW.items() if k in knobs or k not in LEFT_OUT[command]}
             told = ("resume", "dataset")
             knobs |= few | {k: knobs[k] for k in told if k in knobs and "." in knobs[k]}
+            knobs |= {"max_iters": 3} if "branch" in knobs else {}  # more than the trunk has done
         elif command == "sample.py":
             knobs |= {"eval_iters": 2} if "eval" in knobs else {"max_new_tokens": 3}
         words = [*places, *(f"{k}={v}" for k, v in knobs.items())]

@@ -35,7 +35,7 @@ def bad_file(path, content, match):
         ("{}", " is an empty object"),
         ("[1]", r" is not a JSON object .it is \[1\].: mend or drop it"),
         ("3", " is not a JSON object .it is 3.: mend or drop it"),
-        ("{", " is not a JSON object .Expecting"),
+        ('{"a"', " is not a JSON object .Expecting ':' delimiter, at character 5.: mend"),
         ("\udcff", " is not a JSON object .*can't decode byte"),
         ("[" * 100_000, " is not a JSON object .*recursion"),
         ('{"text": 3}', " has 3 as its 'text', not a string: mend or drop it"),
@@ -43,7 +43,7 @@ def bad_file(path, content, match):
         ('{"text": "\\ud800"}', " has half a surrogate pair in its 'text'"),
         (
             '{"id": 1, "body": ""}',
-            " has 'id', 'body', but no 'text': .* data/prepare.py .*r.jsonl ",
+            " has 'id', 'body', but no 'text': .* data/prepare.py .*r.jsonl .* has 'messages', or",
         ),
     ],
 )

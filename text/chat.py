@@ -121,6 +121,16 @@ def template_learned(tokenizer: Tokenizer, data: dict[str, Any]) -> str | None:
     return plain_template(tokenizer) if data.get("answers") and not own else own
 
 
+def turn_ends_learned(tokenizer: Tokenizer, data: dict[str, Any]) -> set[int]:
+    """The ids by which the model ends an answer, if it was trained on conversations. An export
+    names them, because the tokenizer's files may name only what ends a text, and then a program
+    that reads these files would let the model speak on. `data` as in template_learned."""
+    if not data.get("answers"):
+        return set()
+    with template_of(tokenizer) as template:
+        return end_of_turn(tokenizer, template)
+
+
 def template_source(tokenizer: Tokenizer) -> str | None:
     """The chat template that came with a tokenizer: the only one, or that of the name default."""
     said = tokenizer.config.get("chat_template")

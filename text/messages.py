@@ -28,7 +28,10 @@ def conversation_in(row: dict[str, Any]) -> Messages:
         check_message(message, number)
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise ValueError("no message has the role 'assistant', whose words alone are learned")
+        found = ", ".join(map(repr, dict.fromkeys(roles)))
+        raise ValueError(
+            f"its roles are {found:.60}, and none is 'assistant', whose words alone are learned"
+        )
     if roles[0] == "assistant":
         raise ValueError("its first message is the assistant's: an answer follows a message")
     return messages
@@ -41,11 +44,14 @@ def turn(role: str, said: Any) -> Messages:
 
 def check_message(message: Any, number: int) -> None:
     where = f"message {number}"
-    if not isinstance(message, dict):
+    if not isinstance(message, dict) or not message:
         raise ValueError(f"{where} is {message!r:.60}, not an object with role and content")
     for name in ("role", "content"):
-        if not isinstance(message.get(name), str):
-            raise ValueError(f"{where}: its {name} is {message.get(name)!r:.60}, not a text")
+        if name not in message:
+            found = ", ".join(map(repr, message))
+            raise ValueError(f"{where} has {found:.200}, but no {name!r}")
+        if not isinstance(message[name], str):
+            raise ValueError(f"{where}: its {name} is {message[name]!r:.60}, not a text")
     try:
         message["content"].encode()
     except UnicodeEncodeError:
