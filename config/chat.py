@@ -27,3 +27,4 @@ weight_decay = 0.0  # nothing shall pull the weights towards zero, away from whe
 eval_interval = 50
 save_interval = 150
 log_interval = 10
+sample_tokens = 0  # a sample would continue a text; python sample.py out/chat chat=true talks

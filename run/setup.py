@@ -308,12 +308,12 @@ def refuse_other_data(saved: dict[str, Any], data: Data) -> None:
     name, place = before.get("name"), data.place
     if name == data.name:
         raise ValueError(
-            f"this is not the run in out_dir: {place} does not hold the data any more with "
-            f"which the run in {run} was begun: put them back, or name another out_dir"
+            f"this is not the run of the checkpoint: {place} does not hold the data any more with "
+            f"which the run in {run} was begun: put them back, or begin another run"
         )
     raise ValueError(
-        f"this is not the run in out_dir: {place} does not hold the data of {name}, with "
-        f"which the run in {run} was begun: leave dataset as it was, or name another out_dir"
+        f"this is not the run of the checkpoint: {place} does not hold the data of {name}, with "
+        f"which the run in {run} was begun: leave dataset as it was, or begin another run"
     )
 
 

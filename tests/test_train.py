@@ -522,7 +522,7 @@ def test_a_resume_on_changed_data_is_refused(start, data_folder, tmp_path):
     (tmp_path / "words.txt").write_text((data_folder / "words.txt").read_text()[:-1] + "h")
     prepare([str(tmp_path / "words.txt")], tmp_path / "words", tokenizer="char")
     code, _, err = start("resume=yes", "max_iters=8", f"dataset={tmp_path / 'words'}")
-    assert code == 2 and "this is not the run in out_dir: " in err
+    assert code == 2 and "this is not the run of the checkpoint: " in err
     assert f"{tmp_path / 'words'} does not hold the data any more with which" in err
 
 
@@ -1149,7 +1149,7 @@ def test_data_under_another_name_are_found_and_another_text_is_refused(
     with pytest.raises(SystemExit):
         train.main([str(tmp_path / "run"), "dataset=./other.txt"])
     err = capsys.readouterr().err
-    assert "error: this is not the run in out_dir: " in err
+    assert "error: this is not the run of the checkpoint: " in err
     assert f"does not hold the data of {made.name}, with which" in err
     begun_with_text.unlink()
     assert train.main([str(tmp_path / "run")]) == 0

@@ -584,8 +584,8 @@ def compare_with_run(
     refused, allowed = differences(state, config, data)
     if refused:
         raise ValueError(
-            f"this is not the run in out_dir: {'; '.join(refused)} (put them back, or name "
-            f"another out_dir)"
+            f"this is not the run of the checkpoint: {'; '.join(refused)} (put them "
+            f"back, or begin another run: in another out_dir, without branch)"
         )
     return allowed
 
