@@ -5,7 +5,6 @@ hold the text.
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -45,10 +44,10 @@ def without_output(report: Report, tries: int, folder: Path) -> None:
     train_child(folder / "done", max_iters=12)
     for end in ENDS:
         place = folder / end.replace(" ", "_")
-        house = house_in(place)
+        place.mkdir()
         (place / "t\xe9\u4e2dxt.txt").write_text(TEXT, encoding="utf-8")
         for words, work in islice(PROGRAMS, max(1, tries // len(ENDS))):
-            code, errors = run_without(end, house, words_of(words, place))
+            code, errors = run_without(end, place, words_of(words, place))
             wanted = 2 if "nothing" in words else int(end == "full")
             failure = ""
             if "Traceback" in errors or "Exception ignored" in errors:
@@ -62,35 +61,27 @@ def without_output(report: Report, tries: int, folder: Path) -> None:
             report.count(f"{words}, {end}", failure)
 
 
-def house_in(place: Path) -> Path:
-    """A copy of the programs in `place`, whose data sets are its own."""
-    place.mkdir()
-    for name in ("config", "data", "weights", "run", "lab", "exchange"):
-        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for folder in (place / name).glob("*/"):  # data sets
-            shutil.rmtree(folder)
-    for name in ("train.py", "sample.py", "model.py", "norm.py"):
-        shutil.copy(ROOT / name, place)
-    return place
-
-
 def words_of(text: str, place: Path) -> list[str]:
+    """The words of one of PROGRAMS for a shell whose current folder is `place`."""
     own = {"TEXT": ["t\xe9\u4e2dxt.txt", "name=text"], "DONE": [str(place.parent / "done")]}
     own["RUN"] = command(Path("new"), max_iters=12, sample_tokens=5)
-    words = [part for word in text.split() for part in own.get(word, [word])]
+    program, *others = text.split()
+    words = [program if program == "-m" else str(ROOT / program)]
+    words += [part for word in others for part in own.get(word, [word])]
     dataset = next(word for word in own["RUN"] if word.startswith("dataset="))
     return [dataset if word == "dataset=WORDS" else word for word in words]
 
 
-def run_without(end: str, house: Path, words: list[str]) -> tuple[int, str]:
-    """(exit code, what came on stderr) of a program whose output ends so."""
-    variables = {"OMP_NUM_THREADS": "1"}
+def run_without(end: str, place: Path, words: list[str]) -> tuple[int, str]:
+    """(exit code, what came on stderr) of a program in the folder `place`, whose output ends so."""
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    variables["ROOTLLAMA_DATA"] = str(place / "data")
     if end in ("ascii", "cp1252"):
         variables["PYTHONIOENCODING"] = end
     with open("/dev/full", "w") as full:
         process = subprocess.Popen(
             [sys.executable, *words],
-            cwd=house,
+            cwd=place,
             env=os.environ | variables,
             stdin=subprocess.DEVNULL,
             stdout=full if end == "full" else subprocess.PIPE,
