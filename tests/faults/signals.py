@@ -381,21 +381,19 @@ def stopped_prepare(report: Report, tries: int, folder: Path) -> None:
     """At any moment after it has made its first file, with a tokenizer that is trained and with one
     that is not. There must be a whole data set or none."""
     slowest, took = 0.0, {}
-    data_sets = folder / "code" / "data"  # the script makes its data sets beside itself
-    data_sets.mkdir(parents=True)
-    for path in (ROOT / "data").glob("*.py"):
-        shutil.copy(path, data_sets)
-    shutil.copytree(ROOT / "config", data_sets.parent / "config")
+    data_sets = folder / "data"
+    data_sets.mkdir()
     text, pick = folder / "text.txt", random.Random(0)
     text.write_text("".join(pick.choices(("the cat ", "sat on ", "a mat.\n"), k=100_000)))
     for i in range(tries):
         number, tokenizer = SIGNALS[i % 2], ("byte", "sentencepiece")[i // 2 % 2]
-        script = [sys.executable, data_sets / "prepare.py", text, f"tokenizer={tokenizer}"]
+        script = [sys.executable, ROOT / "data" / "prepare.py", text, f"tokenizer={tokenizer}"]
         if tokenizer == "sentencepiece":
             script.append("vocab_size=280")
         if tokenizer not in took:
             begin = time.monotonic()
-            subprocess.run([*script, "name=whole"], check=True, capture_output=True)
+            there = os.environ | {"ROOTLLAMA_DATA": str(data_sets)}
+            subprocess.run([*script, "name=whole"], env=there, check=True, capture_output=True)
             took[tokenizer] = time.monotonic() - begin
             shutil.rmtree(data_sets / "whole")
         delay = spread(i, tries, took[tokenizer])
@@ -411,7 +409,11 @@ def stop_prepare(script: list, data_sets: Path, number: int, delay: float) -> tu
     printed, made = data_sets.parent / "printed", data_sets / "words"
     with open(printed, "w") as log:
         process = subprocess.Popen(
-            [*script, "name=words"], stdout=log, stderr=log, start_new_session=True
+            [*script, "name=words"],
+            env=os.environ | {"ROOTLLAMA_DATA": str(data_sets)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     while process.poll() is None and not list(data_sets.glob("*words*")):
         time.sleep(0.002)
