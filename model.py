@@ -232,11 +232,13 @@ def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
     Channels i and i + D/2 are a pair, as in Hugging Face, so both halves of D have the same angles.
     In sin the sign of the first half is turned already.
     """
-    with torch.device("cpu"):  # on meta, to count would import PyTorch's compiler, for two seconds
+    device = torch.get_default_device()
+    with torch.device("cpu"):  # on meta, some of this would import PyTorch's compiler: two seconds
         positions = torch.arange(config.block_size, dtype=torch.float32)
         angles = torch.outer(positions, rope_frequencies(config))  # [block_size, D/2]
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return cos.to(device), sin.to(device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
