@@ -517,6 +517,7 @@ class Decoder(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.stream_dtype = None
+        # nn.Embedding(V, C) would draw numbers, and `initialise` or a checkpoint brings its own.
         self.embed = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)
         learned = NORMS[config.norm].scales_embedding
         scaled = learned or config.embed_scale == "sqrt"

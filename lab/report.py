@@ -379,8 +379,8 @@ def seeds_section(study: Study) -> str:
 
 
 def quantized_section(study: Study) -> str:
-    """For each kind every arm: what rounding adds to its loss, and to its less the reference's. ''
-    if no kind was asked for."""
+    """For each kind and arm: what rounding adds to its loss, and how much more than to the loss of
+    the reference. '' if no kind was asked for."""
     if not study.kinds:
         return ""
     head = ["quantised", "arm", "val loss, mean", "added", "95% CI"]

@@ -237,7 +237,7 @@ class AdamW(Optimizer):
                 [p.grad for p in parameters],
                 [state["exp_avg"] for state in kept],
                 [state["exp_avg_sq"] for state in kept],
-                [],
+                [],  # what AMSGrad would keep
                 [state["step"] for state in kept],
                 fused=True,
                 amsgrad=False,
