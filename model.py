@@ -171,6 +171,11 @@ class ModelConfig:
         problems = []
         if problem := norm_problem(self.norm, self.norm_impl):
             problems.append(problem)
+        if NORMS[self.norm].fades_from and self.norm_pos != "pre":
+            problems.append(
+                f"norm={self.norm} is for norm_pos=pre, whose last norm stays when those of the "
+                f"Blocks are faded out, got norm_pos={self.norm_pos}"
+            )
         if self.norm == "none" and (self.norm_pos != "pre" or self.qk_norm):
             problems.append("norm=none has nothing to place: leave norm_pos=pre and qk_norm=false")
         if self.embed_scale == "sqrt" and NORMS[self.norm].scales_embedding:
@@ -199,9 +204,15 @@ class ModelConfig:
         gated = self.n_hidden or -(-int(8 * self.n_embd / 3) // 256) * 256
         return gated * 3 // 2 if self.ffn in UNGATED else gated
 
-    def norm_for(self, width: int) -> Norm:
+    @property
+    def lasting_norm(self) -> str:
+        """The kind of the norms that are never faded out: those of the heads, and the last one."""
+        return NORMS[self.norm].fades_from or self.norm
+
+    def norm_for(self, width: int, lasting: bool = False) -> Norm:
         """One of this model's norms, over `width` channels."""
-        return Norm(self.norm, width, self.norm_eps, self.norm_impl, self.prms_p, self.norm_alpha)
+        kind = self.lasting_norm if lasting else self.norm
+        return Norm(kind, width, self.norm_eps, self.norm_impl, self.prms_p, self.norm_alpha)
 
 
 # -- Rotary positions (RoPE) -----------------------------------------------------------------------
@@ -274,8 +285,8 @@ class Attention(nn.Module):
         self.k = linear(C, self.kv_heads * D)
         self.v = linear(C, self.kv_heads * D)
         self.out = linear(self.heads * D, C)
-        self.q_norm = config.norm_for(D) if config.qk_norm else nn.Identity()
-        self.k_norm = config.norm_for(D) if config.qk_norm else nn.Identity()
+        self.q_norm = config.norm_for(D, lasting=True) if config.qk_norm else nn.Identity()
+        self.k_norm = config.norm_for(D, lasting=True) if config.qk_norm else nn.Identity()
 
     def queries_and_keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, T, C] -> q [B, H, T, D] and k [B, K, T, D], after their norm and rotated."""
@@ -524,7 +535,8 @@ class Decoder(nn.Module):
         self.embed_scale = Scale(math.sqrt(C), learned) if scaled else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = config.norm_for(C) if config.norm_pos in FINAL_NORM else nn.Identity()
+        has_last = config.norm_pos in FINAL_NORM
+        self.norm = config.norm_for(C, lasting=True) if has_last else nn.Identity()
         self.head = None if config.tie_embeddings else linear(C, V)
         cos, sin = rope_table(config)
         self.register_buffer("cos", cos, persistent=False)
@@ -643,16 +655,16 @@ def initial_deviations(config: ModelConfig) -> dict[str, float]:
 def parameter_count(config: ModelConfig) -> int:
     """How many parameters Decoder(config) has, without building it."""
     C, D, V = config.n_embd, config.head_size, config.vocab_size
-    norm = NORMS[config.norm]
+    norm, lasting = NORMS[config.norm], NORMS[config.lasting_norm]
     attention = C * D * 2 * (config.n_head + config.kv_heads)  # q, k, v, out
     if config.qk_norm:
-        attention += 2 * norm.size(D)
+        attention += 2 * lasting.size(D)
     feed_forward = C * config.hidden_size * (2 if config.ffn in UNGATED else 3)
     norms = norm.size(C) * {"sandwich": 4, "final": 0}.get(config.norm_pos, 2)
     count = config.n_layer * (attention + feed_forward + norms)
     count += V * C * (1 if config.tie_embeddings else 2)  # embed, head
     if config.norm_pos in FINAL_NORM:
-        count += norm.size(C)
+        count += lasting.size(C)
     if norm.scales_embedding:
         count += 1
     return count

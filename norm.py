@@ -134,6 +134,27 @@ def derf(x: Tensor, gain: Tensor, bias: Tensor, alpha: Tensor, shift: Tensor) ->
     return (torch.erf(alpha * at_least_fp32(x) + shift) * gain + bias).to(x.dtype)
 
 
+def tapernorm(
+    x: Tensor, gain: Tensor, log_scale: Tensor, eps: float, gate: Tensor | float = 1.0
+) -> Tensor:
+    """(gate / sqrt(mean(x^2) + eps) + (1 - gate) e^log_scale) x * gain: RMSNorm that is faded out.
+
+    Kanavalau et al. 2026, arXiv 2602.10408. gain [C], log_scale [1]. While the model trains, `gate`
+    falls from 1 to 0 (run/taper.py), and what is left is one factor for each channel. Its authors
+    give the second branch a gain of its own, which begins as a copy; here both share one.
+    """
+    wide = at_least_fp32(x)
+    factor = gate * inverse_rms(wide, eps) + (1 - gate) * log_scale.exp()  # [..., 1]
+    return (wide * factor * gain).to(x.dtype)
+
+
+def gate_at(step: int, start: int, end: int) -> float:
+    """The gate of tapernorm after `step` steps: 1 until `start`, 0 from `end` on, and half a cosine
+    between them."""
+    done = min(1.0, max(0.0, (step - start) / max(1, end - start)))
+    return (1 + math.cos(math.pi * done)) / 2
+
+
 def no_norm(x: Tensor) -> Tensor:
     """x: no norm. The control that shows what a norm costs and whether it is needed."""
     return x
@@ -181,9 +202,10 @@ class NormEntry:
     """All that the rest of the repository needs to know of a norm.
 
     `eager` and `fused` (None: there is no kernel) take x, then the parameters `channels` and
-    `scalars`, then the `constants`, each by its name. A norm without an eps has no statistics, so
-    it does not bring the residual stream to a known scale. A parameter that is called gain may be
-    decayed (gain_decay), no other one; none may be called weight, as matrices are.
+    `scalars`, then the `constants`, each by its name; and if it fades, `gate`. A norm without an
+    eps has no statistics, so it does not bring the residual stream to a known scale. A parameter
+    that is called gain may be decayed (gain_decay), no other one; none may be called weight, as
+    matrices are.
     """
 
     words: str  # the first line of eager's docstring, which python -OO removes
@@ -193,6 +215,7 @@ class NormEntry:
     scalars: dict[str, float] = field(default_factory=dict)  # [1] each -> where it starts
     constants: tuple[str, ...] = ("eps",)
     scales_embedding: bool = False  # by a learned factor, which begins at sqrt(C)
+    fades_from: str = ""  # the norm that it is at first; qk_norm and the last norm stay this one
 
     @property
     def start(self) -> dict[str, float]:
@@ -265,6 +288,14 @@ NORMS = {
         scalars={"alpha": 0.5, "shift": 0.0},
         constants=(),
         scales_embedding=True,
+    ),
+    "tapernorm": NormEntry(
+        "(gate / sqrt(mean(x^2) + eps) + (1 - gate) e^log_scale) x * gain: RMSNorm that is faded "
+        "out.",
+        tapernorm,
+        channels={"gain": 1.0},
+        scalars={"log_scale": 0.0},
+        fades_from="rmsnorm",
     ),
     "none": NormEntry(
         "x: no norm. The control that shows what a norm costs and whether it is needed.",
@@ -346,15 +377,24 @@ class Norm(nn.Module):
         for name in self.start:
             size = width if name in entry.channels else 1
             self.register_parameter(name, nn.Parameter(torch.empty(size)))
+        if entry.fades_from:
+            self.register_buffer("gate", torch.empty(1), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         for name, value in self.start.items():
             nn.init.constant_(getattr(self, name), value)
+        for gate in self._buffers.values():
+            gate.fill_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return self.function(x, **self._parameters, **self.constants)
+            return self.function(x, **self._parameters, **self._buffers, **self.constants)
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, (self.kind, self.width, *self.constants.values())))
+
+
+def fading_norms(model: nn.Module) -> list[Norm]:
+    """Those norms inside the model that have a gate."""
+    return [m for m in model.modules() if isinstance(m, Norm) and m._buffers]

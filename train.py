@@ -45,6 +45,7 @@ from run.optim import check_finite, spike_threshold, with_norm
 from run.ranks import exit_with, join
 from run.setup import Run, read_config, set_up, undone
 from run.signals import Interrupts
+from run.taper import taper
 from run.watch import observe_next_batch
 from sample import print_safely, sample_of
 from weights.lock import Lock
@@ -126,6 +127,7 @@ def train(run: Run, tracker: Tracker | None) -> int:
     with Interrupts(run.ranks) as interrupts, Log(run, tracker, interrupts) as log:
         try:
             while True:
+                taper(run)  # nothing unless norm=tapernorm
                 at_end = run.step >= config.max_iters
 
                 evaluation_due = at_end or is_due(run.step, config.eval_interval)

@@ -38,6 +38,10 @@ class OptimizerKnobs:
     )
     warmup_iters: int = knob(100, "first steps, in which the learning rate grows linearly")
     decay_fraction: float = knob(0.2, "lr_schedule=wsd: share of max_iters spent falling")
+    taper_start: int = knob(0, "tapernorm: steps before the norms of the Blocks begin to fade")
+    taper_end: int = knob(
+        0, "tapernorm: steps after which fixed factors are left of them; at most max_iters"
+    )
     embed_lr: float = knob(
         1.0, "learning rate of embedding and output head, as a multiple of learning_rate"
     )
@@ -192,6 +196,7 @@ BOUNDS = (  # a bound in words, as a test, and the knobs that it holds for
     ("0 or more", lambda v: v >= 0, "eval_interval eval_iters save_interval keep_every"),
     ("0 or more", lambda v: v >= 0, "max_iters minutes micro_batch_size lora_rank"),
     ("0 or more", lambda v: v >= 0, "sample_tokens sample_interval profile"),
+    ("0 or more", lambda v: v >= 0, "taper_start taper_end"),
     ("above 0", lambda v: v > 0, "learning_rate embed_lr lora_alpha"),
     ("in [0, 1)", lambda v: 0 <= v < 1, "beta1 beta2 muon_momentum"),
     ("in (0, 1]", lambda v: 0 < v <= 1, "decay_fraction"),
@@ -222,6 +227,7 @@ NEEDS = (
     ("minutes", "max_iters=0", lambda k: k["max_iters"] == 0),
     ("muon_momentum", "optimizer=muon", lambda k: k["optimizer"] == "muon"),
     ("min_lr", "a falling lr_schedule", lambda k: k["lr_schedule"] != "constant"),
+    ("taper_start taper_end", "norm=tapernorm", lambda k: NORMS[k["norm"]].fades_from),
     ("decay_fraction", "lr_schedule=wsd", lambda k: k["lr_schedule"] == "wsd"),
     ("lora_alpha", "lora_rank above 0", lambda k: k["lora_rank"] > 0),
     ("gain_decay", "a norm with a gain", lambda k: "gain" in NORMS[k["norm"]].start),
@@ -282,6 +288,8 @@ class Config(OptimizerKnobs, DataKnobs, RunKnobs, MachineKnobs):
             problems.append(
                 f"warmup_iters={self.warmup_iters} must not be above max_iters={self.max_iters}"
             )
+        if NORMS[self.model.norm].fades_from:
+            problems += self._taper_problems()
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             near = max(m for m in range(1, self.micro_batch_size) if self.batch_size % m == 0)
             problems.append(
@@ -316,6 +324,22 @@ class Config(OptimizerKnobs, DataKnobs, RunKnobs, MachineKnobs):
                 f"centred_writers=true is for a stream that no norm writes into: with "
                 f"norm_pos={self.model.norm_pos} gains would bring the mean back, so use "
                 f"norm_pos=pre, lns or final"
+            )
+        return problems
+
+    def _taper_problems(self) -> list[str]:
+        problems, norm, end = [], self.model.norm, self.taper_end
+        if not 0 < self.taper_start < end:
+            problems.append(
+                f"norm={norm} fades between two steps: 0 < taper_start < taper_end, got "
+                f"taper_start={self.taper_start} and taper_end={end}"
+            )
+        if 0 < self.max_iters < end:
+            problems.append(f"taper_end={end} must not be above max_iters={self.max_iters}")
+        if self.init_from:
+            problems.append(
+                f"init_from: the norms of these weights (norm={norm}) have been faded, and would "
+                f"be put back: go on with the run that made them, or begin with other weights"
             )
         return problems
 

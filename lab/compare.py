@@ -793,6 +793,10 @@ class Lab:
             best_rate, warmup = best[0]["learning_rate"], min(steps, config.warmup_iters)
             rate = next(text for text in self.plan.rates if float(text) == best_rate)
             length = {"max_iters": str(steps), "warmup_iters": str(warmup)}
+            if config.taper_end:
+                for name in ("taper_start", "taper_end"):
+                    of_steps = getattr(config, name) * steps / config.max_iters
+                    length[name] = str(max(1, round(of_steps)))
             extra[arm] = [cell_of(self.plan, arm, rate, cell["seed"], **length) for cell in best]
         return extra
 

@@ -37,6 +37,7 @@ CODE_THAT_TRAINS = (
     "run/evaluate.py",
     "run/machine.py",
     "run/ranks.py",
+    "run/taper.py",
     "data/loader.py",
     "data/mixture.py",
     "weights/hf_folder.py",

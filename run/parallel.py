@@ -130,7 +130,8 @@ def wrap(model: Decoder, config: Config, ranks: Ranks) -> nn.Module:
     if config.parallel == "fsdp":
         return model
     ddp = nn.parallel.DistributedDataParallel
-    ddp._set_params_and_buffers_to_ignore_for_model(model, ["cos", "sin"])  # equal on all ranks
+    equal_on_all = [name for name, _ in model.named_buffers()]
+    ddp._set_params_and_buffers_to_ignore_for_model(model, equal_on_all)
     return ddp(model, gradient_as_bucket_view=True)
 
 

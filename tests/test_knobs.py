@@ -50,9 +50,11 @@ KEEPS = (  # sharded does nothing with one rank
     "keep_every=3 sample_prompt=the sample_tokens=3 sample_interval=2 tracker=wandb "
     "profile=2 sharded=false activation_checkpointing=true"
 ).split()
-# test_train.py, test_parallel.py, test_minutes.py, test_branch.py, test_documents.py, test_chat.py
+# test_train.py, test_parallel.py, test_minutes.py, test_branch.py, test_documents.py, test_chat.py,
+# test_taper.py
 ELSEWHERE = (
-    "out_dir device compile parallel minutes branch doc_mask doc_windows answers_only"
+    "out_dir device compile parallel minutes branch doc_mask doc_windows answers_only "
+    "taper_start taper_end"
 ).split()
 
 

@@ -57,6 +57,7 @@ BY_HAND = {  # kind -> (parameters, the first two results)
     "prmsnorm": ([2.0], [2.0, 8 / 3]),  # the first of the four channels judges: its RMS is 3
     "dyt": ([2.0, 0.5], [2 * math.tanh(1.5), 2 * math.tanh(2.0)]),
     "derf": ([2.0, 1.0, 0.5, -1.0], [2 * math.erf(0.5) + 1, 2 * math.erf(1.0) + 1]),
+    "tapernorm": ([2.0, -1.0], [2.4, 3.2]),  # as RMSNorm, until it fades: test_taper.py
     "none": ([], [3.0, 4.0]),
 }
 
@@ -93,7 +94,7 @@ def test_a_new_norm_has_the_constants_of_its_paper(kind):
     norm = Norm(kind, C, EPS, alpha=0.25)
     for name, parameter in norm.named_parameters():
         assert (parameter == (0.25 if name == "alpha" else NORMS[kind].start[name])).all()
-        one = name in ("alpha", "shift") or kind == "ssnorm"
+        one = name in ("alpha", "shift", "log_scale") or kind == "ssnorm"
         assert parameter.numel() == (1 if one else C)
 
 
@@ -102,7 +103,7 @@ def test_a_new_norm_has_the_constants_of_its_paper(kind):
 
 INVARIANT_TO = dict.fromkeys(("layernorm", "layernorm_nobias"), (True, True, True, False, True))
 INVARIANT_TO |= dict.fromkeys(
-    ("rmsnorm", "rmsnorm_noparam", "rmsnorm1p", "ssnorm", "prmsnorm"),
+    ("rmsnorm", "rmsnorm_noparam", "rmsnorm1p", "ssnorm", "prmsnorm", "tapernorm"),
     (True, False, True, False, True),
 )
 INVARIANT_TO |= dict.fromkeys(("dyt", "derf", "none"), (False,) * 5)
@@ -311,7 +312,8 @@ def test_the_norm_and_its_implementation_leave_all_other_weights_alone(kind, imp
     assert all(p.ndim == 2 for p in wanted.values())
     norms = [f"blocks.{i}.{branch}_norm" for i in (0, 1) for branch in ("attn", "ffn")]
     for norm in (*norms, "norm"):
-        for leaf, start in NORMS[kind].start.items():
+        lasting = NORMS[kind].fades_from if norm == "norm" else ""
+        for leaf, start in NORMS[lasting or kind].start.items():
             wanted[f"{norm}.{leaf}"] = torch.tensor(start)
     if kind in ("dyt", "derf"):  # their authors also scale the embedding
         wanted["embed_scale.gain"] = torch.tensor(math.sqrt(SHAPE["n_embd"]))
@@ -354,7 +356,8 @@ def test_the_entry_of_a_norm_is_what_its_functions_take_and_says_what_it_is(kind
     entry = NORMS[kind]
     for function in {entry.eager, entry.fused or entry.eager}:
         arguments = [*inspect.signature(function).parameters]
-        assert arguments == ["x", *entry.start, *entry.constants]
+        gate = ["gate"] if entry.fades_from else []
+        assert arguments == ["x", *entry.start, *entry.constants, *gate]
     assert "weight" not in entry.start
     assert entry.words == entry.eager.__doc__.splitlines()[0]
     assert entry.words.endswith(".")

@@ -34,6 +34,7 @@ ODD = {  # 6 rows of keys: of 4 ranks the last has none, and of the 18 of `out` 
     "optimizer": "muon",
     "centred_writers": True,
 }
+FADE = {"norm": "tapernorm", "taper_start": 1, "taper_end": 3, "micro_batch_size": 1}
 WAYS = [(size, way) for size in (2, 4) for way in ("ddp", "fsdp")]
 
 
@@ -93,7 +94,12 @@ QUICK = [
     (4, "fsdp", ODD),
 ]
 EVERY_WAY = [slow(*way, {"optimizer": name}) for way in WAYS for name in ("adamw", "muon")]
-OTHERS = [slow(2, "ddp", {"micro_batch_size": 1}), slow(4, "ddp", ODD)]
+OTHERS = [
+    slow(2, "ddp", {"micro_batch_size": 1}),
+    slow(4, "ddp", ODD),
+    slow(2, "ddp", FADE),
+    slow(2, "fsdp", FADE),
+]
 
 
 @pytest.mark.parametrize("size, way, knobs", QUICK + EVERY_WAY + OTHERS)

@@ -162,6 +162,21 @@ def test_knobs_are_checked_together():
         ),
         ("centred_writers=true norm_pos=out", "with norm_pos=out gains would bring the mean back"),
         ("centred_writers=true norm_pos=mix", "so use norm_pos=pre, lns or final"),
+        ("taper_end=9", "taper_end=9 has no effect without norm=tapernorm"),
+        ("norm=tapernorm", "0 < taper_start < taper_end, got taper_start=0 and taper_end=0"),
+        ("norm=tapernorm taper_start=5 taper_end=5", "got taper_start=5 and taper_end=5"),
+        (
+            "norm=tapernorm taper_start=5 taper_end=201 max_iters=200",
+            "taper_end=201 must not be above max_iters=200",
+        ),
+        (
+            "norm=tapernorm taper_start=5 taper_end=9 init_from=x",
+            "init_from: the norms of these weights (norm=tapernorm) have been faded",
+        ),
+        (
+            "norm=tapernorm norm_pos=sandwich taper_start=5 taper_end=9",
+            "norm=tapernorm is for norm_pos=pre",
+        ),
         ("lora_rank=999 init_from=x", "lora_rank=999 must be at most n_embd=128"),
     ],
 )

@@ -82,7 +82,10 @@ ARCHITECTURE = tuple(
     name for name in ModelConfig.__dataclass_fields__ if name not in ("dropout", "norm_impl")
 )
 # A run that continues with another value of one of these would be another run.
-FIXED = (*ARCHITECTURE, "lora_rank", "lora_alpha", "batch_size", "seed", "optimizer")
+FIXED = (
+    *ARCHITECTURE,
+    *("lora_rank", "lora_alpha", "batch_size", "seed", "optimizer", "taper_start", "taper_end"),
+)
 NEVER_COMPARED = (
     "out_dir",
     "resume",
@@ -594,12 +597,14 @@ def differences(
     state: dict[str, Any], config: dict[str, Any], data: dict[str, Any]
 ) -> tuple[list[str], list[str]]:
     """A line for each knob, or field of the data, that differs between a checkpoint and a run:
-    (those that make it another run, the others)."""
-    saved, refused, allowed = state["config"], [], []
+    (those that make it another run, the others). A knob that the checkpoint does not have, because
+    it is younger, had its default."""
+    defaults = {name: of.default for name, (_, of) in knobs_of(Config, ModelConfig).items()}
+    saved, refused, allowed = defaults | state["config"], [], []
     for name, now in config.items():
-        if name in NEVER_COMPARED or saved.get(name) == now:
-            continue
         before = saved.get(name)
+        if name in NEVER_COMPARED or before == now:
+            continue
         line = f"{name}: checkpoint={one_line(before):.80}, now={one_line(now):.80}"
         (refused if name in FIXED else allowed).append(line)
     for name, now in data.items():

@@ -21,6 +21,7 @@ from torch import Tensor
 from config.preset import load_json
 from config.schema import Config, knobs_of, parse_knobs
 from model import Decoder, ModelConfig
+from norm import fading_norms, gate_at
 from text.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from weights import checkpoint
 from weights.hf_folder import config_from_hf, is_hf_folder, read_hf
@@ -215,6 +216,9 @@ def load_model(
         weights.config, block_size=max(weights.config.block_size, block_size)
     )
     model = checkpoint.build_model(config, weights.tensors, device)
+    for norm in fading_norms(model):
+        taper = (weights.state["config"].get(name, 0) for name in ("taper_start", "taper_end"))
+        norm.gate.fill_(gate_at(weights.state["step"], *taper))
     return model.eval(), tokenizer, weights.data
 
 
