@@ -78,8 +78,8 @@ def observe(
     NORM_PARAMETER_min, NORM_PARAMETER_mean, NORM_PARAMETER_max, NORM_PARAMETER_sd
                          of each parameter of each norm. NORM is the norm's path in the Block, such
                          as attn_norm or attn.q_norm; `norm` is the model's last norm, with one
-                         number. PARAMETER is gain, bias, alpha or shift, as it is stored, so the
-                         gains of rmsnorm1p are relative to 1
+                         number. PARAMETER is gain, bias, alpha, shift or log_scale, as it is
+                         stored, so the gains of rmsnorm1p are relative to 1
     blocks_grad_norm     norm of the gradient of all parameters of a Block
     embed_grad_norm, embed_scale_grad_norm, norm_grad_norm, head_grad_norm
                          the same for the other parts that the model has and trains, one number
