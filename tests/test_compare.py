@@ -782,6 +782,16 @@ def test_a_slower_arm_gets_fewer_steps_at_equal_wall_clock(compared, timed_here,
     assert compared(*arguments)[0] == 0 and compared.cells == []
 
 
+def test_norms_fade_at_the_same_shares_of_a_shorter_cell(compared, timed_here, monkeypatch):
+    fake_clock(monkeypatch, rmsnorm=[0.03], tapernorm=[0.06], none=[0.03])
+    fade = ("norm=rmsnorm,tapernorm", "taper_start=2", "taper_end=4")
+    assert compared(*fade, "seeds=1")[0] == 0
+    found = [
+        (cell["max_iters"], cell["taper_start"], cell["taper_end"]) for cell in compared.cells[1:]
+    ]
+    assert found == [("4", "2", "4"), ("2", "1", "2")]
+
+
 def test_an_arm_of_the_same_speed_has_no_cells_of_its_own(compared, timed_here, monkeypatch):
     # It takes as long in one process of eight rounds, and twice as long in the other one.
     fake_clock(monkeypatch, rmsnorm=[0.03], layernorm=[0.03] * 8 + [0.06] * 8, none=[0.03])
