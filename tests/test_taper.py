@@ -103,7 +103,7 @@ def test_in_the_end_a_model_without_norms_in_its_blocks_computes_the_same(start,
                 for matrix in matrices:
                     weight = getattr(getattr(block, branch), matrix).weight
                     weight *= norm.log_scale.exp() * norm.gain
-        ids = torch.randint(model.config.vocab_size, (2, 32))
+        ids = torch.arange(64).view(2, 32) % model.config.vocab_size
         assert torch.allclose(plain(ids), model(ids), atol=1e-5)
         for norm in fading_norms(model):
             norm.gate.fill_(1.0)
