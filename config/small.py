@@ -20,9 +20,8 @@ max_iters = 0  # as many as these minutes allow
 minutes = 3
 optimizer = "muon"  # in 300 steps it came much further than AdamW
 learning_rate = 6e-3
-embed_lr = (
-    4.0  # most tokens are rare, so a row of the embedding is updated seldom and must move far
-)
+# Most tokens are rare, so a row of the embedding is updated seldom and must move far.
+embed_lr = 4.0
 lr_schedule = "linear"  # to zero: with so few steps it does not pay to stay high
 warmup_iters = 20
 
