@@ -843,7 +843,7 @@ def commands_of(shell):
 def test_the_planned_commands_are_those_of_the_program(monkeypatch):
     monkeypatch.chdir(ROOT)
     words, *blocks = re.findall(r"^```sh\n(.*?)^```", STUDY.read_text("utf-8"), re.M | re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 8
     for block in blocks:
         unit, counts = re.match(r"# (cells|arms): ([\d ]+)\n", block).groups()
         found = []
