@@ -654,3 +654,10 @@ def test_a_changed_run_is_refused_field_by_field_and_a_tuned_one_told():
         "data content_sha256: checkpoint=1, now=2",
     ):
         assert words in str(error.value)
+
+
+def test_a_knob_that_is_younger_than_a_checkpoint_had_its_default():
+    saved = {"config": {"seed": 1}, "data": {}}
+    assert compare_with_run(saved, {"seed": 1, "taper_start": 0}, {}) == []
+    with pytest.raises(ValueError, match="taper_start: checkpoint=0, now=5"):
+        compare_with_run(saved, {"seed": 1, "taper_start": 5}, {})
