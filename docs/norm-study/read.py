@@ -2,10 +2,11 @@
 
     python docs/norm-study/read.py
 
-prints each of these figures as the page has it.
+prints each of these figures as the page has it, and draws the pictures beside it.
 tests/test_study.py checks that the page has them.
 
-Order: the files; how a figure is written; the experiments, in the order of the page; main.
+Order: the files; how a figure is written; the experiments, in the order of the page; the pictures;
+main.
 """
 
 import gzip
@@ -17,8 +18,13 @@ from pathlib import Path
 from statistics import correlation, mean
 from typing import Any
 
-from lab.report import best_cells, by_seed
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from lab.report import best_cells, by_rate, by_seed, mean_loss_of
 from lab.verdict import Estimate, estimate, interval
+from run.metrics import save_figure
 
 HERE = Path(__file__).parent
 Cells = list[dict[str, Any]]
@@ -26,7 +32,20 @@ Facts = Iterator[tuple[str, str]]  # what it is, and how the page has it
 
 OPTIMIZERS = ("muon", "adamw")
 KINDS = ("int8", "int4", "int4g32", "w4a4", "ternary")
+FFNS = ("gelu", "swiglu")
 STEPS_OF_E2 = (10, 100, 300)
+DEPTHS = (2, 4, 8, 16)
+PLACES = ("pre", "lns", "post", "deepnorm", "out", "sandwich")
+SCALED = ("pre", "out", "sandwich")  # the places that were tried with embed_scale=sqrt, too
+LABELS = {  # of what `watch` saw
+    "residual_rms": "RMS of\nthe stream",
+    "residual_mean_share": "share of the mean\nin the stream",
+    "ffn_rms": "RMS of what\ndown reads",
+    "ffn_out_sd": "sd of what the\nfeed-forwards write",
+    "attn_logit_max": "largest\n|attention logit|",
+    "blocks_grad_norm": "gradient norm",
+}
+LINEAR = ("residual_mean_share",)  # the others are drawn by their logarithm
 
 
 # -- The files -------------------------------------------------------------------------------------
@@ -128,7 +147,7 @@ def the_mean() -> Facts:
 
 def quantised() -> Facts:
     """E3: what rounding adds to the loss, and the kurtosis of what `down` reads."""
-    norms, ffns = ("rmsnorm", "layernorm", "ssnorm"), ("gelu", "swiglu")
+    norms = ("rmsnorm", "layernorm", "ssnorm")
     added: dict[tuple[str, str], Cells] = {}
     for optimizer in OPTIMIZERS:
         cells, watch = cells_of(f"e3-{optimizer}"), watch_by_step(f"e3-{optimizer}")
@@ -139,7 +158,7 @@ def quantised() -> Facts:
                 for cell in cells
             ]
         kurtosis = {name: max(steps[max(steps)]["ffn_kurtosis"]) for name, steps in watch.items()}
-        for norm, ffn in product(norms, ffns):
+        for norm, ffn in product(norms, FFNS):
             arm = f"{norm}, {ffn}"
             row = [f"`{norm}` `{ffn}`", f"{mean(losses(cells, arm)):.4f}"]
             for kind in KINDS:
@@ -147,7 +166,7 @@ def quantised() -> Facts:
                 row.append(f"{mean(losses(added[optimizer, kind], arm)):{form}}")
             row.append(f"{mean(kurtosis[cell['cell']] for cell in best_cells(cells, arm)):.0f}")
             yield f"row, {optimizer}", " | ".join(row)
-        for ffn in ffns:
+        for ffn in FFNS:
             own = [cell for cell in added[optimizer, "w4a4"] if ffn in cell["arm"]]
             both = [kurtosis[cell["cell"]] for cell in own], [cell["val_loss"] for cell in own]
             found = correlation(*(ranks(values) for values in both))
@@ -173,6 +192,42 @@ def quantised() -> Facts:
         yield f"{norm} less rmsnorm, {ffn}, {kind}, {optimizer}", unsigned(apart, digits)
 
 
+def inside_the_feed_forward() -> Facts:
+    """What `watch` saw at the end of E3: the smallest and the largest of the Blocks, each of which
+    is a mean over seeds."""
+    arms = [f"{norm}, {ffn}" for norm, ffn in product(("layernorm", "rmsnorm"), FFNS)]
+    for optimizer in OPTIMIZERS:
+        cells, watch = cells_of(f"e3-{optimizer}"), watch_by_step(f"e3-{optimizer}")
+        for what, key, over, form in (
+            ("reads", "ffn_in_mean_rms", "ffn_in_sd", ".2f"),
+            ("closed", "ffn_gate_closed", None, ".0%"),
+            ("open", "ffn_gate_open", None, ".1%"),
+            ("kurtosis", "ffn_kurtosis", None, ".0f"),
+            ("writes", "ffn_out_mean", "ffn_out_sd", ".3f"),
+        ):
+            row = []
+            for arm in arms:
+                seeds = [watch[cell["cell"]][600] for cell in cells if cell["arm"] == arm]
+                values = [np.divide(seed[key], seed[over] if over else 1) for seed in seeds]
+                blocks = np.abs(values).mean(0)
+                row.append(f"{min(blocks):{form}} to {max(blocks):{form}}")
+            yield f"{what}, {optimizer}", " | ".join(row)
+
+
+def norm_and_feed_forward() -> Facts:
+    """The losses of E3 before any rounding, which were not planned to be read."""
+    for optimizer in OPTIMIZERS:
+        cells = cells_of(f"e3-{optimizer}")
+        for norm in ("layernorm", "rmsnorm"):
+            pair = [f"{norm}, {ffn}" for ffn in FFNS]
+            row = [f"{mean(losses(cells, arm)):.4f}" for arm in pair]
+            row.append(signed(less(cells, *reversed(pair))))
+            yield f"{norm}, {optimizer}", " | ".join(row)
+        apart = [less(cells, f"rmsnorm, {ffn}", f"layernorm, {ffn}") for ffn in FFNS]
+        yield f"rmsnorm less layernorm, {optimizer}", " | ".join(signed(each) for each in apart)
+        yield f"interaction, {optimizer}", signed(subtract(*reversed(apart)))
+
+
 def to_the_end() -> Facts:
     """E6."""
     for optimizer in OPTIMIZERS:
@@ -181,11 +236,168 @@ def to_the_end() -> Facts:
     yield "final, adamw", signed(less(cells_of("e6-adamw-final"), "final", "pre"))
 
 
+def warm_up_and_place() -> Facts:
+    """E7: the loss of each place with and without warm-up; where `post` learned nothing, what the
+    feed-forwards write at the end, from the least to the most over Blocks and seeds."""
+    cells = cells_of("e7-place")
+    for place, warmup in product(("post", "pre"), (0, 100)):
+        rates = by_rate(cells, f"{place}, warmup_iters={warmup}").values()
+        row = []
+        for own in rates:
+            of_seeds = sorted(cell["val_loss"] for cell in own)
+            row.append(f"{mean_loss_of(own):.2f} ({of_seeds[0]:.2f} to {of_seeds[-1]:.2f})")
+        yield f"{place}, warm-up {warmup}", " | ".join(row)
+    cells, watch = cells_of("e7-post"), watch_by_step("e7-post")
+    for place in ("post", "pre"):
+        own = best_cells(cells, place)
+        yield f"{place}, loss", f"{mean_loss_of(own):.2f}"
+        written = [x for cell in own for x in watch[cell["cell"]][300]["ffn_out_sd"]]
+        yield f"{place}, writes", f"{min(written):.1f} to {max(written):.0f}"
+
+
+def an_instability() -> Facts:
+    """E7: at ten times the best rate, without warm-up."""
+    cells, watch = cells_of("e7-rate"), watch_by_step("e7-rate")
+    for arm in ("qk_norm=false", "qk_norm=true"):
+        yield f"{arm}, loss", f"{mean(losses(cells, arm)):.3f}"
+        seen = [watch[cell["cell"]] for cell in best_cells(cells, arm)]
+        for what, key, over in (("logit", "attn_logit_max", max), ("stream", "residual_rms", max)):
+            most = [max(over(values[key]) for values in steps.values()) for steps in seen]
+            yield f"{arm}, {what}", f"{min(most):,.0f} to {max(most):,.0f}"
+    yield "qk_norm=true less false", unsigned(less(cells, "qk_norm=true", "qk_norm=false"), 3)
+
+
+def what_grows_first() -> Facts:
+    """E7: the first Block at the first steps, means over seeds."""
+    cells, watch = cells_of("e7-first"), watch_by_step("e7-first")
+    for key, layer in (("ffn_out_sd", 0), ("residual_rms", 1), ("attn_logit_max", 0)):
+        for warmup, rate in ((0, 6e-2), (40, 6e-2), (0, 6e-3)):
+            own = by_rate(cells, f"warmup_iters={warmup}")[rate]
+            row = [
+                mean(watch[cell["cell"]][step][key][layer] for cell in own)
+                for step in (2, 4, 8, 28, 60)
+            ]
+            text = " | ".join(f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in row)
+            yield f"{key}, warm-up {warmup}, rate {rate:g}", text
+
+
+def depth_and_place() -> Facts:
+    """E4: the loss at the best rate."""
+    for scaled, places in (("", PLACES), ("scaled-", SCALED)):
+        of_depths = [cells_of(f"e4-{scaled}{depth}") for depth in DEPTHS]
+        for place in places:
+            means = [mean(losses(cells, place)) for cells in of_depths]
+            name = f"`{place}`, scaled" if scaled else f"`{place}`"
+            row = [name, *(f"{loss:.3f}" for loss in means)]
+            yield "loss by depth", " | ".join(row)
+
+
+# -- The pictures ----------------------------------------------------------------------------------
+
+
+def draw_depths(figure: Figure) -> None:
+    """E4: the mean loss of each place at each depth and rate. The colour is the difference from
+    `pre` at its best rate, at the same depth."""
+    table, names, rates = [], [], []
+    for scaled, places in (("", PLACES), ("scaled-", SCALED)):
+        names += [f"{place}, scaled" if scaled else place for place in places]
+        for place in places:
+            row = []
+            for depth in DEPTHS:
+                groups = by_rate(cells_of(f"e4-{scaled}{depth}"), place)
+                rates = [f"{rate:g}" for rate in groups]
+                row += [mean_loss_of(group) for group in groups.values()]
+            table.append(row)
+    loss = np.array(table)
+    of_depth = loss.reshape(len(names), len(DEPTHS), len(rates))
+    reference = of_depth[0].min(-1)[:, None]  # `pre`
+    away = (of_depth - reference).reshape(loss.shape)
+    axes = figure.add_subplot()
+    shown = np.ma.masked_invalid(away)
+    image = axes.imshow(shown, cmap="RdYlGn_r", vmin=-0.2, vmax=0.2, aspect="auto")
+    for (i, j), value in np.ndenumerate(loss):
+        best = value == of_depth[i, j // len(rates)].min()
+        text = f"{value:.2f}" if np.isfinite(value) else "NaN"
+        weight = "bold" if best else "normal"
+        ink = "white" if away[i, j] > 0.15 else "black"
+        axes.text(j, i, text, ha="center", va="center", size=7, weight=weight, color=ink)
+    for edge in range(len(rates), loss.shape[1], len(rates)):
+        axes.axvline(edge - 0.5, color="black", linewidth=1)
+    axes.axhline(len(PLACES) - 0.5, color="black", linewidth=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(loss.shape[1]), rates * len(DEPTHS), rotation=90, fontsize=7)
+    axes.set_xlabel("learning rate")
+    top = axes.secondary_xaxis("top")
+    middles = [(i + 0.5) * len(rates) - 0.5 for i in range(len(DEPTHS))]
+    top.set_xticks(middles, [f"{depth} Blocks" for depth in DEPTHS])
+    top.tick_params(length=0)
+    label = "nats per byte less the best of `pre`; bold: the best rate"
+    figure.colorbar(image, label=label, extend="max")
+
+
+def draw_watched(
+    figure: Figure, study: str, arms: dict[str, tuple[str, float]], keys: tuple[str, ...]
+) -> None:
+    """What `watch` saw in the first seed of these arms and rates: a column for each by its title, a
+    row for each quantity, a line for each Block, dark for the lowest."""
+    watch, found = watch_by_step(study), cells_of(study)
+    first = min(cell["seed"] for cell in found)
+    names = {(c["arm"], c["learning_rate"]): c["cell"] for c in found if c["seed"] == first}
+    grid = figure.subplots(len(keys), len(arms), sharex=True, sharey="row", squeeze=False)
+    for row, key in zip(grid, keys, strict=True):
+        row[0].set(ylabel=LABELS[key], yscale="linear" if key in LINEAR else "log")
+        for axes, arm in zip(row, arms.values(), strict=True):
+            steps = sorted(watch[names[arm]])
+            values = np.array([watch[names[arm]][step][key] for step in steps], dtype=float)
+            for i, of_block in enumerate(values.T):
+                shade = colormaps["plasma"](0.9 * i / max(1, len(values.T) - 1))
+                axes.plot(steps, of_block, color=shade, linewidth=1)
+            axes.grid(alpha=0.3)
+    for axes, title in zip(grid[0], arms, strict=True):
+        axes.set_title(title, fontsize="medium")
+    for axes in grid[-1]:
+        axes.set_xlabel("step")
+
+
+def draw_the_two_norms(figure: Figure) -> None:
+    """E3 under Muon."""
+    arms = {norm: (f"{norm}, swiglu", 2.4e-2) for norm in ("rmsnorm", "layernorm")}
+    keys = ("residual_rms", "residual_mean_share", "ffn_rms", "attn_logit_max", "blocks_grad_norm")
+    draw_watched(figure, "e3-muon", arms, keys)
+
+
+def draw_the_two_places(figure: Figure) -> None:
+    """E7, where `post` learned nothing."""
+    arms = {place: (place, 4.8e-2) for place in ("post", "pre")}
+    draw_watched(figure, "e7-post", arms, ("ffn_out_sd", "blocks_grad_norm"))
+
+
+def draw_an_instability(figure: Figure) -> None:
+    """E7."""
+    arms = {f"qk_norm={on}": (f"qk_norm={on}", 6e-2) for on in ("false", "true")}
+    keys = ("attn_logit_max", "residual_rms", "blocks_grad_norm")
+    draw_watched(figure, "e7-rate", arms, keys)
+
+
 SECTIONS = {
     "E1": each_norm_at_its_rate,
     "E2": the_mean,
     "E3": quantised,
+    "E3, watched": inside_the_feed_forward,
+    "E3, float32": norm_and_feed_forward,
+    "E7, place": warm_up_and_place,
+    "E7, rate": an_instability,
+    "E7, first": what_grows_first,
     "E6": to_the_end,
+    "E4": depth_and_place,
+}
+
+
+PICTURES = {  # name of the file, its size in inches, what draws it
+    "depth.png": ((9, 4.5), draw_depths),
+    "rmsnorm-and-layernorm.png": ((8, 9), draw_the_two_norms),
+    "pre-and-post.png": ((8, 4.5), draw_the_two_places),
+    "instability.png": ((8, 6), draw_an_instability),
 }
 
 
@@ -193,6 +405,10 @@ def main() -> int:
     for experiment, section in SECTIONS.items():
         for what, text in section():
             print(f"{experiment}, {what}: {text}")
+    for name, (size, draw) in PICTURES.items():
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        save_figure(figure, HERE / name, dpi=110)
     return 0
 
 
