@@ -5,6 +5,7 @@ import runpy
 
 import pytest
 from conftest import ROOT
+from matplotlib.figure import Figure
 
 READ = runpy.run_path(str(ROOT / "docs" / "norm-study" / "read.py"))
 PAGE = (ROOT / "docs" / "norms.md").read_text("utf-8")
@@ -20,3 +21,12 @@ def test_the_page_has_each_figure_that_the_files_give(section):
     figures = list(section())
     assert figures
     assert not [f"{what}: {text}" for what, text in figures if text not in plain(PAGE)]
+
+
+@pytest.mark.parametrize("name", READ["PICTURES"])
+def test_each_picture_on_the_page_can_be_drawn_again(name):
+    assert f"norm-study/{name}" in PAGE and (ROOT / "docs" / "norm-study" / name).exists()
+    _, draw = READ["PICTURES"][name]
+    figure = Figure(layout="constrained")
+    draw(figure)
+    assert all(axes.has_data() for axes in figure.axes)
