@@ -228,6 +228,24 @@ def norm_and_feed_forward() -> Facts:
         yield f"interaction, {optimizer}", signed(subtract(*reversed(apart)))
 
 
+def what_the_loss_hides() -> Facts:
+    """E7: less in the feed-forward, or a norm too many: losses, and what `watch` saw."""
+    cells, watch = cells_of("e7-silent"), watch_by_step("e7-silent")
+    arms = ("n_hidden=192, pre", "n_hidden=96, pre", "n_hidden=192, sandwich")
+    for arm in arms:
+        own = [watch[cell["cell"]] for cell in best_cells(cells, arm)]
+        yield f"{arm}, loss", f"{mean(losses(cells, arm)):.3f}"
+        if arm != arms[0]:
+            yield f"{arm}, less the first", signed(less(cells, arm, arms[0]))
+        written = [
+            mean(of_seeds) for of_seeds in zip(*(s[300]["ffn_out_sd"] for s in own), strict=True)
+        ]
+        yield f"{arm}, writes", ", ".join(f"{x:.1f}" for x in written)
+        first = [seed[300]["ffn_out_sd"][0] for seed in own]
+        yield f"{arm}, the first of them", f"{min(first):.1f} to {max(first):.1f}"
+        yield f"{arm}, stream at step 1", f"{mean(seed[1]['residual_rms'][1] for seed in own):.2g}"
+
+
 def to_the_end() -> Facts:
     """E6."""
     for optimizer in OPTIMIZERS:
@@ -388,6 +406,7 @@ SECTIONS = {
     "E7, place": warm_up_and_place,
     "E7, rate": an_instability,
     "E7, first": what_grows_first,
+    "E7, silent": what_the_loss_hides,
     "E6": to_the_end,
     "E4": depth_and_place,
 }
