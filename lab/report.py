@@ -101,6 +101,13 @@ def best_cells(cells: Cells, arm: str) -> Cells:
     return min(sound, key=mean_loss_of, default=[])
 
 
+def steadiest_cells(cells: Cells, arm: str) -> Cells:
+    """The arm's cells at the rate at which the fewest seeds diverged: of an arm that has no best
+    cells. Of two such rates it is the lower one; [] without cells."""
+    groups = by_rate(cells, arm).values()
+    return min(groups, key=lambda group: sum(cell["diverged"] for cell in group), default=[])
+
+
 # -- The verdicts ----------------------------------------------------------------------------------
 
 
@@ -365,16 +372,21 @@ def equal_time_section(study: Study) -> str:
 
 def seeds_section(study: Study) -> str:
     """A row for each seed, a column for each arm, and for each arm at equal wall-clock."""
-    columns = {f"`{arm}`": best_cells(study.cells, arm) for arm in study.arms}
+    best = {arm: best_cells(study.cells, arm) for arm in study.arms}
+    columns = {
+        f"`{arm}`": cells or steadiest_cells(study.cells, arm) for arm, cells in best.items()
+    }
     columns |= {f"`{arm}`, {c[0]['max_iters']:,} steps": c for arm, c in study.extra.items()}
     losses = {name: by_seed(cells) for name, cells in columns.items()}
     rows = []
     for seed in sorted({cell["seed"] for cell in study.cells}):
         own = [by.get(seed, math.inf) for by in losses.values()]
         rows.append([str(seed), *(f"{x:.4f}" if math.isfinite(x) else "diverged" for x in own)])
+    rate = which_rate(study)
+    if not all(best.values()):
+        rate += "; one that diverged at every rate, at the rate where most of its seeds did not"
     return markdown_table(["seed", *columns], rows) + (
-        f"\n\nFinal validation loss in nats per token, {which_rate(study)}. Every cell is in "
-        f"results.jsonl."
+        f"\n\nFinal validation loss in nats per token, {rate}. Every cell is in results.jsonl."
     )
 
 

@@ -356,6 +356,22 @@ def test_a_reference_that_diverged_everywhere_leaves_nothing_to_say(study):
     assert text.count("cannot be judged") == 2 and "| `rms` | - |" in page(study())
 
 
+def test_an_arm_that_diverged_at_every_rate_shows_the_seeds_that_did_not(study, undrawn_report):
+    found = [
+        cell("layer", 2e-3, 1, None),
+        cell("layer", 2e-3, 2, 3.5),
+        cell("layer", 1e-3, 1, None),
+    ]
+    found += [cell("layer", 1e-3, 2, None), cell("rms", 1e-3, 1, 3.0), cell("rms", 1e-3, 2, 3.1)]
+    found += [cell("rms", 2e-3, seed, 4.0) for seed in (1, 2)]
+    write_report(study(arms=["rms", "layer"], cells=found, extra={}))
+    table = page(study()).partition("## Loss of every seed")[2]
+    assert "| 1 | 3.0000 | diverged |\n| 2 | 3.1000 | 3.5000 |" in table
+    assert "at the rate where most of its seeds did not" in table
+    write_report(study())
+    assert "at the rate where most of its seeds did not" not in page(study())
+
+
 def row_of(arm, text):
     return next(line for line in text.splitlines() if line.startswith(f"| `{arm}` | 0.002 |"))
 
