@@ -143,6 +143,9 @@ def the_mean() -> Facts:
             if centred == "true":  # nothing but rounding
                 text = f"{max(shares):.0e}".replace("e-0", "e-")
             yield f"its share of the mean, {arm}, {optimizer}", text
+    both = less(cells_of("e1-muon"), "layernorm_nobias", "rmsnorm")
+    both += less(cells_of("e2-muon"), "layernorm_nobias, centred_writers=false", first)
+    yield "layernorm_nobias, with the seeds of E1", signed(both)
 
 
 def quantised() -> Facts:
@@ -183,6 +186,9 @@ def quantised() -> Facts:
         of_norms = [less(cells, f"{norm}, gelu", f"{norm}, swiglu") for norm in norms]
         of_seeds = [mean(of_seed) for of_seed in zip(*of_norms, strict=True)]
         yield f"gelu less swiglu, {kind}, {optimizer}", unsigned(of_seeds, digits)
+    for optimizer in OPTIMIZERS:
+        apart = less(added[optimizer, "w4a4"], "ssnorm, gelu", "ssnorm, swiglu")
+        yield f"the same beside ssnorm, {optimizer}", signed(apart)
     for optimizer, kind, norm, ffn, digits in (
         ("adamw", "w4a4", "ssnorm", "gelu", 4),
         ("muon", "ternary", "ssnorm", "swiglu", 2),
