@@ -23,7 +23,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from lab.report import best_cells, by_rate, by_seed, mean_loss_of
-from lab.verdict import Estimate, estimate, interval
+from lab.verdict import Estimate, estimate, interval, time_ratio
 from run.metrics import save_figure
 
 HERE = Path(__file__).parent
@@ -46,6 +46,7 @@ LABELS = {  # of what `watch` saw
     "blocks_grad_norm": "gradient norm",
 }
 LINEAR = ("residual_mean_share",)  # the others are drawn by their logarithm
+WIDTHS = (64, 128)
 
 
 # -- The files -------------------------------------------------------------------------------------
@@ -65,6 +66,22 @@ def watch_by_step(study: str) -> dict[str, dict[int, dict[str, list[float]]]]:
             if "watch" in record:
                 found.setdefault(record["cell"], {})[record["step"]] = record["watch"]
     return found
+
+
+def seconds_of(study: str) -> dict[str, list[list[float]]]:
+    """Arm -> the seconds of each step that was timed, process by process."""
+    return json.loads((HERE / study / "timing.json").read_text())["seconds"]
+
+
+def shares_of_norms(study: str) -> dict[str, tuple[float, float, float]]:
+    """Arm -> (share, low, high) of its norms in a step: what a step without any saves."""
+    seconds = seconds_of(study)
+    without = seconds.pop("no norm")
+    shares = {}
+    for arm, times in seconds.items():
+        middle, most, least = (1 - ratio for ratio in time_ratio(without, times))
+        shares[arm] = middle, least, most
+    return shares
 
 
 # -- How a figure is written -----------------------------------------------------------------------
@@ -316,6 +333,43 @@ def depth_and_place() -> Facts:
             yield "loss by depth", " | ".join(row)
 
 
+def the_others() -> Facts:
+    """E8: the mean loss at each rate, and the best less that of `rmsnorm`."""
+    cells = cells_of("e8-muon")
+    for norm in dict.fromkeys(cell["arm"] for cell in cells):
+        best = best_cells(cells, norm)
+        row = [
+            f"{mean_loss_of(own):.3f}" if np.isfinite(mean_loss_of(own)) else "diverged"
+            for own in by_rate(cells, norm).values()
+        ]
+        away = mean_loss_of(best) - mean_loss_of(best_cells(cells, "rmsnorm"))
+        yield f"best of {norm}", f"{away:+.3f}"
+        yield "losses by rate", " | ".join([f"`{norm}`", *row])
+
+
+def cost_by_width() -> Facts:
+    """E5: the share of all norms in a step."""
+    shares = [shares_of_norms(f"e5-{width}") for width in WIDTHS]
+    for arm in shares[0]:
+        row = ["{:.1%} ({:.1%} to {:.1%})".format(*of_width[arm]) for of_width in shares]
+        yield "share by width", " | ".join([f"`{arm}`", *row])
+
+
+def beside_the_paper() -> Facts:
+    """E5: time of a step, that with LayerNorm being 1, and the share of RMSNorm in its own step."""
+    for how, study, arm in (
+        ("separate operations", "e5-paper-false", "{}"),
+        ("PyTorch's kernels", "e5-128", "{}, fused"),
+    ):
+        seconds = seconds_of(study)
+        for norm in ("rmsnorm", "prmsnorm"):
+            if arm.format(norm) in seconds:
+                both = seconds[arm.format(norm)], seconds[arm.format("layernorm")]
+                yield f"{how}, {norm}", "{:.3f} ({:.3f} to {:.3f})".format(*time_ratio(*both))
+        share = shares_of_norms(study)[arm.format("rmsnorm")]
+        yield f"{how}, share", "{:.1%} ({:.1%} to {:.1%})".format(*share)
+
+
 # -- The pictures ----------------------------------------------------------------------------------
 
 
@@ -415,6 +469,9 @@ SECTIONS = {
     "E7, silent": what_the_loss_hides,
     "E6": to_the_end,
     "E4": depth_and_place,
+    "E8": the_others,
+    "E5": cost_by_width,
+    "E5, paper": beside_the_paper,
 }
 
 
