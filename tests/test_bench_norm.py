@@ -101,10 +101,20 @@ def test_all_compiled_norms_get_static_graphs_of_their_own_for_each_shape(graphs
     assert len(graphs) == 2 * half and not any(graphs)
 
 
-def test_each_time_stands_in_its_column():
+def test_each_time_stands_in_its_column(monkeypatch):
     names = [("norm", "rmsnorm", "eager"), ("add + norm", "layernorm", "fused")]
-    table = bench_norm.measure_norms("cpu", (512, 512), torch.float32, names, 5)
-    assert all(table.copy < row.forward < row.both for row in table.rows)
+
+    def told(calls, device, steps):
+        return {
+            key: "copy" if key == "copy" else (key[0].operation, call.__name__)
+            for key, call in calls.items()
+        }
+
+    monkeypatch.setattr(bench_norm, "medians", told)
+    table = bench_norm.measure_norms("cpu", (4, 8), torch.float32, names, 1)
+    assert table.copy == "copy"
+    for row, (operation, *_) in zip(table.rows, names, strict=True):
+        assert (row.forward, row.both) == ((operation, "forward"), (operation, "both"))
 
 
 def test_rates_are_the_bytes_of_the_floor_by_the_time():

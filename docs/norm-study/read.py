@@ -68,14 +68,14 @@ def watch_by_step(study: str) -> dict[str, dict[int, dict[str, list[float]]]]:
     return found
 
 
-def seconds_of(study: str) -> dict[str, list[list[float]]]:
+def step_times(study: str) -> dict[str, list[list[float]]]:
     """Arm -> the seconds of each step that was timed, process by process."""
     return json.loads((HERE / study / "timing.json").read_text())["seconds"]
 
 
 def shares_of_norms(study: str) -> dict[str, tuple[float, float, float]]:
     """Arm -> (share, low, high) of its norms in a step: what a step without any saves."""
-    seconds = seconds_of(study)
+    seconds = step_times(study)
     without = seconds.pop("no norm")
     shares = {}
     for arm, times in seconds.items():
@@ -361,7 +361,7 @@ def beside_the_paper() -> Facts:
         ("separate operations", "e5-paper-false", "{}"),
         ("PyTorch's kernels", "e5-128", "{}, fused"),
     ):
-        seconds = seconds_of(study)
+        seconds = step_times(study)
         for norm in ("rmsnorm", "prmsnorm"):
             if arm.format(norm) in seconds:
                 both = seconds[arm.format(norm)], seconds[arm.format("layernorm")]
