@@ -23,6 +23,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from lab.report import best_cells, by_rate, by_seed, mean_loss_of
+from lab.timing import read_timing
 from lab.verdict import Estimate, estimate, interval, time_ratio
 from run.metrics import save_figure
 
@@ -68,14 +69,9 @@ def watch_by_step(study: str) -> dict[str, dict[int, dict[str, list[float]]]]:
     return found
 
 
-def step_times(study: str) -> dict[str, list[list[float]]]:
-    """Arm -> the seconds of each step that was timed, process by process."""
-    return json.loads((HERE / study / "timing.json").read_text())["seconds"]
-
-
 def shares_of_norms(study: str) -> dict[str, tuple[float, float, float]]:
     """Arm -> (share, low, high) of its norms in a step: what a step without any saves."""
-    seconds = step_times(study)
+    seconds = read_timing(HERE / study / "timing.json")["seconds"]
     without = seconds.pop("no norm")
     shares = {}
     for arm, times in seconds.items():
@@ -361,7 +357,7 @@ def beside_the_paper() -> Facts:
         ("separate operations", "e5-paper-false", "{}"),
         ("PyTorch's kernels", "e5-128", "{}, fused"),
     ):
-        seconds = step_times(study)
+        seconds = read_timing(HERE / study / "timing.json")["seconds"]
         for norm in ("rmsnorm", "prmsnorm"):
             if arm.format(norm) in seconds:
                 both = seconds[arm.format(norm)], seconds[arm.format("layernorm")]
@@ -379,10 +375,11 @@ def draw_depths(figure: Figure) -> None:
     table, names, rates = [], [], []
     for scaled, places in (("", PLACES), ("scaled-", SCALED)):
         names += [f"{place}, scaled" if scaled else place for place in places]
+        of_depths = [cells_of(f"e4-{scaled}{depth}") for depth in DEPTHS]
         for place in places:
             row = []
-            for depth in DEPTHS:
-                groups = by_rate(cells_of(f"e4-{scaled}{depth}"), place)
+            for cells in of_depths:
+                groups = by_rate(cells, place)
                 rates = [f"{rate:g}" for rate in groups]
                 row += [mean_loss_of(group) for group in groups.values()]
             table.append(row)
