@@ -30,6 +30,7 @@ from run.metrics import save_figure
 HERE = Path(__file__).parent
 Cells = list[dict[str, Any]]
 Facts = Iterator[tuple[str, str]]  # what it is, and how the page has it
+Share = tuple[float, float, float]  # of the norms in a step, and its 95% interval
 
 OPTIMIZERS = ("muon", "adamw")
 KINDS = ("int8", "int4", "int4g32", "w4a4", "ternary")
@@ -47,7 +48,7 @@ LABELS = {  # of what `watch` saw
     "blocks_grad_norm": "gradient norm",
 }
 LINEAR = ("residual_mean_share",)  # the others are drawn by their logarithm
-WIDTHS = (64, 128)
+WIDTHS = (64, 128, 256)
 
 
 # -- The files -------------------------------------------------------------------------------------
@@ -69,8 +70,8 @@ def watch_by_step(study: str) -> dict[str, dict[int, dict[str, list[float]]]]:
     return found
 
 
-def shares_of_norms(study: str) -> dict[str, tuple[float, float, float]]:
-    """Arm -> (share, low, high) of its norms in a step: what a step without any saves."""
+def shares_of_norms(study: str) -> dict[str, Share]:
+    """Arm -> the share of its norms in a step: what a step without any saves."""
     seconds = read_timing(HERE / study / "timing.json")["seconds"]
     without = seconds.pop("no norm")
     shares = {}
@@ -110,6 +111,11 @@ def text_of(found: Estimate, form: str = "+.4f") -> str:
 
 def signed(values: list[float]) -> str:
     return text_of(estimate(values))
+
+
+def ratio_of(seconds: dict[str, list[list[float]]], one: str, other: str) -> str:
+    """The time of a step with one arm over that with another, and its 95% interval."""
+    return "{:.3f} ({:.3f} to {:.3f})".format(*time_ratio(seconds[one], seconds[other]))
 
 
 def unsigned(values: list[float], digits: int = 4) -> str:
@@ -344,11 +350,37 @@ def the_others() -> Facts:
 
 
 def cost_by_width() -> Facts:
-    """E5: the share of all norms in a step."""
+    """E5: the share of all norms in a step, and what the hypothesis, a + b / width, says of the
+    widest from the two narrower ones."""
     shares = [shares_of_norms(f"e5-{width}") for width in WIDTHS]
     for arm in shares[0]:
-        row = ["{:.1%} ({:.1%} to {:.1%})".format(*of_width[arm]) for of_width in shares]
+        of_widths = [of_width[arm] for of_width in shares]
+        of_widths.insert(2, predicted_share(*of_widths[:2]))
+        row = ["{:.1%} ({:.1%} to {:.1%})".format(*share) for share in of_widths]
         yield "share by width", " | ".join([f"`{arm}`", *row])
+
+
+def predicted_share(narrow: Share, wide: Share) -> Share:
+    """Of a model twice as wide as `wide`, which is twice as wide as `narrow`. A line through the
+    shares over 1 / width gives 1.5 wide - 0.5 narrow there; so do the errors, by their squares."""
+    middle = 1.5 * wide[0] - 0.5 * narrow[0]
+    reach = np.hypot(1.5 * (wide[2] - wide[1]) / 2, 0.5 * (narrow[2] - narrow[1]) / 2)
+    return middle, middle - reach, middle + reach
+
+
+def one_norm_beside_another() -> Facts:
+    """E5: how long a step takes with the first, that with the second being 1, by width."""
+    for one, other in (
+        ("rmsnorm, eager", "layernorm, eager"),
+        ("rmsnorm, fused", "layernorm, fused"),
+        ("rmsnorm, compile", "rmsnorm, eager"),
+        ("layernorm, compile", "layernorm, eager"),
+    ):
+        row = [f"`{one}` over `{other}`"]
+        for width in WIDTHS:
+            seconds = read_timing(HERE / f"e5-{width}" / "timing.json")["seconds"]
+            row.append(ratio_of(seconds, one, other))
+        yield "ratio by width", " | ".join(row)
 
 
 def beside_the_paper() -> Facts:
@@ -356,12 +388,13 @@ def beside_the_paper() -> Facts:
     for how, study, arm in (
         ("separate operations", "e5-paper-false", "{}"),
         ("PyTorch's kernels", "e5-128", "{}, fused"),
+        ("compiled model", "e5-paper-true", "{}"),
     ):
         seconds = read_timing(HERE / study / "timing.json")["seconds"]
         for norm in ("rmsnorm", "prmsnorm"):
             if arm.format(norm) in seconds:
-                both = seconds[arm.format(norm)], seconds[arm.format("layernorm")]
-                yield f"{how}, {norm}", "{:.3f} ({:.3f} to {:.3f})".format(*time_ratio(*both))
+                both = arm.format(norm), arm.format("layernorm")
+                yield f"{how}, {norm}", ratio_of(seconds, *both)
         share = shares_of_norms(study)[arm.format("rmsnorm")]
         yield f"{how}, share", "{:.1%} ({:.1%} to {:.1%})".format(*share)
 
@@ -408,6 +441,25 @@ def draw_depths(figure: Figure) -> None:
     top.tick_params(length=0)
     label = "nats per byte less the best of `pre`; bold: the best rate"
     figure.colorbar(image, label=label, extend="max")
+
+
+def draw_widths(figure: Figure) -> None:
+    """E5: the shares with their intervals, those of one width side by side; a cross is what was
+    predicted of the widest."""
+    shares = [shares_of_norms(f"e5-{width}") for width in WIDTHS]
+    axes = figure.add_subplot(xlabel="width", ylabel="share of all norms in a step")
+    axes.axhline(0, color="black", linewidth=1)
+    for i, arm in enumerate(shares[0]):
+        middle, low, high = np.transpose([of_width[arm] for of_width in shares])
+        places = np.arange(len(WIDTHS)) + 0.1 * (i - 2.5)
+        reach = [middle - low, high - middle]
+        shown = axes.errorbar(places, middle, reach, fmt="o", capsize=3, markersize=4, label=arm)
+        predicted = predicted_share(shares[0][arm], shares[1][arm])[0]
+        axes.plot(places[-1], predicted, "x", color=shown[0].get_color())
+    axes.set_xticks(range(len(WIDTHS)), [str(width) for width in WIDTHS])
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
 
 
 def draw_watched(
@@ -468,12 +520,14 @@ SECTIONS = {
     "E4": depth_and_place,
     "E8": the_others,
     "E5": cost_by_width,
+    "E5, ratios": one_norm_beside_another,
     "E5, paper": beside_the_paper,
 }
 
 
 PICTURES = {  # name of the file, its size in inches, what draws it
     "depth.png": ((9, 4.5), draw_depths),
+    "width.png": ((9, 4.5), draw_widths),
     "rmsnorm-and-layernorm.png": ((8, 9), draw_the_two_norms),
     "pre-and-post.png": ((8, 4.5), draw_the_two_places),
     "instability.png": ((8, 6), draw_an_instability),
