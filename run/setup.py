@@ -26,7 +26,7 @@ from config.preset import NOT_DECIDED_BY_WEIGHTS, make_config, read_knobs
 from config.schema import Config
 from data import DATA
 from data.corpus import Corpus, open_corpus
-from data.loader import Dataset, check_length, open_dataset, read_meta, val_starts
+from data.loader import Dataset, check_length, check_prepared, open_dataset, read_meta, val_starts
 from data.mixture import Mixture, mix, read_shares
 from data.prepare import prepare
 from model import Decoder, parameter_count
@@ -647,6 +647,18 @@ def find_dataset(name: str, tokenizer: Path | None) -> Path:
     return folder
 
 
+def find_sources(names: Sequence[str], tokenizer: Path | None) -> list[Path]:
+    """The folders of the data sets of a mixture, in the order of `names`. They need one tokenizer,
+    so texts are prepared with `tokenizer`, or with that of the first source that is a data set
+    already, or else with that of the first text."""
+    folders = {}
+    for name in sorted(names, key=lambda name: text_meant(name) is not None):
+        folders[name] = find_dataset(name, tokenizer)
+        check_prepared(folders[name])
+        tokenizer = tokenizer or folders[name]
+    return [folders[name] for name in names]
+
+
 def text_dataset(text: Path, corpus: Corpus, tokenizer: Path | None) -> Path:
     """The folder for the data set of a text, whether or not it exists. All of it is read."""
     digest = hashlib.sha256(b"" if tokenizer is None else tokenizer_sha256(tokenizer).encode())
@@ -665,7 +677,7 @@ def open_data(
     find_dataset_of_run."""
     name = config.dataset
     if shares := read_shares(name):
-        return mixture_of(name, [find_dataset(source, tokenizer) for source in shares], config)
+        return mixture_of(name, find_sources(list(shares), tokenizer), config)
     folder = find_dataset_of_run(name, saved, tokenizer) if saved else None
     folder = folder or find_dataset(name, tokenizer)
     return open_source(folder, config)

@@ -167,6 +167,37 @@ def test_two_tokenizers_are_refused_with_the_way_out(start, folder):
     assert f"prepare the text of words again with tokenizer={folder}/a" in err
 
 
+@pytest.mark.parametrize("order", ["{a}:0.5,{text}:0.5", "{text}:0.5,{a}:0.5"])
+def test_a_text_in_a_mixture_gets_the_tokenizer_of_its_data_set(
+    start, tmp_path, folder, order, monkeypatch
+):
+    monkeypatch.setattr("run.setup.DATA", tmp_path / "data")
+    text = tmp_path / "more.txt"
+    text.write_text("a text that has come later " * 200)
+    name = f"dataset={order.format(a=folder / 'a', text=text)}"
+    assert start(name, "max_iters=2")[0] == 0
+    (made,) = (tmp_path / "data").iterdir()
+    theirs, own = (json.loads((p / "meta.json").read_text()) for p in (folder / "a", made))
+    assert own["tokenizer_sha256"] == theirs["tokenizer_sha256"]
+
+
+def test_of_two_texts_the_second_gets_the_tokenizer_of_the_first(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("run.setup.DATA", tmp_path / "data")
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"the words of {name} " * 500)
+    assert start(f"dataset={tmp_path}/a.txt:0.5,{tmp_path}/b.txt:0.5", "max_iters=2")[0] == 0
+
+
+def test_no_text_is_prepared_for_a_mixture_that_lacks_a_data_set(
+    start, tmp_path, folder, monkeypatch
+):
+    monkeypatch.setattr("run.setup.DATA", tmp_path / "data")
+    (tmp_path / "c.txt").write_text("a text " * 500)
+    code, _, err = start(f"dataset={tmp_path}/c.txt:0.5,gone:0.5")
+    assert code == 2 and err.count("\n") == 1 and "name=gone" in err
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_run_of_a_mixture_is_evaluated_on_one_of_its_sources(start, tmp_path, folder, capsys):
     import sample
 
