@@ -122,10 +122,8 @@ def test_freed_memory_is_used_again_without_page_faults():
     import resource
 
     keep_freed_memory()
-    size, pages = (
-        2**26,
-        2**26 // resource.getpagesize(),
-    )  # 64 MiB: glibc by itself gives such a block back at once
+    size = 2**26  # bytes: glibc by itself gives such a block back at once
+    pages = size // resource.getpagesize()
 
     def faults():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
