@@ -36,8 +36,10 @@ OPTIMIZERS = ("muon", "adamw")
 KINDS = ("int8", "int4", "int4g32", "w4a4", "ternary")
 FFNS = ("gelu", "swiglu")
 STEPS_OF_E2 = (10, 100, 300)
-DEPTHS = (2, 4, 8, 16)
+DEPTHS = (2, 4, 8, 16, 32)
 PLACES = ("pre", "lns", "post", "deepnorm", "out", "sandwich")
+RATES = (1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2)
+UNIGRAM = 3.10  # nats per byte: the loss of who knows how often each byte comes, and nothing more
 SCALED = ("pre", "out", "sandwich")  # the places that were tried with embed_scale=sqrt, too
 LABELS = {  # of what `watch` saw
     "residual_rms": "RMS of\nthe stream",
@@ -325,13 +327,20 @@ def what_grows_first() -> Facts:
 
 
 def depth_and_place() -> Facts:
-    """E4: the loss at the best rate."""
+    """E4: the loss at the best rate, and the largest rate at which both seeds learned more than how
+    often each byte comes."""
     for scaled, places in (("", PLACES), ("scaled-", SCALED)):
         of_depths = [cells_of(f"e4-{scaled}{depth}") for depth in DEPTHS]
         for place in places:
-            means = [mean(losses(cells, place)) for cells in of_depths]
-            name = f"`{place}`, scaled" if scaled else f"`{place}`"
-            row = [name, *(f"{loss:.3f}" for loss in means)]
+            row = [f"`{place}`, scaled" if scaled else f"`{place}`"]
+            for cells in of_depths:
+                largest = max(
+                    rate
+                    for rate, own in by_rate(cells, place).items()
+                    if all(cell["val_loss"] < UNIGRAM - 0.1 for cell in own)
+                )
+                rate = f"{largest:.1e}".replace("e-0", "e-")
+                row.append(f"{mean(losses(cells, place)):.3f} ({rate})")
             yield "loss by depth", " | ".join(row)
 
 
@@ -405,7 +414,7 @@ def beside_the_paper() -> Facts:
 def draw_depths(figure: Figure) -> None:
     """E4: the mean loss of each place at each depth and rate. The colour is the difference from
     `pre` at its best rate, at the same depth."""
-    table, names, rates = [], [], []
+    table, names = [], []
     for scaled, places in (("", PLACES), ("scaled-", SCALED)):
         names += [f"{place}, scaled" if scaled else place for place in places]
         of_depths = [cells_of(f"e4-{scaled}{depth}") for depth in DEPTHS]
@@ -413,30 +422,30 @@ def draw_depths(figure: Figure) -> None:
             row = []
             for cells in of_depths:
                 groups = by_rate(cells, place)
-                rates = [f"{rate:g}" for rate in groups]
-                row += [mean_loss_of(group) for group in groups.values()]
+                row += [mean_loss_of(groups[rate]) if rate in groups else np.nan for rate in RATES]
             table.append(row)
     loss = np.array(table)
-    of_depth = loss.reshape(len(names), len(DEPTHS), len(rates))
-    reference = of_depth[0].min(-1)[:, None]  # `pre`
+    of_depth = loss.reshape(len(names), len(DEPTHS), len(RATES))
+    reference = np.nanmin(of_depth[0], axis=-1, keepdims=True)  # `pre`
     away = (of_depth - reference).reshape(loss.shape)
     axes = figure.add_subplot()
     shown = np.ma.masked_invalid(away)
     image = axes.imshow(shown, cmap="RdYlGn_r", vmin=-0.2, vmax=0.2, aspect="auto")
     for (i, j), value in np.ndenumerate(loss):
-        best = value == of_depth[i, j // len(rates)].min()
-        text = f"{value:.2f}" if np.isfinite(value) else "NaN"
+        best = value == np.nanmin(of_depth[i, j // len(RATES)])
+        text = f"{value:.2f}" if np.isfinite(value) else ""
         weight = "bold" if best else "normal"
         ink = "white" if away[i, j] > 0.15 else "black"
         axes.text(j, i, text, ha="center", va="center", size=7, weight=weight, color=ink)
-    for edge in range(len(rates), loss.shape[1], len(rates)):
+    for edge in range(len(RATES), loss.shape[1], len(RATES)):
         axes.axvline(edge - 0.5, color="black", linewidth=1)
     axes.axhline(len(PLACES) - 0.5, color="black", linewidth=1)
     axes.set_yticks(range(len(names)), names)
-    axes.set_xticks(range(loss.shape[1]), rates * len(DEPTHS), rotation=90, fontsize=7)
+    ticks = [f"{rate:g}" for rate in RATES] * len(DEPTHS)
+    axes.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=7)
     axes.set_xlabel("learning rate")
     top = axes.secondary_xaxis("top")
-    middles = [(i + 0.5) * len(rates) - 0.5 for i in range(len(DEPTHS))]
+    middles = [(i + 0.5) * len(RATES) - 0.5 for i in range(len(DEPTHS))]
     top.set_xticks(middles, [f"{depth} Blocks" for depth in DEPTHS])
     top.tick_params(length=0)
     label = "nats per byte less the best of `pre`; bold: the best rate"
@@ -526,7 +535,7 @@ SECTIONS = {
 
 
 PICTURES = {  # name of the file, its size in inches, what draws it
-    "depth.png": ((9, 4.5), draw_depths),
+    "depth.png": ((12, 4.5), draw_depths),
     "width.png": ((9, 4.5), draw_widths),
     "rmsnorm-and-layernorm.png": ((8, 9), draw_the_two_norms),
     "pre-and-post.png": ((8, 4.5), draw_the_two_places),
