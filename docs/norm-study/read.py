@@ -422,21 +422,19 @@ def draw_depths(figure: Figure) -> None:
             row = []
             for cells in of_depths:
                 groups = by_rate(cells, place)
-                row += [mean_loss_of(groups[rate]) if rate in groups else np.nan for rate in RATES]
+                row += [mean_loss_of(groups[rate]) for rate in RATES]
             table.append(row)
     loss = np.array(table)
     of_depth = loss.reshape(len(names), len(DEPTHS), len(RATES))
-    reference = np.nanmin(of_depth[0], axis=-1, keepdims=True)  # `pre`
+    reference = of_depth[0].min(axis=-1, keepdims=True)  # `pre`
     away = (of_depth - reference).reshape(loss.shape)
     axes = figure.add_subplot()
-    shown = np.ma.masked_invalid(away)
-    image = axes.imshow(shown, cmap="RdYlGn_r", vmin=-0.2, vmax=0.2, aspect="auto")
+    image = axes.imshow(away, cmap="RdYlGn_r", vmin=-0.2, vmax=0.2, aspect="auto")
     for (i, j), value in np.ndenumerate(loss):
-        best = value == np.nanmin(of_depth[i, j // len(RATES)])
-        text = f"{value:.2f}" if np.isfinite(value) else ""
+        best = value == of_depth[i, j // len(RATES)].min()
         weight = "bold" if best else "normal"
         ink = "white" if away[i, j] > 0.15 else "black"
-        axes.text(j, i, text, ha="center", va="center", size=7, weight=weight, color=ink)
+        axes.text(j, i, f"{value:.2f}", ha="center", va="center", size=7, weight=weight, color=ink)
     for edge in range(len(RATES), loss.shape[1], len(RATES)):
         axes.axvline(edge - 0.5, color="black", linewidth=1)
     axes.axhline(len(PLACES) - 0.5, color="black", linewidth=1)
