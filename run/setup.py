@@ -651,7 +651,7 @@ def find_sources(names: Sequence[str], tokenizer: Path | None) -> list[Path]:
     """The folders of the data sets of a mixture, in the order of `names`. They need one tokenizer,
     so texts are prepared with `tokenizer`, or with that of the first source that is a data set
     already, or else with that of the first text."""
-    folders = {}
+    folders = {}  # data sets come before texts, so that their tokenizer is known by then
     for name in sorted(names, key=lambda name: text_meant(name) is not None):
         folders[name] = find_dataset(name, tokenizer)
         check_prepared(folders[name])

@@ -370,8 +370,9 @@ def cost_by_width() -> Facts:
 
 
 def predicted_share(narrow: Share, wide: Share) -> Share:
-    """Of a model twice as wide as `wide`, which is twice as wide as `narrow`. A line through the
-    shares over 1 / width gives 1.5 wide - 0.5 narrow there; so do the errors, by their squares."""
+    """Of a model twice as wide as `wide`, which is twice as wide as `narrow`: the line through both
+    shares over 1 / width gives 1.5 wide - 0.5 narrow there. The halves of the two intervals have
+    the same factors, and their squares add up."""
     middle = 1.5 * wide[0] - 0.5 * narrow[0]
     reach = np.hypot(1.5 * (wide[2] - wide[1]) / 2, 0.5 * (narrow[2] - narrow[1]) / 2)
     return middle, middle - reach, middle + reach
