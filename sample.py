@@ -529,10 +529,13 @@ def generate(
         uniform = torch.rand(num_samples, 1, generator=generator, device=device)
         drawing = (uniform, seen, repetition_penalty, vocab_size, temperature, top_k, top_p, min_p)
         if compile and cache.length and unread.shape == (num_samples, 1):
-            step = compiled_next_ids(device.type, first=static is None)
+            # After the first token the code is known to fit. Looking at every weight again would
+            # take longer than a layer.
+            known = static is not None
             static = static or StaticCache(cache)
             try:
-                new = step(model, unread, static, *drawing)
+                with torch.compiler.set_stance("default", skip_guard_eval_unsafe=known):
+                    new = compiled_next_ids(device.type)(model, unread, static, *drawing)
             except torch._dynamo.exc.TorchDynamoException as error:
                 warn(f"torch.compile does not work here, going on without: {one_line(error):.200}")
                 compile, static = False, None
@@ -584,17 +587,16 @@ def next_ids(
 
 
 @functools.cache
-def compiled_next_ids(device: str, first: bool) -> Callable[..., Tensor]:
-    """next_ids compiled; on CUDA as a graph, all of whose kernels are launched at once.
-
-    Unless it is the first token of a cache, it is taken for granted that the code which made the
-    token before fits this one, too: to look at every weight again would take longer than a layer.
-    """
-    if not first:
-        checked = compiled_next_ids(device, first=True)
-        return torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)(checked)
-    mode = "reduce-overhead" if device == "cuda" else None
-    return torch.compile(next_ids, fullgraph=True, mode=mode)
+def compiled_next_ids(device: str) -> Callable[..., Tensor]:
+    """next_ids compiled; on CUDA as a graph, all of whose kernels are launched at once."""
+    how = {}
+    if device == "cuda":
+        how = {"mode": "reduce-overhead"}
+    elif device == "cpu":
+        # Left alone, the compiler writes a norm or a rotation into the loop of each product that
+        # reads it, where it is computed again for every row of the matrix. So it is kept instead.
+        how = {"options": {"realize_reads_threshold": 0, "realize_opcount_threshold": 6}}
+    return torch.compile(next_ids, fullgraph=True, **how)
 
 
 def window_start(length: int, block_size: int) -> int:

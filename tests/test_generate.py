@@ -21,6 +21,7 @@ from sample import (
     penalise,
     window_start,
 )
+from weights.quantize import sum_matrices
 
 TINY = dict(n_layer=2, n_head=4, n_embd=16, n_hidden=24, block_size=8, vocab_size=11)
 
@@ -328,6 +329,32 @@ def test_one_graph_gives_the_same_ids_at_every_length_before_and_past_the_block_
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
+def test_the_guards_of_the_compiled_step_are_evaluated_for_the_first_token_of_a_cache_alone(
+    monkeypatch,
+):
+    skipped, stance = [], lambda: torch._dynamo.eval_frame._stance.skip_guard_eval_unsafe
+
+    def watched(function, **_):
+        return lambda *arguments: (skipped.append(stance()), function(*arguments))[1]
+
+    monkeypatch.setattr(torch, "compile", watched)
+    compiled_next_ids.cache_clear()
+    ids_of(tiny(n_layer=1), [3], 4, compile=True)
+    compiled_next_ids.cache_clear()
+    assert skipped == [False, True, True] and not stance()
+
+
+def test_texts_of_several_models_that_are_made_in_turn_stay_apart(use_backend):
+    use_backend("eager")
+    shapes = ({}, {}, {"n_embd": 32}, {"n_layer": 2})  # the first two share their code
+    models = [tiny(**{"n_layer": 1, "block_size": 16} | shape) for shape in shapes]
+    models[1].embed.weight.data *= -1
+    alone = [ids_of(model, [3], 12) for model in models]
+    together = zip(*(generate(model, [3], 12, compile=True) for model in models), strict=True)
+    assert list(together) == list(zip(*alone, strict=True))
+    assert alone[0] != alone[1]
+
+
 @pytest.mark.parametrize(
     "block_size, sizes, graphs",
     [
@@ -346,14 +373,17 @@ def test_few_graphs_serve_texts_of_all_sizes(block_size, sizes, graphs, use_back
 
 
 @pytest.mark.slow
-def test_compiled_code_gives_the_same_ids_and_copies_no_keys(use_backend):
+def test_compiled_code_gives_the_same_ids_copies_no_keys_and_rotates_before_it_sums(use_backend):
     use_backend("inductor")
-    model = tiny()
+    model = sum_matrices(tiny(n_embd=64), torch.float32)
     ids, (code,) = run_and_get_code(ids_of, model, [3], 12, temperature=0.0, compile=True)
     assert ids == ids_of(model, [3], 12, temperature=0.0)
-    inputs = re.findall(r"assert_size_stride\(arg\d+_1, \(1, 4, 8, 4\)", code)
+    inputs = re.findall(r"assert_size_stride\(arg\d+_1, \(1, 4, 8, 16\)", code)
     assert len(inputs) == 4  # two layers, keys and values
-    assert "empty_strided_cpu((1, 4, 8, 4)" not in code
+    assert "empty_strided_cpu((1, 4, 8, 16)" not in code
+    loops = code.split("for(int64_t x")
+    rotating = [loop for loop in loops if "%" in loop]  # the partner of a channel, half a head on
+    assert rotating and not any("_vec = tmp_acc" in loop for loop in rotating)
 
 
 # The arithmetic

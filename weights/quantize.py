@@ -23,7 +23,7 @@ SUMMED_ROWS = 4
 # Rows of x for which packed matrices are laid out: those of a few samples at once.
 PACKED_ROWS = 4
 # Rows of a matrix from which compiled code works on four parts of it at once.
-LONG_MATRIX = 4096
+LONG_MATRIX = 2048
 # Weights that a CPU converts at once: they are still in its cache when they are multiplied.
 CONVERTED_AT_ONCE = 2**20
 
