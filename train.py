@@ -177,7 +177,8 @@ def train_step(run: Run, interrupts: Interrupts | None = None) -> tuple[float, f
     optimizers.set_lr(lr)
     # Dropout's masks, like the batch and the learning rate, are a function of seed and step. So no
     # random state is saved, and a resumed run draws what an uninterrupted one would have drawn.
-    torch.manual_seed(config.seed * 1_000_003 + run.step + (ranks.rank << 43))
+    if config.model.dropout:
+        torch.manual_seed(config.seed * 1_000_003 + run.step + (ranks.rank << 43))
     loss = accumulate_gradients(run, interrupts)
     if loss is None:
         optimizers.zero_grad()
