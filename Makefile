@@ -7,10 +7,10 @@ train: .venv/run.stamp
 	$(BIN)/python train.py config/small.py resume=auto
 
 test: .venv/dev.stamp lint
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal
 
 test-all: .venv/dev.stamp lint
-	$(BIN)/python -m pytest -m '' -n 3 --dist worksteal --ignore=tests/test_fake_cuda.py
+	$(BIN)/python -m pytest -m '' -n auto --maxprocesses=8 --dist worksteal --ignore=tests/test_fake_cuda.py
 
 cuda: .venv/dev.stamp
 	$(BIN)/python -m pip install -e '.[cubin]'
