@@ -529,8 +529,8 @@ def generate(
         uniform = torch.rand(num_samples, 1, generator=generator, device=device)
         drawing = (uniform, seen, repetition_penalty, vocab_size, temperature, top_k, top_p, min_p)
         if compile and cache.length and unread.shape == (num_samples, 1):
-            # After the first token the code is known to fit. Looking at every weight again would
-            # take longer than a layer.
+            # The compiler's guards look at every weight. After the first token the code is known to
+            # fit, so they are skipped.
             known = static is not None
             static = static or StaticCache(cache)
             try:
@@ -593,8 +593,9 @@ def compiled_next_ids(device: str) -> Callable[..., Tensor]:
     if device == "cuda":
         how = {"mode": "reduce-overhead"}
     elif device == "cpu":
-        # Left alone, the compiler writes a norm or a rotation into the loop of each product that
-        # reads it, where it is computed again for every row of the matrix. So it is kept instead.
+        # By default the compiler writes a norm or a rotation into the loop of the product that
+        # reads it, which computes it again for every row of the matrix. So it stores such values:
+        # those that read more than 0 tensors, or take more than 6 operations.
         how = {"options": {"realize_reads_threshold": 0, "realize_opcount_threshold": 6}}
     return torch.compile(next_ids, fullgraph=True, **how)
 

@@ -332,16 +332,23 @@ def test_one_graph_gives_the_same_ids_at_every_length_before_and_past_the_block_
 def test_the_guards_of_the_compiled_step_are_evaluated_for_the_first_token_of_a_cache_alone(
     monkeypatch,
 ):
-    skipped, stance = [], lambda: torch._dynamo.eval_frame._stance.skip_guard_eval_unsafe
+    skipped = []
+
+    def skips() -> bool:
+        return torch._dynamo.eval_frame._stance.skip_guard_eval_unsafe
 
     def watched(function, **_):
-        return lambda *arguments: (skipped.append(stance()), function(*arguments))[1]
+        def run(*arguments):
+            skipped.append(skips())
+            return function(*arguments)
+
+        return run
 
     monkeypatch.setattr(torch, "compile", watched)
     compiled_next_ids.cache_clear()
     ids_of(tiny(n_layer=1), [3], 4, compile=True)
     compiled_next_ids.cache_clear()
-    assert skipped == [False, True, True] and not stance()
+    assert skipped == [False, True, True] and not skips()
 
 
 def test_texts_of_several_models_that_are_made_in_turn_stay_apart(use_backend):
@@ -382,7 +389,7 @@ def test_compiled_code_gives_the_same_ids_copies_no_keys_and_rotates_before_it_s
     assert len(inputs) == 4  # two layers, keys and values
     assert "empty_strided_cpu((1, 4, 8, 16)" not in code
     loops = code.split("for(int64_t x")
-    rotating = [loop for loop in loops if "%" in loop]  # the partner of a channel, half a head on
+    rotating = [loop for loop in loops if "%" in loop]  # it finds a channel's partner in its head
     assert rotating and not any("_vec = tmp_acc" in loop for loop in rotating)
 
 
