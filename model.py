@@ -257,7 +257,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x [B, H or K, T, D], cos and sin [T, D] or [B, 1, T, D]; the result is like x.
     """
-    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+    # Not roll(D/2), though it gives the same: Inductor reads its result number by number on a CPU.
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return (x * cos + swapped * sin).to(x.dtype)
 
 
 # -- Attention -------------------------------------------------------------------------------------
@@ -776,7 +778,7 @@ def loss_and_error(logits: Tensor, targets: Tensor, factor: float) -> tuple[Tens
     wanted, each = logits.gather(1, target), counts * factor  # [R, 1]
     total = logits.exp_().sum(1, keepdim=True)  # [R, 1]
     loss, error = ((total.log() - wanted) * counts).sum(), logits.mul_(each / total)
-    if torch.compiler.is_compiling() and logits.is_cuda:
+    if torch.compiler.is_compiling():
         return loss, subtract_at(error, target, each)
     return loss, error.scatter_add_(1, target, -each.to(error.dtype))
 
@@ -788,4 +790,5 @@ def subtract_at(x: Tensor, place: Tensor, less: Tensor) -> Tensor:
     A scatter needs its target in memory, so Inductor would write the error in fp32 and read it
     again to round it: 8 bytes more for each logit. Without a compiler the scatter is cheaper.
     """
-    return torch.where(torch.arange(x.shape[1], device=x.device) == place, x - less, x)
+    columns = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+    return torch.where(columns == place.int(), x - less, x)
