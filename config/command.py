@@ -15,6 +15,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -125,6 +126,27 @@ def reader_left(stream: TextIO) -> bool:
     return fault is not None and fault.errno in (errno.EPIPE, errno.EIO, errno.EINVAL)
 
 
+def others_compute() -> bool:
+    """Whether the threads of other programs that run at the moment leave us too few cores. False
+    where nobody can say: not on Linux, or in a sandbox that hides it.
+
+    Our threads wait for each other hundreds of times in a step. Meanwhile they spin, for as many
+    rounds as GOMP_SPINCOUNT says, and then they sleep. On a free machine it is sleep that costs: to
+    wake them up can take a step of config/small.py 1.4 times as long. Beside a busy program it is
+    spinning: a thread that spins holds the core that the last one needs (docs/LOG.md).
+    """
+    cores, threads = os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS", "")
+    ours = int(threads) if threads.isdecimal() else cores
+    running = []
+    for _ in range(3):  # the median, because at any moment something may run for a millisecond
+        try:
+            running.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]))
+        except (OSError, ValueError, IndexError):
+            return False
+        time.sleep(0.005)
+    return sorted(running)[1] - 1 + ours > cores  # one of those that run is this program
+
+
 def start() -> None:
     """Every program calls this first, before it imports torch.
 
@@ -132,9 +154,7 @@ def start() -> None:
     ends it with exit code 2 and one line, because it is usually another Python that has them all.
     So does a folder for data sets (see data.DATA) that would be another one in every folder.
     """
-    # Threads wait for each other hundreds of times in a step, and spin meanwhile: by default for so
-    # long that beside another busy program a step takes half as long again (docs/LOG.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000" if others_compute() else "10000")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit_at_once)
     for number in range(3):

@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 
 import pytest
 from conftest import ROOT
 
+from config import command
 from config.command import counted, run_command, split_arguments, user_errors
 from config.help import help_text, training_help
 from config.schema import FIRST_KNOBS, GROUPS, Config, knobs_of
@@ -86,14 +88,56 @@ def start_program(tmp_path, seconds=0.0, **options):
     return subprocess.Popen(words, cwd=ROOT, **pipes | options)
 
 
-@pytest.mark.parametrize("own, seen", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
-def test_threads_wait_without_spinning_for_long_unless_the_user_wants_it(own, seen):
+@pytest.mark.parametrize("own, seen", [({}, {"1000", "10000"}), ({"GOMP_SPINCOUNT": "7"}, {"7"})])
+def test_how_long_threads_spin_is_chosen_unless_the_user_did(own, seen):
     before = {name: os.environ[name] for name in os.environ if name != "GOMP_SPINCOUNT"}
     code = (
         "from config.command import start; start(); import os; print(os.environ['GOMP_SPINCOUNT'])"
     )
     printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=before | own)
-    assert printed.decode().strip() == seen
+    assert printed.decode().strip() in seen
+
+
+@pytest.mark.parametrize(
+    "loadavg, threads, wanted",
+    [
+        ("0.50 0.40 0.30 1/90 77", None, False),  # only this program runs
+        ("0.50 0.40 0.30 2/90 77", None, True),  # and another one, on four cores for our four
+        ("0.50 0.40 0.30 2/90 77", "3", False),  # three threads of ours leave it a core
+        ("0.50 0.40 0.30 3/90 77", "3", True),
+        ("0.50 0.40 0.30 2/90 77", "3,2", True),  # OpenMP's list: not a number of threads
+        ("", None, False),
+        (None, None, False),
+    ],
+)
+def test_other_programs_compute_if_they_leave_us_too_few_cores(
+    monkeypatch, loadavg, threads, wanted
+):
+    def read_text(path):
+        if loadavg is None:
+            raise FileNotFoundError(path)
+        return loadavg
+
+    monkeypatch.setattr(command.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(command.Path, "read_text", read_text)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert command.others_compute() == wanted
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how many programs run")
+def test_a_busy_program_is_seen():
+    loops = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())
+    ]
+    try:
+        time.sleep(1)
+        assert command.others_compute()
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
