@@ -131,9 +131,9 @@ def others_compute() -> bool:
     where nobody can say: not on Linux, or in a sandbox that hides it.
 
     Our threads wait for each other hundreds of times in a step. Meanwhile they spin, for as many
-    rounds as GOMP_SPINCOUNT says, and then they sleep. On a free machine it is sleep that costs: to
-    wake them up can take a step of config/small.py 1.4 times as long. Beside a busy program it is
-    spinning: a thread that spins holds the core that the last one needs (docs/LOG.md).
+    rounds as GOMP_SPINCOUNT says (OpenMP's own: 300,000), and then they sleep. On a free machine it
+    is sleep that costs: with 1,000 rounds a step can take 1.7 times as long. Beside a busy program
+    it is spinning: a thread that spins holds the core that the last one needs (docs/LOG.md).
     """
     cores, threads = os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS", "")
     ours = int(threads) if threads.isdecimal() else cores
@@ -154,7 +154,8 @@ def start() -> None:
     ends it with exit code 2 and one line, because it is usually another Python that has them all.
     So does a folder for data sets (see data.DATA) that would be another one in every folder.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000" if others_compute() else "10000")
+    if others_compute():
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit_at_once)
     for number in range(3):

@@ -88,14 +88,19 @@ def start_program(tmp_path, seconds=0.0, **options):
     return subprocess.Popen(words, cwd=ROOT, **pipes | options)
 
 
-@pytest.mark.parametrize("own, seen", [({}, {"1000", "10000"}), ({"GOMP_SPINCOUNT": "7"}, {"7"})])
-def test_how_long_threads_spin_is_chosen_unless_the_user_did(own, seen):
-    before = {name: os.environ[name] for name in os.environ if name != "GOMP_SPINCOUNT"}
+@pytest.mark.parametrize(
+    "others, own, wanted", [(False, None, None), (True, None, "1000"), (True, "7", "7")]
+)
+def test_threads_sleep_soon_if_others_compute_unless_the_user_has_chosen(others, own, wanted):
+    environment = {name: os.environ[name] for name in os.environ if name != "GOMP_SPINCOUNT"}
+    if own:
+        environment["GOMP_SPINCOUNT"] = own
     code = (
-        "from config.command import start; start(); import os; print(os.environ['GOMP_SPINCOUNT'])"
+        f"import os; from config import command; command.others_compute = lambda: {others}; "
+        f"command.start(); print(os.environ.get('GOMP_SPINCOUNT'))"
     )
-    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=before | own)
-    assert printed.decode().strip() in seen
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment)
+    assert printed.decode().strip() == str(wanted)
 
 
 @pytest.mark.parametrize(
