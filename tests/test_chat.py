@@ -339,7 +339,8 @@ def test_other_answers_or_other_roles_are_other_data(tmp_path, monkeypatch):
 
 def run_of(chats, tmp_path, *knobs):
     words = "n_layer=1 n_embd=32 n_head=2 block_size=32 batch_size=8 max_iters=3 warmup_iters=1"
-    place = [f"dataset={chats / 'set'}", f"out_dir={tmp_path / 'run'}", "device=cpu"]
+    place = [f"dataset={chats / 'set'}", f"out_dir={tmp_path / 'run'}"]
+    place += ["device=cpu", "dtype=float32"]
     return set_up(read_config(["config/tiny.py", *words.split(), *place, *knobs]))
 
 

@@ -115,7 +115,7 @@ def test_a_checkpoint_has_the_gate_of_its_step(start, tmp_path, data_folder, cap
     knobs = ("eval_interval=2", "eval_iters=0", "save_interval=2", "keep=9")
     assert start(*FADE, *knobs)[0] == 0
     trained = val_losses(tmp_path / "run")[step]
-    words = [str(tmp_path / "run"), "eval=val", f"checkpoint={step}"]
+    words = [str(tmp_path / "run"), "eval=val", "dtype=float32", f"checkpoint={step}"]
     sample_main([*words, f"dataset={data_folder / 'words'}"])
     assert f"{trained:.6f} nats" in capsys.readouterr().out
     gate = gate_at(step, 4, 10)
