@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -133,6 +134,8 @@ def test_other_programs_compute_if_they_leave_us_too_few_cores(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how many programs run")
 def test_a_busy_program_is_seen():
+    if Path("/proc/loadavg").read_text().split()[3].startswith("0/"):
+        pytest.skip("this sandbox hides how many programs run")
     loops = [
         subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())
     ]
