@@ -102,11 +102,18 @@ class ModelConfig:
         4.0, "llama3: a frequency with more turns in the original context is left alone"
     )
     rope_original_context: int = knob(8192, "llama3: context length before stretching, in tokens")
+    induction_init: bool = knob(
+        False,
+        "the first two Blocks begin as a circuit that copies: where a token comes again, it "
+        "expects what followed it before",
+    )
 
     def __post_init__(self):
         problems = self._range_problems()
         if not problems:  # the rules below need numbers in range
             problems = self._shape_problems() + self._norm_problems()
+        if not problems and self.induction_init:
+            problems = self._induction_problems()
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -187,6 +194,26 @@ class ModelConfig:
             problems.append(
                 f"norm_pos=deepnorm is derived for a norm that resets the scale of the stream, and "
                 f"norm={self.norm} does not: use norm_pos=post or another norm"
+            )
+        return problems
+
+    def _induction_problems(self) -> list[str]:
+        problems = []
+        if self.n_layer < 2:
+            problems.append("induction_init=true needs two Blocks: n_layer=2 or more, got 1")
+        if self.norm_pos != "pre" or not NORMS[self.norm].has_statistics:
+            problems.append(
+                f"induction_init=true needs branches that read the stream at a known scale: "
+                f"norm_pos=pre and a norm that resets it, got norm_pos={self.norm_pos} and "
+                f"norm={self.norm}"
+            )
+        if self.n_embd < 3:
+            problems.append(f"induction_init=true needs n_embd=3 or more, got {self.n_embd}")
+        if not (rope_frequencies(self) < SLOW).any():
+            problems.append(
+                f"induction_init=true finds a key by channels that RoPE turns by less than {SLOW} "
+                f"per token, and a head of {self.head_size} channels with "
+                f"rope_theta={self.rope_theta:g} has none: make one of them larger"
             )
         return problems
 
@@ -625,7 +652,52 @@ def initial_weights(model: Decoder, seed: int) -> Iterator[tuple[nn.Parameter, T
             )
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         numbers = torch.empty(parameter.shape)
-        yield parameter, numbers.normal_(0.0, deviations[role], generator=generator)
+        numbers.normal_(0.0, deviations[role], generator=generator)
+        if model.config.induction_init:
+            add_induction(model.config, name, numbers)
+        yield parameter, numbers
+
+
+FAST, SLOW = 0.1, 0.01  # radians per token: pairs that tell neighbours apart; that hardly turn
+
+
+def add_induction(config: ModelConfig, name: str, weight: Tensor) -> None:
+    """Writes the share of one matrix in an induction circuit over the numbers drawn for it.
+
+    Head 0 of the first Block looks one token back, and writes what it saw into channels of its own.
+    Head 0 of the second looks for a place where the token before was the present one, and copies
+    what stands there (Elhage et al. 2021, Olsson et al. 2022, arXiv 2209.11895). A model learns
+    this by itself, but late: a query can only prefer a distance if the stream has a constant part,
+    and RMSNorm without a bias gives it none. So channel 0 of the embedding is constant here. A
+    second head of the first Block looks two tokens back.
+    """
+    C, D = config.n_embd, config.head_size
+    frequencies = rope_frequencies(config)
+    count = min(D, (C - 1) // 2)
+    channel = torch.arange(count)
+    token, before = 1 + channel, 1 + count + channel  # channels of the residual stream
+    slow = (frequencies < SLOW).repeat(2).nonzero().flatten()[:count]  # channels of a head
+    fast = (frequencies > FAST) * math.sqrt(10 * math.sqrt(D) / C)  # a pair's score is 10 at first
+    match name:
+        case "embed.weight":
+            weight[:, 0] = 2.0  # about as large as the rest of a row of 128 channels will grow
+        case "blocks.0.attn.q.weight":
+            for head, rows in enumerate(weight[: 2 * D].split(D)):
+                angles = frequencies * (head + 1)  # of the pair at the key, seen from here
+                rows[:, 0] = torch.cat((fast * angles.cos(), -fast * angles.sin()))
+        case "blocks.0.attn.k.weight":
+            for rows in weight[: 2 * D].split(D):
+                rows[:, 0] = torch.cat((fast, 0 * fast))
+        case "blocks.1.attn.q.weight":
+            weight[slow, token[: len(slow)]] = 1.5
+        case "blocks.1.attn.k.weight":
+            weight[slow, before[: len(slow)]] = 1.5
+        case "blocks.0.attn.v.weight" | "blocks.1.attn.v.weight":
+            weight[channel, token] = 0.8
+        case "blocks.0.attn.out.weight":
+            weight[before, channel] = 0.8
+        case "blocks.1.attn.out.weight":
+            weight[token, channel] = 0.8
 
 
 def initial_deviations(config: ModelConfig) -> dict[str, float]:

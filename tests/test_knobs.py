@@ -37,6 +37,7 @@ CHANGES_BESIDE = (  # the same, and which knobs must be set beside it
     ("norm_pos=lns", "n_layer=2"),
     ("norm_pos=mix", "n_layer=2"),
     ("norm_pos=final", "n_layer=2"),
+    ("induction_init=true", "n_layer=2"),
     ("norm_alpha=0.25", "norm=dyt"),
     ("rope_factor=4", "rope_scaling=llama3"),
     ("rope_low_freq=0.5", "rope_scaling=llama3"),

@@ -1,0 +1,112 @@
+"""induction_init: what the circuit does before any training, and where it is refused."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import Decoder, ModelConfig
+
+HALF = 64  # tokens of a text that is written twice
+
+
+def config(**knobs):
+    shape = dict(n_layer=2, n_head=2, n_embd=128, n_hidden=64, block_size=2 * HALF, vocab_size=500)
+    return ModelConfig(**shape | {"induction_init": True} | knobs)
+
+
+def grown(model):
+    """The model, with an embedding as large as training makes it; its constant channel stays."""
+    rows = torch.randn(model.embed.weight.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.embed.weight[:, 1:] = 0.3 * rows[:, 1:]
+    return model
+
+
+def twice(vocab=500, seed=0):
+    text = torch.randint(vocab, (4, HALF), generator=torch.Generator().manual_seed(seed))
+    return torch.cat((text, text), dim=1)
+
+
+@torch.no_grad()
+def attention(model, layer, ids):
+    """What each head of a Block looks at, [B, H, T, T]."""
+    x = model.embed(ids)
+    for block in model.blocks[:layer]:
+        x = block(x, model.cos, model.sin)
+    block = model.blocks[layer]
+    q, k = block.attn.queries_and_keys(block.attn_norm(x), model.cos, model.sin)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(hidden, -math.inf).softmax(-1)
+
+
+def share(weights, back):
+    """Of each head, the mean weight on the token so many places back, [H]."""
+    return weights.diagonal(-back, dim1=2, dim2=3).mean((0, 2))
+
+
+SHAPES = [
+    {},
+    {"n_head": 4, "n_kv_head": 2, "head_dim": 64},
+    {"n_head": 4, "n_kv_head": 1, "head_dim": 64},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_first_two_heads_look_one_and_two_tokens_back(shape):
+    for model in (Decoder(config(**shape)), grown(Decoder(config(**shape)))):
+        weights = attention(model, 0, twice())
+        assert share(weights, back=1)[0] > 0.7
+        assert share(weights, back=2)[1] > 0.6
+    plain = attention(Decoder(config(**shape, induction_init=False)), 0, twice())
+    assert share(plain, back=1).max() < 0.1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_second_block_finds_what_followed_the_same_token_before(shape):
+    weights = attention(grown(Decoder(config(**shape))), 1, twice())
+    found = weights.diagonal(1 - HALF, dim1=2, dim2=3)[:, 0, 1:].mean()
+    assert found > 0.3  # of 64 to 127 tokens
+    plain = attention(grown(Decoder(config(**shape, induction_init=False))), 1, twice())
+    assert plain.diagonal(1 - HALF, dim1=2, dim2=3)[:, 0, 1:].mean() < 0.03
+
+
+@torch.no_grad()
+def second_half(model):
+    """How much less the second half of a text that is written twice costs, nats per token."""
+    ids = twice()
+    losses = F.cross_entropy(model(ids)[:, :-1].mT, ids[:, 1:], reduction="none")
+    return (losses[:, : HALF - 1].mean() - losses[:, HALF:].mean()).item()
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm", "rmsnorm1p"])
+def test_a_text_written_twice_is_copied_before_any_training(norm):
+    assert second_half(grown(Decoder(config(norm=norm, tie_embeddings=True)))) > 1
+    plain = config(norm=norm, tie_embeddings=True, induction_init=False)
+    assert abs(second_half(grown(Decoder(plain)))) < 0.3
+
+
+def test_other_matrices_and_other_blocks_keep_their_numbers():
+    with_it = dict(Decoder(config(n_layer=3)).named_parameters())
+    without = dict(Decoder(config(n_layer=3, induction_init=False)).named_parameters())
+    changed = {name for name, weight in with_it.items() if not torch.equal(weight, without[name])}
+    parts = [f"blocks.{i}.attn.{part}.weight" for i in (0, 1) for part in ("q", "k", "v", "out")]
+    assert changed == {"embed.weight", *parts}
+
+
+@pytest.mark.parametrize(
+    "knobs, words",
+    [
+        ({"n_layer": 1}, "needs two Blocks: n_layer=2 or more, got 1"),
+        ({"norm_pos": "post"}, "got norm_pos=post and norm=rmsnorm"),
+        ({"norm": "dyt"}, "got norm_pos=pre and norm=dyt"),
+        ({"n_embd": 2, "n_head": 1}, "needs n_embd=3 or more, got 2"),
+        ({"rope_theta": 10.0}, "a head of 64 channels with rope_theta=10 has none"),
+    ],
+)
+def test_models_that_cannot_hold_the_circuit_are_refused(knobs, words):
+    with pytest.raises(ValueError, match=words):
+        config(**knobs)
