@@ -198,24 +198,19 @@ class ModelConfig:
         return problems
 
     def _induction_problems(self) -> list[str]:
-        problems = []
+        """Why the circuit of add_induction has no room in this model, if it has none."""
+        missing = []
         if self.n_layer < 2:
-            problems.append("induction_init=true needs two Blocks: n_layer=2 or more, got 1")
-        if self.norm_pos != "pre" or not NORMS[self.norm].has_statistics:
-            problems.append(
-                f"induction_init=true needs branches that read the stream at a known scale: "
-                f"norm_pos=pre and a norm that resets it, got norm_pos={self.norm_pos} and "
-                f"norm={self.norm}"
-            )
+            missing.append("two Blocks, and n_layer is 1")
         if self.n_embd < 3:
-            problems.append(f"induction_init=true needs n_embd=3 or more, got {self.n_embd}")
+            missing.append(f"three channels, and n_embd is {self.n_embd}")
         if not (rope_frequencies(self) < SLOW).any():
-            problems.append(
-                f"induction_init=true finds a key by channels that RoPE turns by less than {SLOW} "
-                f"per token, and a head of {self.head_size} channels with "
-                f"rope_theta={self.rope_theta:g} has none: make one of them larger"
+            missing.append(
+                f"channels that RoPE turns by less than {SLOW} a token, and heads of "
+                f"{self.head_size} with rope_theta={self.rope_theta:g} have none"
             )
-        return problems
+        advice = "have more of them, or write induction_init=false"
+        return [f"induction_init=true needs {need}: {advice}" for need in missing]
 
     @property
     def head_size(self) -> int:
@@ -664,12 +659,15 @@ FAST, SLOW = 0.1, 0.01  # radians per token: pairs that tell neighbours apart; t
 def add_induction(config: ModelConfig, name: str, weight: Tensor) -> None:
     """Writes the share of one matrix in an induction circuit over the numbers drawn for it.
 
-    Head 0 of the first Block looks one token back, and writes what it saw into channels of its own.
-    Head 0 of the second looks for a place where the token before was the present one, and copies
-    what stands there (Elhage et al. 2021, Olsson et al. 2022, arXiv 2209.11895). A model learns
-    this by itself, but late: a query can only prefer a distance if the stream has a constant part,
-    and RMSNorm without a bias gives it none. So channel 0 of the embedding is constant here. A
-    second head of the first Block looks two tokens back.
+    Head h of the first Block looks h + 1 tokens back, and head 0 writes what it sees there into
+    channels of its own. Head 0 of the second Block looks for a place where the token before was the
+    same as the present one, and copies what stands there (Elhage et al. 2021; Olsson et al. 2022,
+    arXiv 2209.11895). A model learns this by itself, but late: a query can prefer a distance only
+    if the stream has a constant part, which a drawn embedding lacks. So here its channel 0 is
+    constant.
+
+    The strengths are for branches that read a normalised stream of about 128 channels, as with
+    norm_pos=pre. In another model the circuit is weaker or stronger, and training goes on from it.
     """
     C, D = config.n_embd, config.head_size
     frequencies = rope_frequencies(config)
@@ -682,11 +680,11 @@ def add_induction(config: ModelConfig, name: str, weight: Tensor) -> None:
         case "embed.weight":
             weight[:, 0] = 2.0  # about as large as the rest of a row of 128 channels will grow
         case "blocks.0.attn.q.weight":
-            for head, rows in enumerate(weight[: 2 * D].split(D)):
+            for head, rows in enumerate(weight.split(D)):
                 angles = frequencies * (head + 1)  # of the pair at the key, seen from here
                 rows[:, 0] = torch.cat((fast * angles.cos(), -fast * angles.sin()))
         case "blocks.0.attn.k.weight":
-            for rows in weight[: 2 * D].split(D):
+            for rows in weight.split(D):
                 rows[:, 0] = torch.cat((fast, 0 * fast))
         case "blocks.1.attn.q.weight":
             weight[slow, token[: len(slow)]] = 1.5
