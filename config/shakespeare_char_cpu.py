@@ -13,12 +13,13 @@ n_head = 2  # nanoGPT has 4; two wider heads have as many weights and are faster
 n_embd = 128
 n_hidden = 384  # LLaMA's rule would round 341 up to 512
 block_size = 64
+induction_init = True  # a head sees the character before from the start, and another that before it
 
 batch_size = 16
-max_iters = 180  # more steps make the loss much lower
+max_iters = 140  # more steps make the loss much lower
 optimizer = "muon"
 learning_rate = 1.6e-2
-embed_lr = 4.0  # a character has one row of the embedding, which must move far in 180 steps
+embed_lr = 4.0  # a character has one row of the embedding, which must move far in 140 steps
 muon_momentum = 0.85  # the usual 0.95 averages over 20 steps, which is long for so short a run
 lr_schedule = "linear"  # to zero
 warmup_iters = 10

@@ -7,18 +7,21 @@ text that looks like Python and means nothing. docs/LOG.md tells how these numbe
 out_dir = "out/small"
 dataset = "python"
 
-n_layer = 4
-n_head = 2
-n_embd = 128  # a wider model learns more per token, but reads too few tokens in this time
-n_hidden = 384  # LLaMA's rule would round 341 up to 512
-block_size = 256
+n_layer = 3
+n_head = 3
+n_embd = 192
+n_hidden = 512
+block_size = 512
+rope_theta = 5e5  # more channels that hardly turn, by which a token is found again far away
+induction_init = True  # or it would begin to copy only when the three minutes are nearly over
 tie_embeddings = True
 
 # 2,048 tokens per step. At this size many small steps learn faster than few large ones.
-batch_size = 8
+batch_size = 4
 max_iters = 0  # as many as these minutes allow
 minutes = 3
 optimizer = "muon"  # in 300 steps it came much further than AdamW
+muon_momentum = 0.9
 learning_rate = 6e-3
 # Most tokens are rare, so a row of the embedding is updated seldom and must move far.
 embed_lr = 4.0

@@ -112,7 +112,7 @@ def inputs_to_time(
 ) -> tuple[list[tuple[int, int]], list[torch.dtype]]:
     """The shapes (rows, width) and dtypes of x."""
     on_cuda, shapes, dtypes = device.startswith("cuda"), options.shapes, options.dtypes
-    if shapes == "auto":  # on a CPU: one far beyond its caches, and that of config/small.py
+    if shapes == "auto":  # on a CPU: one far beyond its caches, and a small one
         shapes = "8192x768,8192x2048,8192x4096" if on_cuda else "16384x768,2048x128"
     if dtypes == "auto":
         dtypes = choose_dtype("auto", device) if on_cuda else "float32,bfloat16"

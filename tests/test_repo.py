@@ -286,7 +286,7 @@ def readme_commands():
 
 
 FEW = {
-    "n_layer": 1,
+    "n_layer": 2,
     "n_head": 2,
     "n_kv_head": 1,
     "n_embd": 16,

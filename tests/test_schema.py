@@ -177,7 +177,7 @@ def test_knobs_are_checked_together():
             "norm=tapernorm norm_pos=sandwich taper_start=5 taper_end=9",
             "norm=tapernorm is for norm_pos=pre",
         ),
-        ("lora_rank=999 init_from=x", "lora_rank=999 must be at most n_embd=128"),
+        ("lora_rank=999 init_from=x", "lora_rank=999 must be at most n_embd=192"),
     ],
 )
 def test_bad_command_lines_are_refused_in_one_line(words, message):
