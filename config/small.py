@@ -25,6 +25,7 @@ muon_momentum = 0.9
 learning_rate = 6e-3
 # Most tokens are rare, so a row of the embedding is updated seldom and must move far.
 embed_lr = 4.0
+beta2 = 0.99  # of AdamW, which trains the embedding: a rare token's last gradients are far apart
 lr_schedule = "linear"  # to zero: with so few steps it does not pay to stay high
 warmup_iters = 20
 
