@@ -159,7 +159,7 @@ def test_the_bytes_of_the_matrices_are_those_read_for_a_token():
         ("sample tokens=0", "must be 1 or more"),
         ("sample quantize=int4", "quantize must be none or int8"),
         ("sample dtypes=float16 device=cpu", "needs a CUDA device"),
-        ("sample n_head=7", "n_embd=128 must be"),
+        ("sample n_head=7", "n_embd=192 must be"),
         ("sample n_layer=700 n_embd=9216 n_head=72", "billion parameters need about"),
         ("norm steps=0", "steps must be 1 or more"),
         ("norm step=2", "did you mean steps?"),
