@@ -104,8 +104,8 @@ class ModelConfig:
     rope_original_context: int = knob(8192, "llama3: context length before stretching, in tokens")
     induction_init: bool = knob(
         False,
-        "the first two Blocks begin as a circuit that copies: where a token comes again, it "
-        "expects what followed it before",
+        "the first two Blocks begin with the attention of a circuit that copies: where a token "
+        "comes again, it looks at what followed it before",
     )
 
     def __post_init__(self):
@@ -198,19 +198,28 @@ class ModelConfig:
         return problems
 
     def _induction_problems(self) -> list[str]:
-        """Why the circuit of add_induction has no room in this model, if it has none."""
-        missing = []
-        if self.n_layer < 2:
-            missing.append("two Blocks, and n_layer is 1")
-        if self.n_embd < 3:
-            missing.append(f"three channels, and n_embd is {self.n_embd}")
+        """The first reason why the circuit of add_induction cannot work here, if there is one."""
+        norm = NORMS[self.norm]
+        normalised = norm.has_statistics and "p" not in norm.constants and self.norm_pos == "pre"
+        if not normalised or self.embed_scale != "none":
+            return [
+                f"induction_init=true has strengths for norm_pos=pre, embed_scale=none and a norm "
+                f"that resets the scale of all channels, got norm_pos={self.norm_pos}, "
+                f"embed_scale={self.embed_scale} and norm={self.norm}: write induction_init=false, "
+                f"in a comparison for all arms"
+            ]
+        if self.n_layer < 2 or self.n_embd < 3:
+            return [
+                f"induction_init=true needs n_layer=2 and n_embd=3 or more, got "
+                f"n_layer={self.n_layer} and n_embd={self.n_embd}: write induction_init=false"
+            ]
         if not (rope_frequencies(self) < SLOW).any():
-            missing.append(
-                f"channels that RoPE turns by less than {SLOW} a token, and heads of "
-                f"{self.head_size} with rope_theta={self.rope_theta:g} have none"
-            )
-        advice = "have more of them, or write induction_init=false"
-        return [f"induction_init=true needs {need}: {advice}" for need in missing]
+            return [
+                f"induction_init=true needs pairs of channels that RoPE turns by less than {SLOW} "
+                f"radians a token, and with rope_theta={self.rope_theta:g} heads of "
+                f"{self.head_size} have none: raise rope_theta, or write induction_init=false"
+            ]
+        return []
 
     @property
     def head_size(self) -> int:
@@ -653,32 +662,38 @@ def initial_weights(model: Decoder, seed: int) -> Iterator[tuple[nn.Parameter, T
         yield parameter, numbers
 
 
-FAST, SLOW = 0.1, 0.01  # radians per token: pairs that tell neighbours apart; that hardly turn
+# Of add_induction. The pairs that RoPE turns fast tell neighbours apart, and by those that hardly
+# turn a token is found again far away. The strengths were found by trials (docs/LOG.md).
+FAST, SLOW = 0.1, 0.01  # radians per token
+CONSTANT, LOOKS_BACK, MATCHES, CARRIES = 2.0, 10.0, 1.5, 0.8
 
 
 def add_induction(config: ModelConfig, name: str, weight: Tensor) -> None:
-    """Writes the share of one matrix in an induction circuit over the numbers drawn for it.
+    """Writes one matrix's share of an induction circuit over the numbers drawn for it, in place.
 
     Head h of the first Block looks h + 1 tokens back, and head 0 writes what it sees there into
     channels of its own. Head 0 of the second Block looks for a place where the token before was the
-    same as the present one, and copies what stands there (Elhage et al. 2021; Olsson et al. 2022,
-    arXiv 2209.11895). A model learns this by itself, but late: a query can prefer a distance only
-    if the stream has a constant part, which a drawn embedding lacks. So here its channel 0 is
-    constant.
+    same as the present one, and writes what stands there into the stream, where a tied head reads
+    it as the next token (Elhage et al. 2021; Olsson et al. 2022, arXiv 2209.11895). It finds little
+    before training has made the embedding larger than it is drawn.
 
-    The strengths are for branches that read a normalised stream of about 128 channels, as with
-    norm_pos=pre. In another model the circuit is weaker or stronger, and training goes on from it.
+    A model learns such a circuit by itself, but late: a query can prefer a distance only if the
+    stream has a constant part, which a drawn embedding lacks. So here its channel 0 is constant.
+
+    `name` is the parameter's, `weight` [outputs, inputs] or, of the embedding, [V, C].
     """
     C, D = config.n_embd, config.head_size
-    frequencies = rope_frequencies(config)
+    frequencies = rope_frequencies(config)  # [D/2], radians per token
     count = min(D, (C - 1) // 2)
     channel = torch.arange(count)
     token, before = 1 + channel, 1 + count + channel  # channels of the residual stream
     slow = (frequencies < SLOW).repeat(2).nonzero().flatten()[:count]  # channels of a head
-    fast = (frequencies > FAST) * math.sqrt(10 * math.sqrt(D) / C)  # a pair's score is 10 at first
+    # Where the stream is all constant, its channel 0 is sqrt(C), and each pair adds LOOKS_BACK to
+    # the score of the right distance.
+    fast = (frequencies > FAST) * math.sqrt(LOOKS_BACK * math.sqrt(D) / C)
     match name:
         case "embed.weight":
-            weight[:, 0] = 2.0  # about as large as the rest of a row of 128 channels will grow
+            weight[:, 0] = CONSTANT
         case "blocks.0.attn.q.weight":
             for head, rows in enumerate(weight.split(D)):
                 angles = frequencies * (head + 1)  # of the pair at the key, seen from here
@@ -687,15 +702,15 @@ def add_induction(config: ModelConfig, name: str, weight: Tensor) -> None:
             for rows in weight.split(D):
                 rows[:, 0] = torch.cat((fast, 0 * fast))
         case "blocks.1.attn.q.weight":
-            weight[slow, token[: len(slow)]] = 1.5
+            weight[slow, token[: len(slow)]] = MATCHES
         case "blocks.1.attn.k.weight":
-            weight[slow, before[: len(slow)]] = 1.5
+            weight[slow, before[: len(slow)]] = MATCHES
         case "blocks.0.attn.v.weight" | "blocks.1.attn.v.weight":
-            weight[channel, token] = 0.8
+            weight[channel, token] = CARRIES
         case "blocks.0.attn.out.weight":
-            weight[before, channel] = 0.8
+            weight[before, channel] = CARRIES
         case "blocks.1.attn.out.weight":
-            weight[token, channel] = 0.8
+            weight[token, channel] = CARRIES
 
 
 def initial_deviations(config: ModelConfig) -> dict[str, float]:

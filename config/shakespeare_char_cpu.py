@@ -13,7 +13,7 @@ n_head = 2  # nanoGPT has 4; two wider heads have as many weights and are faster
 n_embd = 128
 n_hidden = 384  # LLaMA's rule would round 341 up to 512
 block_size = 64
-induction_init = True  # a head sees the character before from the start, and another that before it
+induction_init = True  # one head begins by looking one character back, the other by looking two
 
 batch_size = 16
 max_iters = 140  # more steps make the loss much lower

@@ -13,7 +13,7 @@ n_embd = 192
 n_hidden = 512
 block_size = 512
 rope_theta = 5e5  # more channels that hardly turn, by which a token is found again far away
-induction_init = True  # or it would begin to copy only when the three minutes are nearly over
+induction_init = True  # or it would begin to copy late or not at all, as the seed decides
 tie_embeddings = True
 
 # 2,048 tokens per step. At this size many small steps learn faster than few large ones.
