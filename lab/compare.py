@@ -93,7 +93,13 @@ NOT_FOR_A_COMPARISON = {
 # Decided once and then given to every cell, so that no two cells can differ in them.
 AUTOMATIC = ("device", "dtype", "compile")
 # An arm with these knobs has no norm at all: it is only timed, to know what the norms cost.
-CONTROL = {"norm": "none", "norm_pos": "pre", "qk_norm": "false", "norm_impl": "eager"}
+CONTROL = {
+    "norm": "none",
+    "norm_pos": "pre",
+    "qk_norm": "false",
+    "norm_impl": "eager",
+    "induction_init": "false",
+}
 CELL_NAME = re.compile("[a-zA-Z0-9_.-]+-[0-9a-f]{8}")  # of its folder
 Knobs = dict[str, str]  # name -> value, as text of a command line
 

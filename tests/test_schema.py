@@ -160,8 +160,14 @@ def test_knobs_are_checked_together():
             "centred_writers=true lora_rank=2 init_from=x",
             "centred_writers=true would move the weights that lora_rank=2 freezes",
         ),
-        ("centred_writers=true norm_pos=out", "with norm_pos=out gains would bring the mean back"),
-        ("centred_writers=true norm_pos=mix", "so use norm_pos=pre, lns or final"),
+        (
+            "centred_writers=true induction_init=false norm_pos=out",
+            "with norm_pos=out gains would bring the mean back",
+        ),
+        (
+            "centred_writers=true induction_init=false norm_pos=mix",
+            "so use norm_pos=pre, lns or final",
+        ),
         ("taper_end=9", "taper_end=9 has no effect without norm=tapernorm"),
         ("norm=tapernorm", "0 < taper_start < taper_end, got taper_start=0 and taper_end=0"),
         ("norm=tapernorm taper_start=5 taper_end=5", "got taper_start=5 and taper_end=5"),
