@@ -147,7 +147,7 @@ def test_the_bytes_of_the_matrices_are_those_read_for_a_token():
         ("train beside=transformer", "beside must be none or transformers"),
         ("train beside=transformers norm=layernorm", "norm=rmsnorm (here it is layernorm)"),
         (
-            "train beside=transformers norm_pos=post ffn=gelu",
+            "train beside=transformers norm_pos=post ffn=gelu induction_init=false",
             "norm_pos=pre (here it is post), ffn=swiglu",
         ),
         ("train beside=transformers dtype=float16", "what Llama has: no dtype=float16"),
@@ -178,7 +178,7 @@ def test_the_bytes_of_the_matrices_are_those_read_for_a_token():
         ("nanogpt a b c", "name a checkout of nanoGPT"),
         ("nanogpt rounds=0", "must be 1 or more"),
         ("nanogpt preset=config/nothing.py", "name a checkout"),
-        ("memory norm=dyt", "norm=rmsnorm (here it is dyt)"),
+        ("memory norm=dyt induction_init=false", "norm=rmsnorm (here it is dyt)"),
         ("memory steps=0", "must be 1 or more"),
         ("memory learing_rate=1", "did you mean learning_rate"),
         ("memory rounds=x", "rounds must be a whole"),
