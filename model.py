@@ -203,17 +203,18 @@ class ModelConfig:
         normalised = norm.has_statistics and "p" not in norm.constants and self.norm_pos == "pre"
         if not normalised or self.embed_scale != "none":
             return [
-                f"induction_init=true has strengths for norm_pos=pre, embed_scale=none and a norm "
-                f"that resets the scale of all channels, got norm_pos={self.norm_pos}, "
+                f"induction_init=true is made for norm_pos=pre, embed_scale=none and a norm that "
+                f"resets the scale of all channels, got norm_pos={self.norm_pos}, "
                 f"embed_scale={self.embed_scale} and norm={self.norm}: write induction_init=false, "
                 f"in a comparison for all arms"
             ]
-        if self.n_layer < 2 or self.n_embd < 3:
+        if self.n_layer < 2:
             return [
-                f"induction_init=true needs n_layer=2 and n_embd=3 or more, got "
-                f"n_layer={self.n_layer} and n_embd={self.n_embd}: write induction_init=false"
+                "induction_init=true needs n_layer=2 or more, got 1: write induction_init=false"
             ]
-        if not (rope_frequencies(self) < SLOW).any():
+        with torch.device("cpu"):  # also if the model will be built on meta, which has no numbers
+            lowest = rope_frequencies(self).min()
+        if lowest >= SLOW:
             return [
                 f"induction_init=true needs pairs of channels that RoPE turns by less than {SLOW} "
                 f"radians a token, and with rope_theta={self.rope_theta:g} heads of "
@@ -663,7 +664,8 @@ def initial_weights(model: Decoder, seed: int) -> Iterator[tuple[nn.Parameter, T
 
 
 # Of add_induction. The pairs that RoPE turns fast tell neighbours apart, and by those that hardly
-# turn a token is found again far away. The strengths were found by trials (docs/LOG.md).
+# turn a token is found again far away. All strengths but LOOKS_BACK are the better of two that were
+# tried (docs/LOG.md).
 FAST, SLOW = 0.1, 0.01  # radians per token
 CONSTANT, LOOKS_BACK, MATCHES, CARRIES = 2.0, 10.0, 1.5, 0.8
 
@@ -696,7 +698,7 @@ def add_induction(config: ModelConfig, name: str, weight: Tensor) -> None:
             weight[:, 0] = CONSTANT
         case "blocks.0.attn.q.weight":
             for head, rows in enumerate(weight.split(D)):
-                angles = frequencies * (head + 1)  # of the pair at the key, seen from here
+                angles = frequencies * (head + 1)  # by which a key so far back is turned less
                 rows[:, 0] = torch.cat((fast * angles.cos(), -fast * angles.sin()))
         case "blocks.0.attn.k.weight":
             for rows in weight.split(D):

@@ -101,8 +101,7 @@ def test_all_other_numbers_are_those_drawn_without_it():
 @pytest.mark.parametrize(
     "knobs, words",
     [
-        ({"n_layer": 1}, "needs n_layer=2 and n_embd=3 or more, got n_layer=1 and n_embd=128"),
-        ({"n_embd": 2, "n_head": 1}, "got n_layer=2 and n_embd=2"),
+        ({"n_layer": 1}, "needs n_layer=2 or more, got 1: write induction_init=false"),
         ({"rope_theta": 10.0}, "with rope_theta=10 heads of 64 have none: raise rope_theta, or"),
         ({"norm_pos": "post"}, "got norm_pos=post, embed_scale=none and norm=rmsnorm"),
         ({"norm": "prmsnorm"}, "and norm=prmsnorm: write induction_init=false"),
@@ -113,3 +112,10 @@ def test_all_other_numbers_are_those_drawn_without_it():
 def test_models_in_which_the_circuit_would_not_work_are_refused(knobs, words):
     with pytest.raises(ValueError, match=words):
         config(**knobs)
+
+
+def test_the_knob_is_checked_where_tensors_have_no_numbers():
+    with torch.device("meta"):
+        Decoder(config(), seed=None)
+        with pytest.raises(ValueError, match="raise rope_theta"):
+            config(rope_theta=10.0)
