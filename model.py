@@ -299,10 +299,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 UNFUSED_UP_TO = 1024  # tokens; see unfused_attention
 
 
-def linear(inputs: int, outputs: int) -> nn.Linear:
+class Matrix(nn.Linear):
     """A matrix without a bias and without numbers: `initialise` or a checkpoint fills it."""
-    device = torch.get_default_device()
-    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, device=device)
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self):
+        """nn.Linear would draw numbers here."""
 
 
 class Attention(nn.Module):
@@ -315,10 +319,10 @@ class Attention(nn.Module):
         C, D = config.n_embd, config.head_size
         self.layer, self.dropout = layer, config.dropout
         self.heads, self.kv_heads, self.head_size = config.n_head, config.kv_heads, D
-        self.q = linear(C, self.heads * D)
-        self.k = linear(C, self.kv_heads * D)
-        self.v = linear(C, self.kv_heads * D)
-        self.out = linear(self.heads * D, C)
+        self.q = Matrix(C, self.heads * D)
+        self.k = Matrix(C, self.kv_heads * D)
+        self.v = Matrix(C, self.kv_heads * D)
+        self.out = Matrix(self.heads * D, C)
         self.q_norm = config.norm_for(D, lasting=True) if config.qk_norm else nn.Identity()
         self.k_norm = config.norm_for(D, lasting=True) if config.qk_norm else nn.Identity()
 
@@ -437,9 +441,9 @@ class FeedForward(nn.Module):
     def __init__(self, kind: str, width: int, hidden: int):
         super().__init__()
         self.activation = ACTIVATIONS[kind]
-        self.gate = None if kind in UNGATED else linear(width, hidden)
-        self.up = linear(width, hidden)
-        self.down = linear(hidden, width)
+        self.gate = None if kind in UNGATED else Matrix(width, hidden)
+        self.up = Matrix(width, hidden)
+        self.down = Matrix(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
@@ -571,7 +575,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         has_last = config.norm_pos in FINAL_NORM
         self.norm = config.norm_for(C, lasting=True) if has_last else nn.Identity()
-        self.head = None if config.tie_embeddings else linear(C, V)
+        self.head = None if config.tie_embeddings else Matrix(C, V)
         cos, sin = rope_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)

@@ -10,6 +10,7 @@ Reading order: the words of a command line; how a program starts and ends; error
 """
 
 import errno
+import gc
 import io
 import os
 import shlex
@@ -156,6 +157,7 @@ def start() -> None:
     """
     if others_compute():
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    gc.disable()  # until run_command: imports make a million objects and no garbage
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit_at_once)
     for number in range(3):
@@ -201,6 +203,8 @@ def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
     if signal.getsignal(signal.SIGINT) is _exit_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupted = False
+    gc.freeze()  # what was imported stays, so no collection need look at it
+    gc.enable()
     try:
         code = main(argv)
     except KeyboardInterrupt:
@@ -215,6 +219,7 @@ def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    gc.freeze()  # else Python looks through all of it once more before it ends: half a second
     if interrupted:
         os._exit(code)
     output_failed = getattr(sys.stdout, "fault", None) and not reader_left(sys.stdout)

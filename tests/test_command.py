@@ -148,6 +148,20 @@ def test_a_busy_program_is_seen():
             loop.wait()
 
 
+def test_the_garbage_collector_looks_at_nothing_that_was_imported_and_at_nothing_in_the_end():
+    code = (
+        "import gc; from config.command import start, run_command; start()\n"
+        "print(gc.isenabled())\n"
+        "def main(argv):\n"
+        "    global more\n"
+        "    more = [[] for _ in range(10_000)]\n"
+        "    print(gc.isenabled(), 0 < gc.get_freeze_count() < 10_000)\n"
+        "run_command(main, []); print(gc.get_freeze_count() > 10_000)"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT).decode()
+    assert printed.split() == ["False", "True", "True", "True"]
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_what_the_output_cannot_hold_is_replaced(tmp_path, encoding):
     program = start_program(tmp_path, env=os.environ | {"PYTHONIOENCODING": encoding})

@@ -274,7 +274,7 @@ def test_packing_is_for_x86_with_onednn_and_bfloat16_for_hardware_that_has_it(mo
     for dtype in (torch.float32, torch.bfloat16):
         assert not can_pack_matrices(dtype)
         head = prepared(device="cpu", dtype=str(dtype).removeprefix("torch.")).head
-        assert type(head) is Linear and head.weight.dtype == dtype
+        assert isinstance(head, Linear) and head.weight.dtype == dtype
 
 
 def test_on_cuda_matrices_are_rounded_and_attention_is_not_planned():

@@ -268,6 +268,19 @@ def test_compiled_training_is_the_same_training_and_the_same_bits_each_time(
     assert_same_run(tmp_path / "compiled", tmp_path / "again")
 
 
+def test_without_compile_no_part_of_the_compiler_is_imported(data_folder, tmp_path):
+    """It would take a third of a second, at the start of each training and each sample."""
+    code = (
+        "import sys, train; assert train.main(sys.argv[1:]) == 0\n"
+        "print('imported:', *{'sympy', 'torch._dynamo', 'torch._inductor'} & sys.modules.keys())"
+    )
+    words = [*SMALL, f"dataset={data_folder / 'words'}", f"out_dir={tmp_path / 'run'}"]
+    words += ["optimizer=muon", "sample_tokens=3"]
+    words = {word.partition("=")[0]: word for word in words}.values()
+    printed = subprocess.check_output([sys.executable, "-c", code, *words], cwd=ROOT).decode()
+    assert printed.splitlines()[-1] == "imported:"
+
+
 def test_a_compiled_run_is_the_same_run(start, tmp_path, no_code):
     knobs = ("n_layer=1", "max_iters=4", "save_interval=2")
     start(*knobs)
