@@ -46,6 +46,7 @@ from run.machine import (
     autocast,
     choose_device,
     choose_dtype,
+    choose_threads,
     disable_cudnn_attention,
     keep_freed_memory,
     processor,
@@ -247,6 +248,7 @@ def sample_or_evaluate(argv: list[str]) -> None:
                 ids = chat.ask(prompt)
             else:
                 ids = prompt_ids(tokenizer, prompt, options.special)
+            torch.set_num_threads(choose_threads(0))
             prepare_for_inference(model, options)
             if options.eval != "none":
                 print_evaluation(model, known, folder, options)

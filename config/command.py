@@ -12,6 +12,7 @@ Reading order: the words of a command line; how a program starts and ends; error
 import errno
 import gc
 import io
+import math
 import os
 import shlex
 import signal
@@ -24,6 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
+_at_start: tuple[float, float, float] | None = None  # see free_cores
 PACKAGES = ("torch", "numpy", "sentencepiece", "tiktoken", "tqdm")  # those of requirements.txt
 UNPRINTABLE = dict.fromkeys(
     {
@@ -127,25 +129,30 @@ def reader_left(stream: TextIO) -> bool:
     return fault is not None and fault.errno in (errno.EPIPE, errno.EIO, errno.EINVAL)
 
 
-def others_compute() -> bool:
-    """Whether the threads of other programs that run at the moment leave us too few cores. False
-    where nobody can say: not on Linux, or in a sandbox that hides it.
+def free_cores() -> float:
+    """How many of the cores that this process may use other programs have left free since start(),
+    on average. inf where nobody can say: start() was not called, the system is not Linux, or a
+    sandbox hides it."""
+    began, now = _at_start, _processor_seconds()
+    if began is None or now is None or began[0] == now[0]:
+        return math.inf
+    clock, free, ours = (after - before for before, after in zip(began, now, strict=True))
+    return (free + ours) / clock
 
-    Our threads wait for each other hundreds of times in a step. Meanwhile they spin, for as many
-    rounds as GOMP_SPINCOUNT says (OpenMP's own: 300,000), and then they sleep. On a free machine it
-    is sleep that costs: with 1,000 rounds a step can take 1.7 times as long. Beside a busy program
-    it is spinning: a thread that spins holds the core that the last one needs (docs/LOG.md).
-    """
-    cores, threads = os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS", "")
-    ours = int(threads) if threads.isdecimal() else cores
-    running = []
-    for _ in range(3):  # the median, because at any moment something may run for a millisecond
-        try:
-            running.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]))
-        except (OSError, ValueError, IndexError):
-            return False
-        time.sleep(0.005)
-    return sorted(running)[1] - 1 + ours > cores  # one of those that run is this program
+
+def _processor_seconds() -> tuple[float, float, float] | None:
+    """Seconds of the clock; those in which the cores that this process may use had nothing to do,
+    added up; and those in which they worked for this process. None where nobody can say."""
+    try:
+        lines = map(str.split, Path("/proc/stat").read_text().splitlines())
+        numbers = {name: numbers for name, *numbers in lines}
+        cores = [numbers[f"cpu{i}"] for i in os.sched_getaffinity(0)]
+        # After user, nice and system: idle, and waiting for a disk. The eighth is what a host keeps
+        # for others: fewer threads would not bring it back.
+        free = sum(int(core[i]) for core in cores for i in (3, 4, 7)) / os.sysconf("SC_CLK_TCK")
+    except (AttributeError, OSError, ValueError, LookupError):
+        return None
+    return time.monotonic(), free, sum(os.times()[:4])
 
 
 def start() -> None:
@@ -155,8 +162,8 @@ def start() -> None:
     ends it with exit code 2 and one line, because it is usually another Python that has them all.
     So does a folder for data sets (see data.DATA) that would be another one in every folder.
     """
-    if others_compute():
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    global _at_start
+    _at_start = _processor_seconds()
     gc.disable()  # until run_command: imports make a million objects and no garbage
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit_at_once)

@@ -163,6 +163,11 @@ class MachineKnobs:
     micro_batch_size: int = knob(
         0, "sequences that one device processes at once; 0 = the largest number that fits"
     )
+    threads: int = knob(
+        0,
+        "threads that compute on the CPU; 0 = OMP_NUM_THREADS, or else as many as other programs "
+        "leave cores free when the run begins",
+    )
     activation_checkpointing: bool = knob(
         False, "compute each Block twice instead of storing its activations: slower, less memory"
     )
@@ -194,7 +199,7 @@ BOUNDS = (  # a bound in words, as a test, and the knobs that it holds for
     ("0 or more", lambda v: v >= 0, "min_lr warmup_iters weight_decay gain_decay"),
     ("0 or more", lambda v: v >= 0, "grad_clip skip_spikes seed"),
     ("0 or more", lambda v: v >= 0, "eval_interval eval_iters save_interval keep_every"),
-    ("0 or more", lambda v: v >= 0, "max_iters minutes micro_batch_size lora_rank"),
+    ("0 or more", lambda v: v >= 0, "max_iters minutes micro_batch_size threads lora_rank"),
     ("0 or more", lambda v: v >= 0, "sample_tokens sample_interval profile"),
     ("0 or more", lambda v: v >= 0, "taper_start taper_end"),
     ("above 0", lambda v: v > 0, "learning_rate embed_lr lora_alpha"),

@@ -77,8 +77,9 @@ def values_in_turn(calls: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any
 
 def fresh_run(config: Config, **changes: Any) -> Run:
     """A run before its first step, which writes nothing to the disk."""
+    own = {"resume": "no", "threads": config.threads or torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
-        return set_up(replace(config, out_dir=str(Path(folder) / "run"), resume="no", **changes))
+        return set_up(replace(config, out_dir=str(Path(folder) / "run"), **own, **changes))
 
 
 def seconds_of_start(run: Run) -> float:

@@ -378,7 +378,9 @@ def summary(run: Run) -> str:
     memory = fixed + activations
     if config.device == "cpu" and (held := peak_memory("cpu")):
         memory, program = memory + held, f", {held / 1e9:.2f} the program itself"
-    if config.device != "cpu":
+    if config.device == "cpu":
+        rate = f", {counted(config.threads, 'thread*')}"
+    else:
         measured = matmul_rate(config.device, config.dtype)
         rate = f" at {measured / 1e9:,.0f} GFLOP/s (measured)"
     if config.lora_rank:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from config.command import counted, free_cores
 from config.schema import Config
 from model import UNFUSED_UP_TO, ModelConfig, parameter_count, rows_at_once
 from weights.lora import adapter_count
@@ -104,6 +105,32 @@ def choose_dtype(wanted: str, device: str) -> str:
             f"which a token sees up to three that follow it; use dtype=float32"
         )
     return wanted
+
+
+def choose_threads(wanted: int) -> int:
+    """How many threads compute on the CPU; 0 = what OMP_NUM_THREADS says, or else as many as other
+    programs have left cores free since this one began. ValueError if there are not so many cores.
+
+    The threads of a step wait for each other hundreds of times. If one of them has no core of its
+    own, the others wait for it, and one thread less is faster (docs/LOG.md).
+    """
+    usual, cores = torch.get_num_threads(), os.cpu_count() or 1
+    if wanted > max(usual, cores):
+        raise ValueError(
+            f"threads={wanted} is more than the {counted(cores, 'core*')} of this machine; "
+            f"0 = as many as are free"
+        )
+    if wanted or "OMP_NUM_THREADS" in os.environ:
+        return wanted or usual
+    free = free_cores()
+    chosen = usual if free >= usual else max(1, round(free))
+    if chosen < usual:
+        print(
+            f"other programs keep {usual - chosen} of {counted(cores, 'core*')} busy: "
+            f"{counted(chosen, 'thread*')}",
+            file=sys.stderr,
+        )
+    return chosen
 
 
 def autocast(device: str, dtype: str) -> AbstractContextManager:

@@ -35,6 +35,7 @@ from run.machine import (
     add_in_fixed_order,
     choose_device,
     choose_dtype,
+    choose_threads,
     keep_freed_memory,
     memory_estimate,
     most_tokens,
@@ -187,6 +188,8 @@ def resolve(
     if saved:
         kept = kept_choices(wanted, device, saved["config"], ranks.size)
         config = replace(config, max_iters=kept_length(wanted, saved["config"]), **kept)
+    config = replace(config, threads=choose_threads(config.threads))
+    torch.set_num_threads(config.threads)  # here, too, because a rate may be measured below
     if config.stream_dtype not in ("float32", config.dtype):
         raise ValueError(
             f"stream_dtype={config.stream_dtype} needs products of the same type, and here they "
@@ -258,16 +261,16 @@ def kept_choices(wanted: Config, device: str, before: dict[str, Any], ranks: int
     if before.get("device") != device:
         return {}
     automatic = {name for name in ("dtype", "compile") if getattr(wanted, name) == "auto"}
-    if wanted.micro_batch_size == 0:
-        automatic.add("micro_batch_size")
     if "dtype" in automatic:
         choose_dtype(before.get("dtype", "auto"), device)  # ValueError on an older GPU
-    kept = {
-        name: before[name]
-        for name in automatic
-        if before.get(name, "auto") != "auto"
-        and (name != "micro_batch_size" or before[name] >= 1)  # another program may have written it
-    }
+    kept = {name: before[name] for name in automatic if before.get(name, "auto") != "auto"}
+    # Of these the checkpoint of another program may have any number, or none.
+    micro, threads = before.get("micro_batch_size", 0), before.get("threads", 0)
+    if wanted.micro_batch_size == 0 and micro >= 1:
+        kept["micro_batch_size"] = micro
+    if wanted.threads == 0 and "OMP_NUM_THREADS" not in os.environ:
+        if 1 <= threads <= (os.cpu_count() or 1):  # else it is another machine
+            kept["threads"] = threads
     if wanted.batch_size % (ranks * kept.get("micro_batch_size", 1)):
         kept.pop("micro_batch_size", None)  # there are more ranks now
     return kept
@@ -364,6 +367,7 @@ def check_data(config: Config, data: Data, start: Weights | None) -> None:
 
 def build(config: Config, data: Data, begin: dict[str, Any], ranks: Ranks) -> Run:
     """Model, optimizers and scaler on every rank, at the first step or at the saved one."""
+    torch.set_num_threads(config.threads)
     if config.device.startswith("cuda"):
         torch.cuda.set_device(config.device)
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32

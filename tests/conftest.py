@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import os
 import random
 import resource
 from functools import partial
@@ -21,6 +22,7 @@ from run.log import Tracker
 from run.metrics import plot_losses
 
 torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start
 
 ROOT = Path(__file__).parent.parent
 SMALL = [

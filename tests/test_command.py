@@ -4,14 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import warnings
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from config import command
 from config.command import counted, run_command, split_arguments, user_errors
 from config.help import help_text, training_help
 from config.schema import FIRST_KNOBS, GROUPS, Config, knobs_of
@@ -87,65 +84,6 @@ def start_program(tmp_path, seconds=0.0, **options):
     words = [sys.executable, "-c", PROGRAM, str(seconds), str(tmp_path / "work")]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return subprocess.Popen(words, cwd=ROOT, **pipes | options)
-
-
-@pytest.mark.parametrize(
-    "others, own, wanted", [(False, None, None), (True, None, "1000"), (True, "7", "7")]
-)
-def test_threads_sleep_soon_if_others_compute_unless_the_user_has_chosen(others, own, wanted):
-    environment = {name: os.environ[name] for name in os.environ if name != "GOMP_SPINCOUNT"}
-    if own:
-        environment["GOMP_SPINCOUNT"] = own
-    code = (
-        f"import os; from config import command; command.others_compute = lambda: {others}; "
-        f"command.start(); print(os.environ.get('GOMP_SPINCOUNT'))"
-    )
-    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment)
-    assert printed.decode().strip() == str(wanted)
-
-
-@pytest.mark.parametrize(
-    "loadavg, threads, wanted",
-    [
-        ("0.50 0.40 0.30 1/90 77", None, False),  # only this program runs
-        ("0.50 0.40 0.30 2/90 77", None, True),  # and another one, on four cores for our four
-        ("0.50 0.40 0.30 2/90 77", "3", False),  # three threads of ours leave it a core
-        ("0.50 0.40 0.30 3/90 77", "3", True),
-        ("0.50 0.40 0.30 2/90 77", "3,2", True),  # OpenMP's list: not a number of threads
-        ("", None, False),
-        (None, None, False),
-    ],
-)
-def test_other_programs_compute_if_they_leave_us_too_few_cores(
-    monkeypatch, loadavg, threads, wanted
-):
-    def read_text(path):
-        if loadavg is None:
-            raise FileNotFoundError(path)
-        return loadavg
-
-    monkeypatch.setattr(command.os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(command.Path, "read_text", read_text)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if threads:
-        monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    assert command.others_compute() == wanted
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how many programs run")
-def test_a_busy_program_is_seen():
-    if Path("/proc/loadavg").read_text().split()[3].startswith("0/"):
-        pytest.skip("this sandbox hides how many programs run")
-    loops = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())
-    ]
-    try:
-        time.sleep(1)
-        assert command.others_compute()
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
 
 
 def test_the_garbage_collector_looks_at_nothing_that_was_imported_and_at_nothing_in_the_end():

@@ -52,9 +52,9 @@ KEEPS = (  # sharded does nothing with one rank
     "profile=2 sharded=false activation_checkpointing=true"
 ).split()
 # test_train.py, test_parallel.py, test_minutes.py, test_branch.py, test_documents.py, test_chat.py,
-# test_taper.py
+# test_taper.py, test_threads.py
 ELSEWHERE = (
-    "out_dir device compile parallel minutes branch doc_mask doc_windows answers_only "
+    "out_dir device threads compile parallel minutes branch doc_mask doc_windows answers_only "
     "taper_start taper_end"
 ).split()
 

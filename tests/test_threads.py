@@ -1,0 +1,155 @@
+"""How many threads compute: as many as other programs leave cores free, and then always as many."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from config import command
+from run import machine
+
+STAT = "cpu  {0} 0 0 {1} 0 0 0 0 0 0\n" + "cpu{2} 0 0 0 {1} 0 0 0 0 0 0\n"
+
+
+@pytest.fixture
+def usual_threads(monkeypatch):
+    """PyTorch has four threads on four cores, and nobody has asked for another number."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: 4)
+
+
+@pytest.mark.parametrize(
+    "free, threads",
+    [(4.0, 4), (3.9, 4), (3.6, 4), (3.4, 3), (1.2, 1), (0.1, 1), (6.5, 4), (float("inf"), 4)],
+)
+def test_each_thread_has_a_core_that_is_free(usual_threads, monkeypatch, capsys, free, threads):
+    monkeypatch.setattr(machine, "free_cores", lambda: free)
+    assert machine.choose_threads(0) == threads
+    told = capsys.readouterr().err
+    assert bool(told) == (threads < 4)
+    if threads == 3:
+        assert told == "other programs keep 1 of 4 cores busy: 3 threads\n"
+
+
+def test_what_the_user_asks_for_counts_more(usual_threads, monkeypatch):
+    monkeypatch.setattr(machine, "free_cores", lambda: 1.0)
+    assert machine.choose_threads(3) == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert machine.choose_threads(0) == 4
+    with pytest.raises(ValueError, match="threads=5 is more than the 4 cores of this machine"):
+        machine.choose_threads(5)
+
+
+def ticks(numbers):
+    """/proc/stat of a machine with three cores, of which only 0 and 2 are ours."""
+    return "\n".join(f"{name} {words} 0 0" for name, words in numbers.items())
+
+
+def test_free_cores_are_those_that_idle_or_work_for_us(monkeypatch):
+    second = os.sysconf("SC_CLK_TCK")
+    #         user nice system idle iowait irq softirq steal
+    before = {"cpu": "9 9 9 9 9 9 9 9", "cpu0": "0 0 0 0 0 0 0 0", "cpu1": "0 0 0 0 0 0 0 0"}
+    after = {
+        "cpu": "9 9 9 9 9 9 9 9",
+        "cpu0": f"{3 * second} 0 {second} 0 0 0 0 0",  # it worked for four seconds
+        "cpu1": "0 0 0 0 0 0 0 0",
+        "cpu2": f"0 {second} 0 {second} {second} 0 0 {second}",  # for one, and idled for three
+    }
+    texts = iter([ticks(before | {"cpu2": "0 0 0 0 0 0 0 0"}), ticks(after)])
+    clock, ours = iter([10.0, 14.0]), iter([(0.5, 0, 0, 0, 10.0), (1.0, 0.5, 0.5, 0.5, 14.0)])
+    monkeypatch.setattr(command.os, "sched_getaffinity", lambda _: {0, 2})
+    monkeypatch.setattr(command.Path, "read_text", lambda _: next(texts))
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(command.os, "times", lambda: next(ours))
+    monkeypatch.setattr(command, "_at_start", command._processor_seconds())
+    # In four seconds two cores idled for three, and worked for two of them for us.
+    assert command.free_cores() == (3 + 2) / 4
+
+
+@pytest.mark.parametrize("text", ["", "cpu0 1 2", "cpu0 a b c d e f g h i j", None])
+def test_where_nobody_can_say_all_cores_are_free(monkeypatch, text):
+    def read_text(path):
+        if text is None:
+            raise FileNotFoundError(path)
+        return text
+
+    monkeypatch.setattr(command, "_at_start", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(command.Path, "read_text", read_text)
+    assert command.free_cores() == float("inf")
+    monkeypatch.undo()
+    monkeypatch.setattr(command, "_at_start", None)
+    assert command.free_cores() == float("inf")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what each core does")
+def test_busy_programs_are_seen():
+    code = "from config.command import start; start(); import time; time.sleep(1); " + (
+        "from config.command import free_cores; print(free_cores())"
+    )
+    cores = sorted(os.sched_getaffinity(0))
+    loops = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: 0"]
+        )
+        for core in cores
+    ]
+    try:
+        time.sleep(0.5)
+        free = float(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT))
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+    assert free < 0.5 * len(cores) or free == float("inf")  # a sandbox may hide it
+
+
+@pytest.fixture
+def one_thread_afterwards():
+    yield
+    torch.set_num_threads(1)
+
+
+def test_a_run_that_goes_on_keeps_its_threads(start, tmp_path, monkeypatch, one_thread_afterwards):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    code, out, _ = start("threads=2", "max_iters=4", "dtype=float32")
+    assert code == 0 and "machine  cpu, float32, 2 threads, not compiled" in out
+    torch.set_num_threads(1)  # now a program has begun that keeps the other core busy
+    code, out, _ = start("max_iters=6", "resume=yes")
+    assert code == 0 and "2 threads" in out and torch.get_num_threads() == 2
+    assert json.loads(Path(tmp_path, "run", "config.json").read_text())["threads"] == 2
+
+    code, out, _ = start("max_iters=8", "resume=yes", "threads=1")
+    assert code == 0 and "threads: checkpoint=2, now=1" in out and torch.get_num_threads() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(2)
+    code, out, _ = start("max_iters=10", "resume=yes")
+    assert code == 0 and "threads: checkpoint=1, now=2" in out
+
+
+def test_a_machine_with_fewer_cores_has_threads_of_its_own(
+    start, monkeypatch, one_thread_afterwards
+):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert start("threads=2", "max_iters=4")[0] == 0
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    torch.set_num_threads(1)
+    code, out, _ = start("max_iters=6", "resume=yes")
+    assert code == 0 and "threads: checkpoint=2, now=1" in out
+
+
+def test_too_many_threads_are_refused(start):
+    code, _, err = start("threads=4097")
+    assert (
+        code == 2
+        and err.startswith("error: threads=4097 is more than the ")
+        and "\n" not in err[:-1]
+    )
