@@ -227,7 +227,7 @@ def test_ours_needs_the_windows_of_nanogpt_and_a_preset_that_is_there(
 ):
     places = [str(nanogpt_folder), str(data_folder / "words.txt")]
     for arguments, words in (
-        (["preset=config/small.py"], "block_size must be 64, got 512"),
+        (["preset=config/tiny.py", "block_size=32"], "block_size must be 64 or more, got 32"),
         (["preset=config/nothing.py"], "nothing.py is neither a file nor"),
     ):
         code, _, err = measure("nanogpt", *places, *arguments)
