@@ -5,16 +5,16 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL
 
 from config import command
 from run import machine
-
-STAT = "cpu  {0} 0 0 {1} 0 0 0 0 0 0\n" + "cpu{2} 0 0 0 {1} 0 0 0 0 0 0\n"
+from run.setup import build, read_config, set_up
 
 
 @pytest.fixture
@@ -132,6 +132,17 @@ def test_a_run_that_goes_on_keeps_its_threads(start, tmp_path, monkeypatch, one_
     torch.set_num_threads(2)
     code, out, _ = start("max_iters=10", "resume=yes")
     assert code == 0 and "threads: checkpoint=1, now=2" in out
+
+
+def test_a_rank_has_the_threads_that_the_first_one_chose(tmp_path, data_folder, monkeypatch):
+    places = (f"dataset={data_folder / 'words'}", f"out_dir={tmp_path / 'run'}")
+    words = {word.partition("=")[0]: word for word in (*SMALL, *places)}
+    run = set_up(read_config([*words.values()]))
+    counts = []
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    begin = {"weights": None, "saved": None, "base": {}}
+    build(replace(run.config, threads=3), run.data, begin, run.ranks)
+    assert counts == [3]
 
 
 def test_a_machine_with_fewer_cores_has_threads_of_its_own(
