@@ -130,8 +130,8 @@ def reader_left(stream: TextIO) -> bool:
 
 
 def free_cores() -> float:
-    """How many of the cores that this process may use other programs have left free since start(),
-    on average. inf where nobody can say: start() was not called, the system is not Linux, or a
+    """The mean number of cores that other programs have left free since start(), of those that this
+    process may use. inf where nobody can say: start() was not called, the system is not Linux, or a
     sandbox hides it."""
     began, now = _at_start, _processor_seconds()
     if began is None or now is None or began[0] == now[0]:
@@ -147,8 +147,8 @@ def _processor_seconds() -> tuple[float, float, float] | None:
         lines = map(str.split, Path("/proc/stat").read_text().splitlines())
         numbers = {name: numbers for name, *numbers in lines}
         cores = [numbers[f"cpu{i}"] for i in os.sched_getaffinity(0)]
-        # After user, nice and system: idle, and waiting for a disk. The eighth is what a host keeps
-        # for others: fewer threads would not bring it back.
+        # Idle, waiting for a disk, and stolen by a virtual machine's host, which would not give it
+        # back to fewer threads.
         free = sum(int(core[i]) for core in cores for i in (3, 4, 7)) / os.sysconf("SC_CLK_TCK")
     except (AttributeError, OSError, ValueError, LookupError):
         return None
@@ -226,7 +226,7 @@ def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    gc.freeze()  # else Python looks through all of it once more before it ends: half a second
+    gc.freeze()  # else Python looks through all objects again before it ends: half a second
     if interrupted:
         os._exit(code)
     output_failed = getattr(sys.stdout, "fault", None) and not reader_left(sys.stdout)

@@ -165,8 +165,8 @@ class MachineKnobs:
     )
     threads: int = knob(
         0,
-        "threads that compute on the CPU; 0 = OMP_NUM_THREADS, or else as many as other programs "
-        "leave cores free when the run begins",
+        "threads that compute on the CPU; 0 = OMP_NUM_THREADS, or else one for each core that "
+        "other programs leave free when the run begins; a resumed run keeps its number",
     )
     activation_checkpointing: bool = knob(
         False, "compute each Block twice instead of storing its activations: slower, less memory"

@@ -255,11 +255,12 @@ AS_LONG = dict(
     n_layer=3,  # so there is time for more steps
     n_head=4,
     n_kv_head=2,
+    optimizer="muon",
     muon_momentum=0.9,
     beta2=0.99,
     compile=True,
 )
-# Its loss by its own model.py, over the windows of which ours is evaluated, too.
+# Its loss by its own model.py, over the same windows as ours.
 EVALUATE = """import json, sys, numpy as np, torch
 from model import GPT, GPTConfig
 saved, T = torch.load(sys.argv[1], map_location="cpu", weights_only=True), 64

@@ -108,8 +108,8 @@ def choose_dtype(wanted: str, device: str) -> str:
 
 
 def choose_threads(wanted: int) -> int:
-    """How many threads compute on the CPU; 0 = what OMP_NUM_THREADS says, or else as many as other
-    programs have left cores free since this one began. ValueError if there are not so many cores.
+    """How many threads compute on the CPU; 0 = what OMP_NUM_THREADS says, or else one for each core
+    that other programs have left free since this one began. ValueError if there are fewer cores.
 
     The threads of a step wait for each other hundreds of times. If one of them has no core of its
     own, the others wait for it, and one thread less is faster (docs/LOG.md).
@@ -126,8 +126,7 @@ def choose_threads(wanted: int) -> int:
     chosen = usual if free >= usual else max(1, round(free))
     if chosen < usual:
         print(
-            f"other programs keep {usual - chosen} of {counted(cores, 'core*')} busy: "
-            f"{counted(chosen, 'thread*')}",
+            f"other programs leave {free:.1f} of {cores} cores free: {counted(chosen, 'thread*')}",
             file=sys.stderr,
         )
     return chosen

@@ -182,7 +182,13 @@ def bytes_in(*folders):
 
 
 @pytest.mark.slow
-def test_bench_nanogpt_prints_both_and_ours_for_as_long(measure, nanogpt_folder, data_folder):
+def test_bench_nanogpt_prints_both_and_ours_for_as_long(
+    measure, nanogpt_folder, data_folder, monkeypatch
+):
+    windows, evaluate = [], beside.evaluate
+    monkeypatch.setattr(
+        beside, "evaluate", lambda *a, **k: windows.append(k["block_size"]) or evaluate(*a, **k)
+    )
     before = bytes_in(nanogpt_folder, ROOT / "data")
     text = (data_folder / "words.txt").read_text()
     place = [str(nanogpt_folder), str(data_folder / "words.txt")]
@@ -198,6 +204,7 @@ def test_bench_nanogpt_prints_both_and_ours_for_as_long(measure, nanogpt_folder,
     table = torch.arange(len(letters) ** 2.0).sin().view(len(letters), -1)
     loss = torch.nn.functional.cross_entropy(table[val[:n]], val[1 : n + 1]).item()
     assert rows["nanoGPT"][4:] == [f"{loss:.4f}", "+0.0000"]
+    assert windows == [64] * 4  # also of ours with longer windows, and of its two trials
     for name in ("ours", "ours, as long"):
         assert float(rows[name][5]) == pytest.approx(float(rows[name][4]) - loss, abs=2e-4)
     assert bytes_in(nanogpt_folder, ROOT / "data") == before

@@ -35,7 +35,7 @@ def test_each_thread_has_a_core_that_is_free(usual_threads, monkeypatch, capsys,
     told = capsys.readouterr().err
     assert bool(told) == (threads < 4)
     if threads == 3:
-        assert told == "other programs keep 1 of 4 cores busy: 3 threads\n"
+        assert told == "other programs leave 3.4 of 4 cores free: 3 threads\n"
 
 
 def test_what_the_user_asks_for_counts_more(usual_threads, monkeypatch):
@@ -47,29 +47,23 @@ def test_what_the_user_asks_for_counts_more(usual_threads, monkeypatch):
         machine.choose_threads(5)
 
 
-def ticks(numbers):
-    """/proc/stat of a machine with three cores, of which only 0 and 2 are ours."""
-    return "\n".join(f"{name} {words} 0 0" for name, words in numbers.items())
-
-
 def test_free_cores_are_those_that_idle_or_work_for_us(monkeypatch):
-    second = os.sysconf("SC_CLK_TCK")
-    #         user nice system idle iowait irq softirq steal
-    before = {"cpu": "9 9 9 9 9 9 9 9", "cpu0": "0 0 0 0 0 0 0 0", "cpu1": "0 0 0 0 0 0 0 0"}
-    after = {
-        "cpu": "9 9 9 9 9 9 9 9",
-        "cpu0": f"{3 * second} 0 {second} 0 0 0 0 0",  # it worked for four seconds
-        "cpu1": "0 0 0 0 0 0 0 0",
-        "cpu2": f"0 {second} 0 {second} {second} 0 0 {second}",  # for one, and idled for three
-    }
-    texts = iter([ticks(before | {"cpu2": "0 0 0 0 0 0 0 0"}), ticks(after)])
-    clock, ours = iter([10.0, 14.0]), iter([(0.5, 0, 0, 0, 10.0), (1.0, 0.5, 0.5, 0.5, 14.0)])
+    s = os.sysconf("SC_CLK_TCK")  # ticks of a second
+    # Of three cores 0 and 2 are ours. user nice system idle iowait irq softirq steal
+    before = "cpu 9 9 9 9 9 9 9 9\ncpu0 0 0 0 0 0 0 0 0\ncpu1 0 0 0 0 0 0 0 0\ncpu2 0 0 0 0 0 0 0 0"
+    after = (
+        f"cpu 9 9 9 9 9 9 9 9\n"
+        f"cpu0 {3 * s} 0 {s} 0 0 0 0 0\n"  # it worked for four seconds
+        f"cpu1 0 0 0 {9 * s} 0 0 0 0\n"
+        f"cpu2 0 {s} 0 {s} {s} 0 0 {s}"  # for one, and was free for three
+    )
+    texts, clock = iter([before, after]), iter([10.0, 14.0])
+    ours = iter([(0.5, 0, 0, 0, 10.0), (1.0, 0.5, 0.5, 0.5, 14.0)])  # two seconds in between
     monkeypatch.setattr(command.os, "sched_getaffinity", lambda _: {0, 2})
     monkeypatch.setattr(command.Path, "read_text", lambda _: next(texts))
     monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(command.os, "times", lambda: next(ours))
     monkeypatch.setattr(command, "_at_start", command._processor_seconds())
-    # In four seconds two cores idled for three, and worked for two of them for us.
     assert command.free_cores() == (3 + 2) / 4
 
 
