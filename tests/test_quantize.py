@@ -139,6 +139,29 @@ def test_on_cuda_few_rows_are_sums_in_compiled_code_alone(monkeypatch):
     assert [rows for rows in products if not products[rows]] == [(True, 1), (True, 4)]
 
 
+@pytest.mark.parametrize("sums", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_cpu_one_row_is_a_sum_in_compiled_code_where_that_is_fast(monkeypatch, sums, dtype):
+    monkeypatch.setattr(quantize, "SUMS_INT8", sums)
+    torch._dynamo.reset()
+    layer, kernel = Int8Linear(random(37, 64)), torch.ops.aten._weight_int8pack_mm
+    calls = {}
+
+    def watch(graph, inputs):
+        calls[rows] = any(node.target is kernel for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(layer, backend=watch, dynamic=False)
+    for rows in (1, 2):
+        x = random(rows, 1, 64, seed=1).to(dtype)
+        y = compiled(x)
+        wanted = x.double() @ (layer.weight.double() * layer.scale.double()[:, None]).T
+        error = (y.double() - wanted).abs().max() / wanted.abs().max()
+        assert y.shape == (rows, 1, 37) and y.dtype == dtype
+        assert error < (1e-6 if sums and rows == 1 and dtype == torch.float32 else 0.01)
+    assert calls == {1: not sums, 2: True}
+
+
 def test_under_autocast_the_output_has_its_dtype():
     layer = Int8Linear(random(8, 16))
     for rows in (1, 20):

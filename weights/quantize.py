@@ -22,6 +22,9 @@ KERNEL_ROWS = 8
 SUMMED_ROWS = 4
 # Rows of x for which packed matrices are laid out: those of a few samples at once.
 PACKED_ROWS = 4
+# Whether compiled code on this CPU reads int8 weights as fast as the memory gives them. With a
+# vector of eight numbers it goes by way of memory, and torch's int8 kernel is faster (docs/LOG.md).
+SUMS_INT8 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 # Rows of a matrix from which compiled code works on four parts of it at once.
 LONG_MATRIX = 2048
 # Weights that a CPU converts at once: they are still in its cache when they are multiplied.
@@ -97,8 +100,9 @@ class Int8Linear(nn.Module):
     Weights are rounded symmetrically. The products are in the dtype of x, or in that of autocast;
     but on a CPU those of few rows, as in sampling, are in bfloat16 whatever the dtype, since only
     this kernel is fast. That moves a product less than the rounding of the weights does. Compiled
-    code on CUDA multiplies few rows in fp32. Where there are more rows, converting W costs a
-    little; and eager code on CUDA converts it for each token, so there int8 saves memory alone.
+    code multiplies few rows in fp32 on CUDA, and one row with AVX-512. Where there are more rows,
+    converting W costs a little; and eager code on CUDA converts it for each token, so there int8
+    saves memory alone.
     """
 
     def __init__(self, weight: Tensor):
@@ -115,8 +119,10 @@ class Int8Linear(nn.Module):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         rows = x.reshape(-1, width)  # [B T, in]
-        # The kernel reads 16 inputs at a time, and past the end of a row of another width.
-        if device == "cpu" and width % 16 == 0 and len(rows) <= KERNEL_ROWS:
+        if SUMS_INT8 and is_compiled_row(rows):
+            y = (product_of_row(rows, self.weight) * self.scale).to(x.dtype)
+        elif device == "cpu" and width % 16 == 0 and len(rows) <= KERNEL_ROWS:
+            # The kernel reads 16 inputs at a time, and past the end of a row of another width.
             y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
             y = y.to(x.dtype)
         elif device == "cuda" and len(rows) <= SUMMED_ROWS and torch.compiler.is_compiling():
