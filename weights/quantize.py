@@ -22,8 +22,8 @@ KERNEL_ROWS = 8
 SUMMED_ROWS = 4
 # Rows of x for which packed matrices are laid out: those of a few samples at once.
 PACKED_ROWS = 4
-# Whether compiled code on this CPU reads int8 weights as fast as the memory gives them. With a
-# vector of eight numbers it goes by way of memory, and torch's int8 kernel is faster (docs/LOG.md).
+# Whether compiled code on this CPU multiplies a row by int8 weights faster as a sum than by torch's
+# kernel. With AVX2 it does not: there it loads eight weights by way of memory (docs/LOG.md).
 SUMS_INT8 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 # Rows of a matrix from which compiled code works on four parts of it at once.
 LONG_MATRIX = 2048
